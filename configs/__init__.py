@@ -1,0 +1,1 @@
+"""Hydra configuration of xlm-hf: thin named experiments over groups, read as `pkg://xlm_hf.configs`."""
