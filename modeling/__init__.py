@@ -1,0 +1,1 @@
+"""The model families, one folder each; a folder's `__init__` registers its family."""

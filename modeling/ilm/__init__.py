@@ -1,0 +1,28 @@
+"""The insertion language model (ILM, arXiv 2505.05755)."""
+
+from xlm_hf import register_family
+
+from .collator_ilm import (
+    ILMCollatorForLanguageModeling,
+    ILMCollatorForLanguageModelingPrediction,
+    ILMCollatorForSeq2Seq,
+    ILMCollatorForSeq2SeqPrediction,
+)
+from .configuration_ilm import ILMConfig
+from .generation_ilm import ILMGenerationConfig
+from .loss_ilm import ILMLoss
+from .modeling_ilm import ILMForInsertionLM, ILMOutput
+
+register_family(ILMConfig, ILMForInsertionLM, auto_classes=("AutoModel", "AutoModelForCausalLM"))
+
+__all__ = [
+    "ILMCollatorForLanguageModeling",
+    "ILMCollatorForLanguageModelingPrediction",
+    "ILMCollatorForSeq2Seq",
+    "ILMCollatorForSeq2SeqPrediction",
+    "ILMConfig",
+    "ILMForInsertionLM",
+    "ILMGenerationConfig",
+    "ILMLoss",
+    "ILMOutput",
+]

@@ -1,0 +1,24 @@
+"""Configuration of the insertion language model (ILM)."""
+
+from xlm_hf.modules.rotary_transformer import RotaryTransformerConfig
+
+
+class ILMConfig(RotaryTransformerConfig):
+    """Architecture of an insertion language model: the shared backbone, a vocabulary head and a stopping head.
+
+    A sequence reads `[CLS] prompt [BOS] tokens`. The gap to the right of `[BOS]`, and to the right of every token after
+    it, is a slot into which a token can be inserted.
+
+    Attributes:
+        pad_token_id: fills ragged rows; never seen.
+        cls_token_id: first token of a sequence; the stopping head reads its hidden state.
+        bos_token_id: stands between the prompt and the sequence that is written.
+        suppress_tokens: ids that are never inserted; their logits are -inf in training and in generation.
+    """
+
+    model_type = "ilm"
+
+    pad_token_id: int | None = 0
+    cls_token_id: int = 1
+    bos_token_id: int | None = 4
+    suppress_tokens: list[int] | None = None

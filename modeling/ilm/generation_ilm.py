@@ -1,0 +1,259 @@
+"""Generation by insertion: choose a slot and a token, insert, and ask whether to stop."""
+
+import torch
+from transformers.generation import LogitsProcessorList
+from transformers.generation.streamers import BaseStreamer
+
+from xlm_hf.modules.counter_random import uniform
+from xlm_hf.modules.generation import (
+    NonAutoregressiveGenerationConfig,
+    NonAutoregressiveGenerationMixin,
+    NonAutoregressiveGenerationOutput,
+    left_align_padding,
+    row_seeds,
+)
+from xlm_hf.modules.token_sampling import filter_logits, sample_categorical
+
+
+class ILMGenerationConfig(NonAutoregressiveGenerationConfig):
+    """Options of `ILMForInsertionLM.generate`, beside those of the base class.
+
+    Attributes:
+        sampling_method: "joint" draws (slot, token) from their joint distribution after temperature, top-k and top-p
+            over the whole grid; "two_stage" draws the slot from its marginal, filtered by the `slot_` options, and
+            then the token given the slot, filtered by temperature, top-k and top-p.
+        slot_temperature: divides the slots' log-probabilities in two-stage sampling.
+        slot_top_k: number of slots kept in two-stage sampling; None keeps all.
+        slot_top_p: probability mass of the slots kept in two-stage sampling; None keeps all.
+        insertions_per_step: tokens inserted by one forward pass, into slots no two of which are neighbours.
+        stopping_threshold: a row ends once the stopping head's probability of "complete" reaches this.
+        return_history: also return the step that inserted each token.
+    """
+
+    sampling_method: str = "joint"
+    slot_temperature: float = 1.0
+    slot_top_k: int | None = None
+    slot_top_p: float | None = None
+    insertions_per_step: int = 1
+    stopping_threshold: float = 0.5
+    return_history: bool = False
+
+    def validate(self, **unused):
+        """Check every option; raises ValueError naming the option, its value and its range."""
+        super().validate()
+        self._check_choice("sampling_method", ("joint", "two_stage"))
+        self._check_positive("slot_temperature", "slot_top_k", "insertions_per_step")
+        self._check_probability("slot_top_p", "stopping_threshold")
+
+
+class ILMGenerationMixin(NonAutoregressiveGenerationMixin):
+    """Adds `generate` to the insertion language model."""
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        generation_config: ILMGenerationConfig | None = None,
+        streamer: BaseStreamer | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        seed: int | list[int] | torch.Tensor | None = None,
+        **overrides,
+    ) -> NonAutoregressiveGenerationOutput | torch.Tensor:
+        """Write sequences by insertion (arXiv 2505.05755, section 3.3).
+
+        Each forward pass either ends a row, by its stopping head, or inserts into slots right of `[BOS]`; the prompt
+        is never changed.
+
+        Args:
+            input_ids: (B, P) prompts, `[CLS] prompt [BOS]` or the bare prompt, which is then wrapped; ragged prompts
+                are padded on either side. None writes one sequence from an empty prompt.
+            attention_mask: (B, P), 1 for tokens; by default everything but `pad_token_id`.
+            generation_config: options; the model's own by default.
+            streamer: gets the prompt by `put`, the sequence after every step by `put_draft`, and the result by `put`.
+            logits_processor: called as transformers does, with (rows x slots, length) ids, (rows x slots, V) logits
+                and `cur_step`.
+            seed: one integer, or one for each row (see `row_seeds`).
+            **overrides: single options by name.
+
+        Returns:
+            `NonAutoregressiveGenerationOutput`, or its sequences alone with `return_dict_in_generate=False`.
+
+        Raises:
+            ValueError: for an unknown option, a value out of range, an id outside the vocabulary or a prompt without
+                room after it.
+        """
+        config = self.resolve_generation_config(generation_config, overrides)
+        prompt, prompt_mask = self._prepare_prompt(input_ids, attention_mask)
+        state = _InsertionState(prompt, prompt_mask, self.max_new_tokens(config, prompt.shape[1]), self._pad_token_id)
+        seeds = row_seeds(seed, len(prompt), prompt.device)
+        if streamer is not None:
+            streamer.put(prompt.cpu())
+        for step in range(state.capacity + 1):
+            rows = (~state.finished).nonzero().squeeze(-1)
+            if len(rows) == 0:
+                break
+            sequences, mask, width = state.view(rows)
+            grid, stop_logits = self._score_slots(sequences, mask, prompt.shape[1], width)
+            if logits_processor is not None:
+                ids = sequences.repeat_interleave(grid.shape[1], dim=0)
+                grid = logits_processor(ids, grid.flatten(0, 1), cur_step=step).view_as(grid)
+            if config.suppress_tokens:
+                grid[..., config.suppress_tokens] = -torch.inf
+            slot_exists = torch.arange(width + 1, device=grid.device) <= state.lengths[rows, None]
+            grid = grid.masked_fill(~slot_exists[..., None], -torch.inf)
+            state.nfe[rows] += 1
+            complete = stop_logits.float().softmax(dim=-1)[:, 0] >= config.stopping_threshold
+            state.finish(rows[complete])
+            rows, grid = rows[~complete], grid[~complete]
+            state.insert(rows, *_draw_insertions(grid, config, seeds[rows], step), step)
+            if streamer is not None:
+                streamer.put_draft(state.written().cpu())
+        output = state.output(config.return_history)
+        if streamer is not None:
+            streamer.put(state.written().cpu())
+            streamer.end()
+        return output if config.return_dict_in_generate else output.sequences
+
+    @property
+    def _pad_token_id(self) -> int:
+        return self.config.pad_token_id
+
+    def _prepare_prompt(self, input_ids, attention_mask):
+        """Check prompts, wrap bare ones in `[CLS] ... [BOS]`, and move the padding to the left."""
+        cls_id, bos_id = self.config.cls_token_id, self.config.bos_token_id
+        if input_ids is None:
+            input_ids = torch.tensor([[cls_id, bos_id]], device=self.device)
+        self.check_token_ids(input_ids)
+        if attention_mask is None:
+            attention_mask = input_ids != self._pad_token_id
+        input_ids, mask = left_align_padding(input_ids, attention_mask)
+        starts = input_ids.gather(-1, mask.int().argmax(dim=-1, keepdim=True)).squeeze(-1) == cls_id
+        wrapped = starts & (input_ids[:, -1] == bos_id) & mask[:, -1]
+        if wrapped.all():
+            return input_ids, mask
+        if wrapped.any() or starts.any():
+            raise ValueError(
+                f"Some prompts read [CLS] ... [BOS] (ids {cls_id} and {bos_id}) and others do not: wrap all of them or "
+                "none."
+            )
+        column = torch.ones_like(input_ids[:, :1])
+        input_ids = torch.cat((column * cls_id, input_ids, column * bos_id), dim=1)
+        mask = torch.cat((column.bool(), mask, column.bool()), dim=1)
+        return left_align_padding(input_ids, mask)
+
+    def _score_slots(self, sequences, mask, prompt_length, width):
+        """Logits of every insertion (R, width + 1, V) and of stopping (R, 2) for R rows."""
+        slots = torch.arange(prompt_length - 1, prompt_length + width, device=sequences.device)
+        slot_index = torch.arange(len(sequences), device=sequences.device)[:, None] * sequences.shape[1] + slots
+        outputs = self(sequences, attention_mask=mask, slot_index=slot_index.flatten())
+        return outputs.logits.float().view(len(sequences), width + 1, -1), outputs.stop_logits
+
+
+def _draw_insertions(
+    grid: torch.Tensor, config: ILMGenerationConfig, seeds: torch.Tensor, step: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Draw up to `insertions_per_step` insertions without replacement, no two in neighbouring slots.
+
+    Args:
+        grid: (R, S, V) float32 logits of (slot, token); -inf where nothing can be inserted.
+        config: the options.
+        seeds: (R,) seeds of the rows.
+        step: number of the step, from 0.
+
+    Returns:
+        slots, tokens and whether each is a real draw, all (R, insertions_per_step).
+    """
+    R, S, V = grid.shape
+    joint = config.sampling_method == "joint"
+    token_filter = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
+    if joint:
+        grid = filter_logits(grid.flatten(1), **token_filter).view(R, S, V)
+    # Greedy joint decoding takes the best pair; everywhere else a slot counts with the mass of all its tokens.
+    scores = grid.amax(dim=-1) if joint and not config.do_sample else grid.logsumexp(dim=-1)
+    if not joint:
+        scores = filter_logits(scores, config.slot_temperature, config.slot_top_k, config.slot_top_p)
+    rows, slot_numbers = torch.arange(R, device=grid.device), torch.arange(S, device=grid.device)
+    slots, tokens, drawn = [], [], []
+    for draw in range(config.insertions_per_step):
+        possible = scores.isfinite().any(dim=-1)
+        # A row without a free slot draws from a uniform law instead, and the draw is marked as void.
+        candidates = scores.masked_fill(~possible[:, None], 0.0)
+        slot = _choose(candidates, config.do_sample, uniform(seeds, step, draw, 0))
+        token_logits = grid[rows, slot]
+        if not joint:
+            token_logits = filter_logits(token_logits, **token_filter)
+        token_logits = token_logits.masked_fill(~possible[:, None], 0.0)
+        tokens.append(_choose(token_logits, config.do_sample, uniform(seeds, step, draw, 1)))
+        slots.append(slot)
+        drawn.append(possible)
+        scores = scores.masked_fill((slot_numbers - slot[:, None]).abs() <= 1, -torch.inf)
+    return torch.stack(slots, 1), torch.stack(tokens, 1), torch.stack(drawn, 1)
+
+
+def _choose(logits: torch.Tensor, do_sample: bool, uniforms: torch.Tensor) -> torch.Tensor:
+    return sample_categorical(logits, uniforms) if do_sample else logits.argmax(dim=-1)
+
+
+class _InsertionState:
+    """The sequences being written: a fixed prompt, padded on the left, and what was inserted after it, in order."""
+
+    def __init__(self, prompt: torch.Tensor, prompt_mask: torch.Tensor, capacity: int, pad_token_id: int):
+        B, device = len(prompt), prompt.device
+        self.prompt, self.prompt_mask, self.capacity, self.pad_token_id = prompt, prompt_mask, capacity, pad_token_id
+        self.tokens = torch.full((B, capacity), pad_token_id, device=device)
+        self.steps = torch.full((B, capacity), -1, device=device)
+        self.lengths = torch.zeros(B, dtype=torch.int64, device=device)
+        self.nfe = torch.zeros(B, dtype=torch.int64, device=device)
+        self.finished = torch.zeros(B, dtype=torch.bool, device=device)
+        self.stopped = torch.zeros(B, dtype=torch.bool, device=device)
+
+    def view(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Ids and mask of `rows`, cut to the longest of them, and how many columns follow the prompt."""
+        width = int(self.lengths[rows].max())
+        written = torch.arange(width, device=rows.device) < self.lengths[rows, None]
+        sequences = torch.cat((self.prompt[rows], self.tokens[rows, :width]), dim=1)
+        return sequences, torch.cat((self.prompt_mask[rows], written), dim=1), width
+
+    def written(self) -> torch.Tensor:
+        """What was written so far, (B, longest), padded on the right."""
+        return self.tokens[:, : int(self.lengths.max())]
+
+    def finish(self, rows: torch.Tensor) -> None:
+        """End `rows` because their stopping head said so."""
+        self.finished[rows] = True
+        self.stopped[rows] = True
+
+    def insert(self, rows, slots, tokens, drawn, step: int) -> None:
+        """Insert `tokens` into `slots` (R, K) of `rows` where `drawn`, as far as there is room."""
+        room = self.capacity - self.lengths[rows]
+        drawn = drawn & (drawn.cumsum(dim=-1) <= room[:, None])
+        # Without a slot that is allowed there is nothing left to insert.
+        self.finish(rows[~drawn.any(dim=-1)])
+        slots = torch.where(drawn, slots, self.capacity + 1)
+        columns = torch.arange(self.capacity, device=rows.device)
+        shifted = columns + (slots[:, None, :] <= columns[:, None]).sum(dim=-1)
+        target = slots + (slots[:, None, :] < slots[:, :, None]).sum(dim=-1)
+        for buffer, values in ((self.tokens, tokens), (self.steps, torch.full_like(tokens, step))):
+            # One spare column takes what falls off the end: padding, and draws that are not made.
+            old = buffer[rows]
+            new = torch.cat((old, old[:, :1]), dim=1)
+            new.scatter_(1, shifted.clamp(max=self.capacity), old)
+            new.scatter_(1, target.clamp(max=self.capacity), values)
+            buffer[rows] = new[:, : self.capacity]
+        self.lengths[rows] += drawn.sum(dim=-1)
+        self.finished[rows] |= self.lengths[rows] == self.capacity
+
+    def output(self, return_history: bool) -> NonAutoregressiveGenerationOutput:
+        """Gather the result of `generate`."""
+        width = int(self.lengths.max())
+        history = None
+        if return_history:
+            history = torch.cat((torch.full_like(self.prompt, -1), self.steps[:, :width]), dim=1)
+        return NonAutoregressiveGenerationOutput(
+            sequences=torch.cat((self.prompt, self.tokens[:, :width]), dim=1),
+            tokens_per_forward=self.lengths / self.nfe.clamp(min=1),
+            nfe=self.nfe,
+            finish_reason=["stop" if stopped else "length" for stopped in self.stopped.tolist()],
+            history=history,
+        )

@@ -1,0 +1,102 @@
+"""The insertion language model (ILM, arXiv 2505.05755): where to insert, what to insert, and when to stop."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
+
+from xlm_hf.modules.rotary_transformer import RotaryTransformer, RotaryTransformerPreTrainedModel
+
+from .configuration_ilm import ILMConfig
+from .generation_ilm import ILMGenerationConfig, ILMGenerationMixin
+
+
+@dataclass
+class ILMOutput(ModelOutput):
+    """What `ILMForInsertionLM.forward` returns.
+
+    Attributes:
+        logits: (B, L, V), or (S, V) with `slot_index`. Entry (i, v) scores the insertion of token v right of token i.
+        stop_logits: (B, 2); class 0 says that the sequence is complete, class 1 that something is missing.
+        hidden_states: per layer (B, L, hidden_size), with `output_hidden_states=True`.
+        attentions: per layer (B, heads, L, L), with `output_attentions=True` and eager attention.
+    """
+
+    logits: torch.FloatTensor | None = None
+    stop_logits: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+class ILMStoppingHead(nn.Module):
+    """Binary classifier on the hidden state x of `[CLS]`: W (x + W2 tanh(W1 LN(x) + b1) + b2)."""
+
+    def __init__(self, config: ILMConfig):
+        super().__init__()
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.up_proj = nn.Linear(config.hidden_size, 2 * config.hidden_size)
+        self.down_proj = nn.Linear(2 * config.hidden_size, config.hidden_size)
+        self.classifier = nn.Linear(config.hidden_size, 2, bias=False)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Map (B, hidden_size) to logits (B, 2) of (complete, something is missing)."""
+        residual = self.down_proj(torch.tanh(self.up_proj(self.norm(hidden_states))))
+        return self.classifier(hidden_states + residual)
+
+
+class ILMPreTrainedModel(RotaryTransformerPreTrainedModel):
+    """Ties the family to its configuration."""
+
+    config: ILMConfig
+
+
+class ILMForInsertionLM(ILMPreTrainedModel, ILMGenerationMixin):
+    """Insertion language model: p(slot, token | sequence) over all slots and tokens jointly, and a stopping head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    generation_config_class = ILMGenerationConfig
+
+    def __init__(self, config: ILMConfig):
+        super().__init__(config)
+        self.model = RotaryTransformer(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.stop_head = ILMStoppingHead(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        slot_index: torch.Tensor | None = None,
+        **kwargs,
+    ) -> ILMOutput:
+        """Score every insertion.
+
+        Args:
+            input_ids: (B, L) token ids, each row starting with `[CLS]` after any padding on the left.
+            attention_mask: (B, L), 1 for tokens and 0 for padding on either side.
+            position_ids: (B, L) rotary positions; by default each row counts its own tokens.
+            slot_index: (S,) indices into the flattened (B x L) tokens whose logits are wanted; None means all. The
+                vocabulary head is the largest product of a small model, and few of its rows matter.
+
+        Returns:
+            `ILMOutput`; the logits of `config.suppress_tokens` are -inf.
+        """
+        outputs = self.model(input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
+        hidden_states = outputs.last_hidden_state
+        rows = torch.arange(len(input_ids), device=input_ids.device)
+        first_token = 0 if attention_mask is None else attention_mask.long().argmax(dim=-1)
+        selected = hidden_states if slot_index is None else hidden_states.flatten(0, 1)[slot_index]
+        logits = self.lm_head(selected)
+        if self.config.suppress_tokens:
+            logits[..., self.config.suppress_tokens] = -torch.inf
+        return ILMOutput(
+            logits=logits,
+            stop_logits=self.stop_head(hidden_states[rows, first_token]),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )

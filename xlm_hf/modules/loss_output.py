@@ -1,0 +1,21 @@
+"""What every family's loss returns to the trainer."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass
+class LossOutput:
+    """A loss as a sum with its count, so that it is normalised once over a whole optimiser step.
+
+    Attributes:
+        loss_sum: scalar, differentiable: the sum over the items of the batch, never their mean.
+        num_items: scalar tensor or int: how many items the sum runs over (examples or tokens, as the family defines).
+        metrics: name -> (sum, count) of detached scalars, reduced over accumulation steps and ranks in the same way
+            and logged under their own names.
+    """
+
+    loss_sum: torch.Tensor
+    num_items: torch.Tensor | int
+    metrics: dict[str, tuple[torch.Tensor, torch.Tensor | int]] = field(default_factory=dict)

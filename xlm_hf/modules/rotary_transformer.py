@@ -1,0 +1,279 @@
+"""The backbone that all families share: a pre-norm transformer with rotary positions, bidirectional or causal.
+
+A comparison between families then compares methods, not architectures. Layer layout: Vaswani et al. (2017) with
+normalisation before each block; rotary positions: Su et al. (arXiv 2104.09864), in the rotate-half layout.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.masking_utils import (
+    create_bidirectional_mask,
+    create_causal_mask,
+    packed_sequence_mask_function,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+
+class RotaryTransformerConfig(PreTrainedConfig):
+    """Architecture of the backbone, inherited by the configuration of every family.
+
+    Attributes:
+        vocab_size: number of token embeddings.
+        hidden_size: width of the residual stream.
+        num_hidden_layers: number of layers.
+        num_attention_heads: heads per layer; must divide `hidden_size`.
+        intermediate_size: width inside the feed-forward block; None means 4 x `hidden_size`.
+        hidden_act: activation of the feed-forward block, a name from `transformers.activations.ACT2FN`.
+        max_position_embeddings: longest sequence that the model accepts, in tokens.
+        rope_theta: base of the rotary frequencies.
+        partial_rotary_factor: share of each head's dimensions that are rotated.
+        attention_dropout: dropout probability of the attention weights.
+        hidden_dropout_prob: dropout probability after the attention and feed-forward blocks.
+        layer_norm_eps: added to the variance in every layer norm.
+        final_layer_norm: whether a layer norm stands between the last layer and the heads.
+        initializer_range: standard deviation of the normal initialisation.
+        tie_word_embeddings: whether the vocabulary head shares the embedding matrix.
+
+    Raises:
+        ValueError: if `num_attention_heads` does not divide `hidden_size`, or the rotated part of a head is odd.
+    """
+
+    vocab_size: int = 32000
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int | None = None
+    hidden_act: str = "gelu"
+    max_position_embeddings: int = 1024
+    rope_theta: float = 10000.0
+    partial_rotary_factor: float = 1.0
+    attention_dropout: float = 0.0
+    hidden_dropout_prob: float = 0.0
+    layer_norm_eps: float = 1e-5
+    final_layer_norm: bool = True
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads "
+                f"({self.num_attention_heads}): change one of them."
+            )
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act {self.hidden_act!r} is not one of {', '.join(sorted(ACT2FN))}.")
+        if self.rotary_dim % 2 or self.rotary_dim == 0:
+            raise ValueError(
+                f"The rotated part of a head has {self.rotary_dim} dimensions (hidden_size / num_attention_heads x "
+                "partial_rotary_factor); rotation works on pairs: choose an even number."
+            )
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+        super().__post_init__(**kwargs)
+
+    @property
+    def rotary_dim(self) -> int:
+        """Number of dimensions of each head that are rotated."""
+        return int(self.hidden_size // self.num_attention_heads * self.partial_rotary_factor)
+
+
+def rotary_cos_sin(
+    position_ids: torch.Tensor, rotary_dim: int, theta: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine of the rotary angles theta^(-2i / rotary_dim) x position, i < rotary_dim / 2.
+
+    Args:
+        position_ids: (B, L) int64.
+        rotary_dim: number of rotated dimensions of a head.
+        theta: base of the frequencies.
+        dtype: of the result; the angles are computed in float32.
+
+    Returns:
+        two (B, 1, L, rotary_dim) tensors, each half of the last dimension holding the same angles.
+    """
+    exponents = torch.arange(0, rotary_dim, 2, device=position_ids.device, dtype=torch.float32) / rotary_dim
+    angles = position_ids[:, None, :, None].float() * theta**-exponents
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate the first `cos.shape[-1]` dimensions of each head of `x` (B, heads, L, head_dim)."""
+    rotary_dim = cos.shape[-1]
+    rotated, passed = x[..., :rotary_dim], x[..., rotary_dim:]
+    first, second = rotated.chunk(2, dim=-1)
+    rotated = rotated * cos + torch.cat((-second, first), dim=-1) * sin
+    return rotated if passed.shape[-1] == 0 else torch.cat((rotated, passed), dim=-1)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax attention written out, in the signature of transformers' attention interface.
+
+    Returns:
+        the attended values (B, L, heads, head_dim) and the attention weights (B, heads, L, L).
+    """
+    scores = query @ key.transpose(-1, -2) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class RotaryAttention(nn.Module):
+    """Multi-head self-attention with rotary positions: softmax(q k^T / sqrt(head_dim)) v, no biases."""
+
+    def __init__(self, config: RotaryTransformerConfig, is_causal: bool):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.is_causal = is_causal
+        self.scaling = self.head_dim**-0.5
+        self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden_states, attention_mask, cos_sin, **kwargs):
+        """Attend within (B, L, hidden_size) `hidden_states`; returns the same shape and the attention weights."""
+        B, L, _ = hidden_states.shape
+        query, key, value = self.qkv_proj(hidden_states).view(B, L, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)
+        query, key = apply_rotary(query, *cos_sin), apply_rotary(key, *cos_sin)
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attended, weights = attention(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=self.scaling,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            **kwargs,
+        )
+        return self.o_proj(attended.reshape(B, L, -1)), weights
+
+
+class FeedForward(nn.Module):
+    """Two linear maps with an activation between: W2 act(W1 x + b1) + b2."""
+
+    def __init__(self, config: RotaryTransformerConfig):
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.act = ACT2FN[config.hidden_act]
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states):
+        """Map (..., hidden_size) to the same shape."""
+        return self.down_proj(self.act(self.up_proj(hidden_states)))
+
+
+class RotaryTransformerLayer(GradientCheckpointingLayer):
+    """One pre-norm layer: x + Attention(LN(x)), then x + FeedForward(LN(x))."""
+
+    def __init__(self, config: RotaryTransformerConfig, is_causal: bool):
+        super().__init__()
+        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn = RotaryAttention(config, is_causal)
+        self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = FeedForward(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden_states, attention_mask=None, cos_sin=None, **kwargs):
+        """Map (B, L, hidden_size) to the same shape."""
+        attended, _ = self.self_attn(self.input_layernorm(hidden_states), attention_mask, cos_sin, **kwargs)
+        hidden_states = hidden_states + self.dropout(attended)
+        return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
+
+
+class RotaryTransformerPreTrainedModel(PreTrainedModel):
+    """What transformers needs to know of a model with this backbone; every family's base class derives from it."""
+
+    config: RotaryTransformerConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["RotaryTransformerLayer"]
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_flash_attn = False
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": RotaryTransformerLayer, "attentions": RotaryAttention}
+
+
+class RotaryTransformer(RotaryTransformerPreTrainedModel):
+    """Token embedding, layers and final norm; the heads belong to the families.
+
+    Args:
+        config: architecture.
+        is_causal: whether a token sees only itself and what stands before it.
+    """
+
+    def __init__(self, config: RotaryTransformerConfig, is_causal: bool = False):
+        super().__init__(config)
+        self.is_causal = is_causal
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.layers = nn.ModuleList(
+            RotaryTransformerLayer(config, is_causal) for _ in range(config.num_hidden_layers)
+        )
+        self.norm = (
+            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.final_layer_norm else nn.Identity()
+        )
+        self.post_init()
+
+    def _mask(self, embeddings, attention_mask, segment_ids):
+        make_mask = create_causal_mask if self.is_causal else create_bidirectional_mask
+        return make_mask(
+            config=self.config,
+            inputs_embeds=embeddings,
+            attention_mask=attention_mask,
+            past_key_values=None,
+            and_mask_function=None if segment_ids is None else packed_sequence_mask_function(segment_ids),
+        )
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        segment_ids: torch.Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutput:
+        """Encode a batch.
+
+        Args:
+            input_ids: (B, L) token ids.
+            attention_mask: (B, L), 1 for tokens and 0 for padding on either side; None means no padding.
+            position_ids: (B, L) rotary positions; by default each row counts its own tokens, so that padding on the
+                left and on the right give the same result.
+            segment_ids: (B, L) document of each token in a packed row; no token sees another document.
+
+        Returns:
+            `last_hidden_state` (B, L, hidden_size), and `hidden_states` and `attentions` where asked for.
+        """
+        if position_ids is None:
+            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
+            position_ids = (mask.cumsum(dim=-1) - 1).clamp(min=0)
+        hidden_states = self.embed_tokens(input_ids)
+        cos_sin = rotary_cos_sin(position_ids, self.config.rotary_dim, self.config.rope_theta, hidden_states.dtype)
+        mask = self._mask(hidden_states, attention_mask, segment_ids)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, attention_mask=mask, cos_sin=cos_sin, **kwargs)
+        return BaseModelOutput(last_hidden_state=self.norm(hidden_states))
