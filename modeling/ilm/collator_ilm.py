@@ -12,9 +12,13 @@ from xlm_hf.modules.counter_random import low_discrepancy, random_bits
 
 def _ragged(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Concatenate lists of ids: the values (sum of lengths,) and the lengths (B,), both int64."""
-    lengths = torch.tensor([len(row) for row in rows])
-    values = np.fromiter(chain.from_iterable(rows), dtype=np.int64, count=int(lengths.sum()))
-    return torch.from_numpy(values), lengths
+    lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
+    values = np.fromiter(chain.from_iterable(rows), dtype=np.int64, count=lengths.sum())
+    return torch.from_numpy(values), torch.from_numpy(lengths)
+
+
+def _column(examples: list[dict[str, Any]], name: str) -> torch.Tensor:
+    return torch.from_numpy(np.fromiter((example[name] for example in examples), dtype=np.int64, count=len(examples)))
 
 
 class _ILMCollator:
@@ -48,13 +52,10 @@ class _ILMCollator:
         target_ids, target_lengths = _ragged(targets)
         self._check(torch.cat((prompt_ids, target_ids)), prompt_lengths + target_lengths, "sequence")
         B, longest = len(examples), int(target_lengths.max())
-        epoch, position, example_id = (
-            torch.tensor([example[name] for example in examples]) for name in ("epoch", "position", "example_id")
-        )
+        epoch, position, example_id = (_column(examples, name) for name in ("epoch", "position", "example_id"))
         columns = torch.arange(longest)
         exists = columns < target_lengths[:, None]
-        tokens = torch.full((B, longest), self.pad_token_id)
-        tokens[exists] = target_ids
+        tokens = torch.full((B, longest), self.pad_token_id).masked_scatter_(exists, target_ids)
 
         # n ~ U{0..L}, evenly spread over the epoch; then the n tokens with the smallest random keys go.
         u = low_discrepancy(self.seed, epoch, position)
@@ -71,7 +72,8 @@ class _ILMCollator:
         L = int((prefix_lengths + num_kept).max())
         input_ids = self._prefix(prompt_ids, prompt_lengths, L)
         row, column = kept.nonzero(as_tuple=True)
-        input_ids[row, prefix_lengths[row] + kept_before[row, column] - 1] = tokens[row, column]
+        place = row * L + prefix_lengths[row] + kept_before[row, column] - 1
+        input_ids.view(-1)[place] = tokens[row, column]
 
         # Slots of rows that lack something, one after the other: [BOS], then every kept token.
         num_slots = torch.where(num_dropped > 0, num_kept + 1, 0)
@@ -94,29 +96,24 @@ class _ILMCollator:
         B = len(prompt_lengths)
         input_ids = torch.full((B, L), self.pad_token_id)
         input_ids[:, 0] = self.cls_token_id
-        if len(prompt_ids):
-            inside = torch.arange(int(prompt_lengths.max())) < prompt_lengths[:, None]
-            input_ids[:, 1 : 1 + inside.shape[1]][inside] = prompt_ids
-        input_ids[torch.arange(B), prompt_lengths + 1] = self.bos_token_id
-        return input_ids
+        columns = torch.arange(L)
+        input_ids.masked_scatter_((columns >= 1) & (columns <= prompt_lengths[:, None]), prompt_ids)
+        return input_ids.masked_fill_(columns == prompt_lengths[:, None] + 1, self.bos_token_id)
 
     def _prompts_only(self, examples: list[dict[str, Any]], prompts: list[list[int]]) -> dict[str, torch.Tensor]:
         """Prompts `[CLS] prompt [BOS]`, padded on the left."""
         prompt_ids, lengths = _ragged(prompts)
         self._check(prompt_ids, lengths, "prompt")
         L = int(lengths.max()) + 2
+        columns, first = torch.arange(L), (L - 2 - lengths)[:, None]
         input_ids = torch.full((len(prompts), L), self.pad_token_id)
-        attention_mask = torch.arange(L) >= (L - 2 - lengths)[:, None]
-        input_ids[torch.arange(len(prompts)), L - 2 - lengths] = self.cls_token_id
-        inside = attention_mask.clone()
-        inside[torch.arange(len(prompts)), L - 2 - lengths] = False
-        inside[:, -1] = False
-        input_ids[inside] = prompt_ids
+        input_ids.masked_fill_(columns == first, self.cls_token_id)
+        input_ids.masked_scatter_((columns > first) & (columns < L - 1), prompt_ids)
         input_ids[:, -1] = self.bos_token_id
         return {
             "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "example_id": torch.tensor([example["example_id"] for example in examples]),
+            "attention_mask": columns >= first,
+            "example_id": _column(examples, "example_id"),
         }
 
 

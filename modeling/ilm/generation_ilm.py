@@ -26,8 +26,8 @@ class ILMGenerationConfig(NonAutoregressiveGenerationConfig):
         slot_top_k: number of slots kept in two-stage sampling; None keeps all.
         slot_top_p: probability mass of the slots kept in two-stage sampling; None keeps all.
         insertions_per_step: tokens inserted by one forward pass, into slots no two of which are neighbours.
-        stopping_threshold: a row ends once the stopping head's probability of "complete" reaches this.
-        return_history: also return the step that inserted each token.
+        stopping_threshold: a row ends once the stopping head's probability of "complete" reaches this; None writes
+            until there is no room.
     """
 
     sampling_method: str = "joint"
@@ -35,8 +35,7 @@ class ILMGenerationConfig(NonAutoregressiveGenerationConfig):
     slot_top_k: int | None = None
     slot_top_p: float | None = None
     insertions_per_step: int = 1
-    stopping_threshold: float = 0.5
-    return_history: bool = False
+    stopping_threshold: float | None = 0.5
 
     def validate(self, **unused):
         """Check every option; raises ValueError naming the option, its value and its range."""
@@ -103,9 +102,10 @@ class ILMGenerationMixin(NonAutoregressiveGenerationMixin):
             slot_exists = torch.arange(width + 1, device=grid.device) <= state.lengths[rows, None]
             grid = grid.masked_fill(~slot_exists[..., None], -torch.inf)
             state.nfe[rows] += 1
-            complete = stop_logits.float().softmax(dim=-1)[:, 0] >= config.stopping_threshold
-            state.finish(rows[complete])
-            rows, grid = rows[~complete], grid[~complete]
+            if config.stopping_threshold is not None:
+                complete = stop_logits.float().softmax(dim=-1)[:, 0] >= config.stopping_threshold
+                state.finish(rows[complete])
+                rows, grid = rows[~complete], grid[~complete]
             state.insert(rows, *_draw_insertions(grid, config, seeds[rows], step), step)
             if streamer is not None:
                 streamer.put_draft(state.written().cpu())

@@ -9,45 +9,60 @@ import math
 import torch
 
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
-_GAMMA = 0x9E3779B97F4A7C15 - 2**64
-_MULTIPLIER_1 = 0xBF58476D1CE4E5B9 - 2**64
-_MULTIPLIER_2 = 0x94D049BB133111EB - 2**64
+_GAMMA = 0x9E3779B97F4A7C15
+_MULTIPLIER_1 = 0xBF58476D1CE4E5B9
+_MULTIPLIER_2 = 0x94D049BB133111EB
+_MASK = 2**64 - 1
 
 
-def _xor_shift(x: torch.Tensor, bits: int) -> torch.Tensor:
-    # int64 shifts keep the sign; the mask makes the shift logical, as SplitMix64 asks on unsigned integers.
-    return x ^ ((x >> bits) & ((1 << (64 - bits)) - 1))
+def _mix(state: torch.Tensor | int) -> torch.Tensor | int:
+    """The output function of SplitMix64, on int64 tensors or Python integers."""
+    if isinstance(state, int):
+        state &= _MASK
+        state = ((state ^ (state >> 30)) * _MULTIPLIER_1) & _MASK
+        state = ((state ^ (state >> 27)) * _MULTIPLIER_2) & _MASK
+        return state ^ (state >> 31)
+    state = (state ^ _logical_shift(state, 30)) * _signed(_MULTIPLIER_1)
+    state = (state ^ _logical_shift(state, 27)) * _signed(_MULTIPLIER_2)
+    return state ^ _logical_shift(state, 31)
 
 
-def random_bits(*counters: int | torch.Tensor, device: torch.device | str | None = None) -> torch.Tensor:
+def _logical_shift(x: torch.Tensor, bits: int) -> torch.Tensor:
+    # An int64 shift keeps the sign; SplitMix64 is defined on unsigned integers.
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(x: int) -> int:
+    return (x & _MASK) - ((x & 1 << 63) << 1)
+
+
+def random_bits(*counters: int | torch.Tensor) -> torch.Tensor:
     """Hash integer counters to 64 random bits.
 
     Args:
         counters: integers or int64 tensors that broadcast together, the seed first. Each distinct tuple gives an
             independent draw.
-        device: where to make the result when every counter is a plain integer.
 
     Returns:
         int64 tensor of the broadcast shape, uniform over all 64-bit patterns.
     """
-    tensors = [torch.as_tensor(c, dtype=torch.int64, device=device if isinstance(c, int) else None) for c in counters]
-    state = torch.zeros((), dtype=torch.int64, device=device)
-    for counter in tensors:
-        state = state.to(counter.device) + (counter + 1) * _GAMMA
-        state = _xor_shift(state, 30) * _MULTIPLIER_1
-        state = _xor_shift(state, 27) * _MULTIPLIER_2
-        state = _xor_shift(state, 31)
-    return state
+    state: torch.Tensor | int = 0
+    for counter in counters:
+        if isinstance(counter, torch.Tensor):
+            state = _mix((state if isinstance(state, torch.Tensor) else _signed(state)) + (counter + 1) * _signed(_GAMMA))
+        else:
+            step = (counter + 1) * _GAMMA
+            state = _mix(state + (_signed(step) if isinstance(state, torch.Tensor) else step))
+    return state if isinstance(state, torch.Tensor) else torch.tensor(_signed(state))
 
 
-def uniform(*counters: int | torch.Tensor, device: torch.device | str | None = None) -> torch.Tensor:
+def uniform(*counters: int | torch.Tensor) -> torch.Tensor:
     """Uniform draws in [0, 1) with 53 random bits, one for each tuple of `counters` (see `random_bits`).
 
     Returns:
         float64 tensor of the broadcast shape of the counters.
     """
-    bits = (random_bits(*counters, device=device) >> 11) & ((1 << 53) - 1)
-    return bits.to(torch.float64) * 2.0**-53
+    return _logical_shift(random_bits(*counters), 11).to(torch.float64) * 2.0**-53
 
 
 def low_discrepancy(seed: int, epoch: torch.Tensor, position: torch.Tensor) -> torch.Tensor:

@@ -28,6 +28,7 @@ class NonAutoregressiveGenerationConfig(GenerationConfig):
         top_p: probability mass of the candidates kept; None keeps all.
         suppress_tokens: ids that are never written, beside those of the model's config.
         return_dict_in_generate: False returns the sequences alone.
+        return_history: also return the step that wrote each token.
         bos_token_id: id of the beginning-of-sequence token.
         pad_token_id: fills ragged rows of the output.
         eos_token_id: id of the end-of-sequence token.
@@ -44,6 +45,7 @@ class NonAutoregressiveGenerationConfig(GenerationConfig):
     top_p: float | None = None
     suppress_tokens: list[int] | None = None
     return_dict_in_generate: bool = True
+    return_history: bool = False
     bos_token_id: int | None = None
     pad_token_id: int | None = None
     eos_token_id: int | None = None

@@ -1,0 +1,221 @@
+from collections import Counter
+
+import pytest
+import torch
+from scipy.stats import chisquare
+
+from tests.modeling.ilm_helpers import BOS, CLS, PAD, TableModel, exact_law
+from xlm_hf.modeling.ilm import ILMConfig, ILMForInsertionLM, ILMGenerationConfig
+
+STOP_AT = [(5,), (6, 7), (7, 6), (5, 5, 6)]
+METHODS = {
+    "joint": {},
+    "joint, filtered": {"temperature": 0.7, "top_k": 5, "top_p": 0.8},
+    "two-stage": {"sampling_method": "two_stage"},
+    "two-stage, filtered": {
+        "sampling_method": "two_stage",
+        "temperature": 1.3,
+        "top_p": 0.7,
+        "slot_top_k": 2,
+        "slot_temperature": 0.5,
+    },
+    "two at a time": {"insertions_per_step": 2},
+    "two-stage, three at a time": {"sampling_method": "two_stage", "insertions_per_step": 3, "top_k": 2},
+}
+
+
+def written(output, prompt_length):
+    return [tuple(t for t in row if t != PAD) for row in output.sequences[:, prompt_length:].tolist()]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_samples_follow_the_exact_law(method):
+    """A table in place of the network: the histogram of whole decodes against every path enumerated."""
+    model, num, max_new_tokens = TableModel(STOP_AT), 6000, 4
+    config = ILMGenerationConfig(do_sample=True, max_new_tokens=max_new_tokens, **METHODS[method])
+    law = exact_law(model, config, max_new_tokens)
+    assert sum(law.values()) == pytest.approx(1.0)
+    output = model.generate(torch.tensor([[CLS, BOS]] * num), generation_config=config, seed=11)
+    counts = Counter(written(output, 2))
+    assert set(counts) <= set(law)
+    # Cells with few expected draws are pooled, as the test asks.
+    common = [w for w, p in law.items() if p * num >= 8]
+    observed = [counts[w] for w in common] + [num - sum(counts[w] for w in common)]
+    expected = [law[w] * num for w in common] + [num * (1 - sum(law[w] for w in common))]
+    if expected[-1] < 5:
+        observed[-2:], expected[-2:] = [sum(observed[-2:])], [sum(expected[-2:])]
+    assert chisquare(observed, expected, sum_check=False).pvalue > 1e-4
+    for sequence, reason in zip(written(output, 2), output.finish_reason, strict=True):
+        assert reason == ("stop" if sequence in model.stop_at and len(sequence) < max_new_tokens else "length")
+
+
+def test_greedy_decoding_takes_the_best_pair():
+    model = TableModel()
+    output = model.generate(torch.tensor([[CLS, BOS]]), max_new_tokens=3, return_history=True)
+    sequence: list[int] = []
+    for _ in range(3):
+        table = model.table(tuple(sequence))
+        slot, token = divmod(int(table.argmax()), table.shape[1])
+        sequence.insert(slot, token)
+    assert written(output, 2) == [tuple(sequence)]
+    assert output.nfe.tolist() == [3]
+    # Replaying the history in the order of its steps ends in the same sequence.
+    steps = output.history[0, 2:].tolist()
+    assert sorted(steps) == [0, 1, 2]
+    first = output.sequences[0, 2 + steps.index(0)]
+    assert int(first) == int(model.table(()).argmax()) % 8
+
+
+def make_model(**kwargs):
+    torch.manual_seed(11)
+    config = ILMConfig(
+        vocab_size=20,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=24,
+        suppress_tokens=list(range(7)),
+        initializer_range=0.4,
+        **kwargs,
+    )
+    return ILMForInsertionLM(config).eval()
+
+
+PROMPTS = [[8, 9, 10], [11], [12, 13, 14, 15, 16, 17], []]
+
+
+def batch_of(prompts, side="left"):
+    rows = [[CLS, *prompt, BOS] for prompt in prompts]
+    width = max(map(len, rows))
+    padded = [[PAD] * (width - len(r)) + r if side == "left" else r + [PAD] * (width - len(r)) for r in rows]
+    return torch.tensor(padded)
+
+
+@pytest.mark.parametrize("options", [{}, {"do_sample": True}, {"do_sample": True, "insertions_per_step": 3}])
+def test_a_row_decodes_alike_in_any_batch_and_the_prompt_stays(options):
+    model = make_model()
+    options = {"max_new_tokens": 7, **options}
+    seeds = [3, 1, 4, 1]
+    together = model.generate(batch_of(PROMPTS), seed=seeds, **options)
+    width = batch_of(PROMPTS).shape[1]
+    torch.testing.assert_close(together.sequences[:, :width], batch_of(PROMPTS))
+    right = model.generate(batch_of(PROMPTS, side="right"), seed=seeds, **options)
+    torch.testing.assert_close(together.sequences, right.sequences)
+    for row, prompt in enumerate(PROMPTS):
+        alone = model.generate(batch_of([prompt]), seed=[seeds[row]], **options)
+        assert written(alone, len(prompt) + 2)[0] == written(together, width)[row]
+        assert alone.nfe[0] == together.nfe[row]
+        assert alone.finish_reason[0] == together.finish_reason[row]
+    assert len({len(w) for w in written(together, width)}) > 2
+
+
+def test_same_seed_same_tokens_and_bare_prompts_are_wrapped():
+    model = make_model()
+    options = {"max_new_tokens": 6, "do_sample": True, "stopping_threshold": None}
+    first = model.generate(batch_of(PROMPTS[:2]), seed=5, **options).sequences
+    torch.testing.assert_close(first, model.generate(batch_of(PROMPTS[:2]), seed=5, **options).sequences)
+    assert not torch.equal(first, model.generate(batch_of(PROMPTS[:2]), seed=6, **options).sequences)
+    bare = model.generate(torch.tensor([[8, 9, 10], [PAD, PAD, 11]]), seed=5, **options).sequences
+    torch.testing.assert_close(bare, first)
+    assert model.generate(seed=1, **options).sequences[0, :2].tolist() == [CLS, BOS]
+
+
+def test_never_suppressed_ids_and_no_more_than_max_length():
+    model = make_model()
+    options = {"do_sample": True, "suppress_tokens": [7, 8, 9], "stopping_threshold": None}
+    output = model.generate(batch_of(PROMPTS), seed=0, max_length=12, **options)
+    width = batch_of(PROMPTS).shape[1]
+    tokens = output.sequences[:, width:]
+    assert tokens.min() >= 10
+    assert output.sequences.shape[1] == 12
+    assert set(output.finish_reason) == {"length"}
+    torch.testing.assert_close(output.tokens_per_forward, torch.ones(4))
+
+
+def test_history_tells_the_step_of_each_token():
+    model = make_model()
+    options = {"do_sample": True, "insertions_per_step": 2, "stopping_threshold": None, "max_new_tokens": 9}
+    output = model.generate(batch_of(PROMPTS), seed=0, return_history=True, **options)
+    width = batch_of(PROMPTS).shape[1]
+    assert (output.history[:, :width] == -1).all()
+    for row in range(len(PROMPTS)):
+        steps = output.history[row, width:].tolist()
+        # One slot is there at first, then two that are neighbours, and from then on two that are not.
+        assert Counter(steps) == {0: 1, 1: 1, 2: 2, 3: 2, 4: 2, 5: 1}
+        # Tokens of one step never end up side by side.
+        assert all(a != b for a, b in zip(steps, steps[1:], strict=False))
+        # Every prefix of the history is what a shorter run writes.
+        shorter = model.generate(batch_of(PROMPTS), seed=0, **{**options, "max_new_tokens": 4})
+        sequence = output.sequences[row, width:].tolist()
+        assert [t for t, s in zip(sequence, steps, strict=True) if s <= 2] == list(written(shorter, width)[row])
+
+
+def test_streamer_and_logits_processor_see_every_step():
+    class Streamer:
+        drafts, final = [], []
+
+        def put(self, value):
+            self.final.append(value.tolist())
+
+        def put_draft(self, value):
+            self.drafts.append(value.tolist())
+
+        def end(self):
+            self.final.append("end")
+
+    from transformers import LogitsProcessor, LogitsProcessorList
+
+    class OnlyTen(LogitsProcessor):
+        steps = []
+
+        def __call__(self, input_ids, scores, cur_step):
+            assert len(input_ids) == len(scores)
+            self.steps.append(cur_step)
+            masked = torch.full_like(scores, -torch.inf)
+            masked[:, 10] = scores[:, 10]
+            return masked
+
+    model, streamer, processor = make_model(), Streamer(), OnlyTen()
+    output = model.generate(
+        batch_of(PROMPTS[:1]),
+        streamer=streamer,
+        logits_processor=LogitsProcessorList([processor]),
+        max_new_tokens=3,
+        stopping_threshold=None,
+    )
+    assert streamer.drafts == [[[10]], [[10, 10]], [[10, 10, 10]]]
+    assert streamer.final == [batch_of(PROMPTS[:1]).tolist(), [[10, 10, 10]], "end"]
+    assert processor.steps == [0, 1, 2]
+    assert output.sequences[0, -3:].tolist() == [10, 10, 10]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"temprature": 1.0}, "no option 'temprature': did you mean 'temperature'"),
+        ({"temperature": 0.0}, "temperature must be greater than 0 and is 0.0"),
+        ({"top_p": 1.5}, r"top_p must be in \(0, 1\] and is 1.5"),
+        ({"sampling_method": "both"}, "sampling_method must be one of joint, two_stage and is 'both'"),
+        ({"insertions_per_step": 0}, "insertions_per_step must be greater than 0"),
+        ({"max_new_tokens": 30}, "max_new_tokens is 30, but after a prompt of 5 tokens the model has 19 of its 24"),
+        ({"max_length": 5}, "max_length is 5 and the prompt alone has 5 tokens"),
+        ({"seed": [1, 2]}, "seed has 2 entries for 1 rows"),
+        ({"input_ids": torch.tensor([[CLS, 20, BOS]])}, "Token id 20 is outside the model's vocabulary of 20"),
+        ({"input_ids": torch.full((1, 24), 9)}, "26 tokens and the model has 24 positions"),
+        ({"input_ids": torch.tensor([[CLS, 9, BOS], [8, 9, 10]])}, "wrap all of them or none"),
+    ],
+)
+def test_bad_calls_are_refused_in_one_sentence(call, message):
+    with pytest.raises(ValueError, match=message):
+        make_model().generate(**{"input_ids": batch_of(PROMPTS[:1]), **call})
+
+
+def test_generation_config_survives_saving(tmp_path):
+    model = make_model()
+    model.generation_config = ILMGenerationConfig(top_p=0.5, slot_top_k=1, sampling_method="two_stage", pad_token_id=0)
+    model.save_pretrained(tmp_path)
+    loaded = ILMForInsertionLM.from_pretrained(tmp_path)
+    assert {n: getattr(loaded.generation_config, n) for n in ILMGenerationConfig.option_names()} == {
+        n: getattr(model.generation_config, n) for n in ILMGenerationConfig.option_names()
+    }
+    torch.testing.assert_close(loaded.generate(seed=3).sequences, model.generate(seed=3).sequences)

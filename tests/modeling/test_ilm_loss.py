@@ -1,0 +1,93 @@
+import pytest
+import torch
+
+from tests.modeling.ilm_helpers import FIRST_WORD, SpecialIds, dense_loss, make_examples
+from xlm_hf.modeling.ilm import ILMCollatorForSeq2Seq, ILMConfig, ILMForInsertionLM, ILMLoss
+
+V = 13
+
+
+def make_model(**kwargs):
+    torch.manual_seed(0)
+    config = ILMConfig(
+        vocab_size=V,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        suppress_tokens=list(range(FIRST_WORD)),
+        initializer_range=0.5,
+        **kwargs,
+    )
+    return ILMForInsertionLM(config).double()
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("stop_loss_weight", [1.0, 0.25])
+def test_loss_and_gradients_equal_a_double_loop(seed, stop_loss_weight):
+    model = make_model()
+    examples = make_examples(7, V, seed=seed)
+    # The same word dropped twice from one gap counts twice.
+    examples.append({"prompt_ids": [8], "target_ids": [9, 9, 9, 9], "example_id": 1, "epoch": seed, "position": 3})
+    batch = ILMCollatorForSeq2Seq(SpecialIds(V), max_length=32, seed=seed)(examples)
+    output = ILMLoss(stop_loss_weight)(model, batch)
+    gradients = torch.autograd.grad(output.loss_sum, list(model.parameters()))
+
+    full = model(batch["input_ids"], attention_mask=batch["attention_mask"])
+    expected = dense_loss(full.logits, full.stop_logits, batch, stop_loss_weight)
+    expected_gradients = torch.autograd.grad(expected, list(model.parameters()))
+
+    assert output.num_items == len(examples)
+    # The loss is computed in float32 whatever the model's type.
+    torch.testing.assert_close(output.loss_sum.double(), expected, rtol=1e-6, atol=1e-6)
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-6)
+
+
+def test_loss_is_a_sum_over_sequences():
+    model = make_model()
+    examples = make_examples(6, V, seed=1)
+    collator, loss = ILMCollatorForSeq2Seq(SpecialIds(V), max_length=32), ILMLoss()
+    whole = loss(model, collator(examples))
+    parts = [loss(model, collator([example])) for example in examples]
+    torch.testing.assert_close(whole.loss_sum, sum(part.loss_sum for part in parts))
+    for name, (total, count) in whole.metrics.items():
+        torch.testing.assert_close(torch.as_tensor(total), torch.as_tensor(sum(p.metrics[name][0] for p in parts)))
+        assert int(count) == sum(int(part.metrics[name][1]) for part in parts)
+
+
+def test_perfect_scores_reach_the_entropy_of_the_target():
+    """With the exact target distribution as logits, the token loss is the entropy of that distribution."""
+    batch = ILMCollatorForSeq2Seq(SpecialIds(V), max_length=32)(make_examples(20, V, min_target=1, seed=2))
+    L = batch["input_ids"].shape[1]
+    slot_of_target = batch["slot_index"][batch["target_slots"]]
+
+    class Perfect(torch.nn.Module):
+        def forward(self, input_ids, attention_mask, slot_index):
+            counts = torch.zeros(input_ids.numel(), V)
+            counts.index_put_((slot_of_target, batch["target_ids"]), torch.ones(len(slot_of_target)), accumulate=True)
+            stop = torch.stack((batch["num_dropped"] == 0, batch["num_dropped"] > 0), -1).float() * 50
+            return type("Output", (), {"logits": counts[slot_index].log(), "stop_logits": stop})
+
+    output = ILMLoss()(Perfect(), batch)
+    entropy = 0.0
+    for b, n in enumerate(batch["num_dropped"].tolist()):
+        cells = [
+            (int(slot), int(token))
+            for slot, token in zip(slot_of_target, batch["target_ids"], strict=True)
+            if slot // L == b
+        ]
+        entropy -= sum(torch.tensor(cells.count(cell) / n).log() / n for cell in cells)
+    torch.testing.assert_close(output.loss_sum, torch.as_tensor(entropy), rtol=1e-5, atol=1e-5)
+    assert output.metrics["stop_accuracy"][0] == output.metrics["stop_accuracy"][1]
+
+
+def test_class_weights_scale_the_two_stopping_classes():
+    model = make_model()
+    batch = ILMCollatorForSeq2Seq(SpecialIds(V), max_length=32)(make_examples(12, V, seed=3))
+    complete_only = ILMLoss(stop_class_weights=(1.0, 0.0))(model, batch)
+    missing_only = ILMLoss(stop_class_weights=(0.0, 1.0))(model, batch)
+    both = ILMLoss()(model, batch)
+    stop = [output.metrics["stop_loss"][0] for output in (complete_only, missing_only, both)]
+    assert 0 < stop[0] < stop[2]
+    torch.testing.assert_close(stop[0] + stop[1], stop[2])

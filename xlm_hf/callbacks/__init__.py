@@ -1,0 +1,5 @@
+"""Callbacks of the trainer."""
+
+from .progress import ProgressBar
+
+__all__ = ["ProgressBar"]

@@ -1,0 +1,132 @@
+"""Checkpoints that are whole or not there: written beside and renamed, verified before they are read."""
+
+import contextlib
+import json
+import logging
+import re
+import shutil
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+logger = logging.getLogger(__name__)
+
+INCOMPLETE_SUFFIX = ".incomplete"
+
+
+@contextlib.contextmanager
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """Write a folder beside its final place and move it there once it is complete.
+
+    Args:
+        folder: where it shall be; an earlier folder of that name is kept until the new one is complete.
+
+    Yields:
+        the temporary folder to write into; it is removed if the block raises.
+
+    Raises:
+        OSError: one sentence with the cause and the remedy, if writing failed.
+    """
+    staging = folder.with_name(folder.name + INCOMPLETE_SUFFIX)
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+        if folder.exists():
+            shutil.rmtree(folder)
+        staging.rename(folder)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # torch and safetensors report a full disk as errors of their own kinds.
+        shutil.rmtree(staging, ignore_errors=True)
+        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise OSError(
+            f"{folder} could not be written ({cause}); what was saved before is intact: free disk space or choose "
+            "another output_dir, and start the same command again."
+        ) from error
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a text file beside its final place and rename it, so that a reader never sees half of it."""
+    staging = file.with_name(file.name + INCOMPLETE_SUFFIX)
+    try:
+        staging.write_text(text)
+        staging.replace(file)
+    except OSError:
+        staging.unlink(missing_ok=True)
+        raise
+
+
+def fault(checkpoint: Path) -> str | None:
+    """What is wrong with the files of a checkpoint or model folder, in a few words; None if it is sound."""
+    weights = sorted(checkpoint.glob("*.safetensors"))
+    if not weights:
+        return "it holds no weights (*.safetensors)"
+    for file in weights:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError:
+            return f"{file.name} is truncated or damaged"
+    for file in [*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]:
+        if not zipfile.is_zipfile(file):
+            return f"{file.name} is truncated or damaged"
+    for file in checkpoint.glob("*.json"):
+        try:
+            json.loads(file.read_text())
+        except ValueError:
+            return f"{file.name} is truncated or damaged"
+    return None
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """The checkpoint folders of a run, oldest first."""
+    found = [
+        (int(match[1]), folder)
+        for folder in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if (match := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", folder.name))
+    ]
+    return [folder for _, folder in sorted(found)]
+
+
+def last_sound_checkpoint(output_dir: Path) -> Path | None:
+    """The newest checkpoint of a run that can be resumed; damaged ones are named in a warning and skipped."""
+    for checkpoint in reversed(list_checkpoints(output_dir)):
+        reason = fault(checkpoint)
+        if reason is None and not (checkpoint / "trainer_state.json").exists():
+            reason = "it holds no trainer_state.json"
+        if reason is None:
+            return checkpoint
+        logger.warning("%s is skipped: %s.", checkpoint, reason)
+    return None
+
+
+def resolve_checkpoint(checkpoint: str) -> str:
+    """Find the model behind what a user names: a run, a checkpoint or model folder, or a Hub id.
+
+    Returns:
+        a folder to load from - for a run its `model/`, or else its newest checkpoint - or the Hub id as it is.
+
+    Raises:
+        ValueError: if nothing is there, or what is there is damaged.
+    """
+    folder = Path(checkpoint).expanduser()
+    if not folder.exists():
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", checkpoint):
+            return checkpoint
+        raise ValueError(
+            f"There is no checkpoint at {checkpoint}: name the output_dir of a run, a checkpoint-* or model folder, or "
+            "a Hub id such as user/model."
+        )
+    if not (folder / "config.json").exists():
+        candidates = [folder / "model", *reversed(list_checkpoints(folder))]
+        folder = next((candidate for candidate in candidates if candidate.is_dir()), folder)
+    reason = "it holds no config.json" if not (folder / "config.json").exists() else fault(folder)
+    if reason is not None:
+        raise ValueError(f"{folder} cannot be loaded: {reason}. Choose another checkpoint.")
+    return str(folder)

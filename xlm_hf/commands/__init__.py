@@ -1,0 +1,1 @@
+"""The jobs of the command line, one file each: a module `NAME` holds the function `run(cfg)` of `job=NAME`."""

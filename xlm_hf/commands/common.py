@@ -1,0 +1,194 @@
+"""From a composed config to objects: the steps that the jobs share."""
+
+import difflib
+import inspect
+import json
+import logging
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from omegaconf import DictConfig, OmegaConf
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from xlm_hf.checkpoints import resolve_checkpoint, write_text
+from xlm_hf.evaluation import EvaluationSet
+from xlm_hf.metrics import load_metric
+from xlm_hf.tasks import Task, load_task
+from xlm_hf.trainer import XLMTrainer, XLMTrainingArguments
+
+logger = logging.getLogger(__name__)
+
+
+def closest(name: str, known: list[str]) -> str:
+    """A hint for a name that is not known: the closest one that is, or all of them."""
+    matches = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {matches[0]!r}?" if matches else f"choose from {', '.join(sorted(known))}."
+
+
+def check_options(where: str, options: Mapping[str, Any], known: list[str]) -> None:
+    """Raise ValueError, with the closest match, if an option of `where` is not among the `known` ones."""
+    for name in options:
+        if name not in known:
+            raise ValueError(f"{where} has no option {name!r}: {closest(str(name), known)}")
+
+
+def run_directory(cfg: DictConfig) -> Path:
+    """The folder of this run, made if need be: `output_dir`, or a fresh `outputs/<experiment>/<time>`.
+
+    Everything that is logged goes to its `train.log` too.
+    """
+    if cfg.output_dir is None:
+        cfg.output_dir = str(Path("outputs") / cfg.experiment / datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
+    folder = Path(cfg.output_dir).expanduser().absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(folder / "train.log")
+    handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
+    logging.getLogger("xlm_hf").addHandler(handler)
+    return folder
+
+
+def options_of(node: DictConfig) -> dict[str, Any]:
+    """A config node as plain Python, without its `_target_`."""
+    options: dict[str, Any] = OmegaConf.to_container(node, resolve=True)  # type: ignore[assignment]
+    options.pop("_target_", None)
+    return options
+
+
+def build_task(cfg: DictConfig) -> Task:
+    """Prepare the task, or take it from the cache."""
+    task = load_task(OmegaConf.to_container(cfg.task, resolve=True))
+    for name, split in task.splits.items():
+        if len(split) == 0:
+            raise ValueError(f"The split {name!r} of task {task.name!r} is empty: choose more examples.")
+    return task
+
+
+def _token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    names = ("pad", "bos", "eos", "cls", "sep", "mask")
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in names}
+    emitted = {tokenizer.unk_token_id}
+    return {
+        "vocab_size": len(tokenizer),
+        **{name: token_id for name, token_id in ids.items() if token_id is not None},
+        "suppress_tokens": sorted(set(tokenizer.all_special_ids) - emitted),
+    }
+
+
+def build_model(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A freshly initialised model of the family, its vocabulary taken from the tokenizer."""
+    config_class = hydra.utils.get_class(cfg.model._target_)
+    known = [f.name for f in fields(config_class)]
+    options = options_of(cfg.model)
+    check_options("model", options, known)
+    vocabulary = {name: value for name, value in _token_ids(tokenizer).items() if name in known}
+    set_seed(cfg.seed)
+    model = AutoModel.from_config(config_class(**{**vocabulary, **options}))
+    ids = {name: _token_ids(tokenizer).get(name) for name in ("bos_token_id", "pad_token_id", "eos_token_id")}
+    model.generation_config = model.generation_config_class(**ids)
+    return _with_generation_options(model, cfg)
+
+
+def load_model(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> PreTrainedModel:
+    """The model of `checkpoint=`, with the generation options of the config over its own.
+
+    Args:
+        cfg: the composed config.
+        tokenizer: of the task, which must fit the model's vocabulary.
+
+    Raises:
+        ValueError: if no checkpoint is named, it cannot be loaded, or the vocabularies differ.
+    """
+    if cfg.checkpoint is None:
+        raise ValueError(f"job={cfg.job} needs a model: add checkpoint=DIR, a run, a checkpoint or a Hub id.")
+    source = resolve_checkpoint(cfg.checkpoint)
+    model = AutoModel.from_pretrained(source, dtype=torch.float32, trust_remote_code=cfg.trust_remote_code)
+    if tokenizer is not None and len(tokenizer) != model.config.vocab_size:
+        raise ValueError(
+            f"{source} has a vocabulary of {model.config.vocab_size} and task {cfg.task.name!r} one of {len(tokenizer)}: "
+            "name the task that it was trained on."
+        )
+    logger.info("Loaded %s.", source)
+    return _with_generation_options(model, cfg)
+
+
+def load_tokenizer(cfg: DictConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer that was saved with the model of `checkpoint=`."""
+    return AutoTokenizer.from_pretrained(resolve_checkpoint(cfg.checkpoint), trust_remote_code=cfg.trust_remote_code)
+
+
+def _with_generation_options(model: PreTrainedModel, cfg: DictConfig) -> PreTrainedModel:
+    options = {name: value for name, value in options_of(cfg.generation).items() if value is not None}
+    model.generation_config = type(model.generation_config)(**{**model.generation_config.to_dict(), **options})
+    return model
+
+
+def build_collator(cfg: DictConfig, kind: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Callable:
+    """The family's collator of a kind, e.g. `seq2seq` or `seq2seq_prediction`."""
+    if kind not in cfg.collators:
+        raise ValueError(f"Family {cfg.family!r} has no collator {kind!r}: {closest(kind, list(cfg.collators))}")
+    return hydra.utils.instantiate(
+        cfg.collators[kind], tokenizer=tokenizer, max_length=model.config.max_position_embeddings, seed=cfg.seed
+    )
+
+
+def build_evaluation_sets(cfg: DictConfig, task: Task, model: PreTrainedModel, loss: Any) -> list[EvaluationSet]:
+    """The task's `evaluation` list as objects."""
+    known = ["name", "split", "collator", "loss", "generate", "metrics", "stages"]
+    sets = []
+    for entry in OmegaConf.to_container(cfg.task.evaluation, resolve=True):
+        check_options("An entry of task.evaluation", entry, known)
+        if entry["split"] not in task.splits:
+            raise ValueError(f"Task {task.name!r} has no split {entry['split']!r}: {closest(entry['split'], list(task.splits))}")
+        sets.append(
+            EvaluationSet(
+                name=entry["name"],
+                dataset=task.splits[entry["split"]],
+                collator=build_collator(cfg, entry["collator"], task.tokenizer, model),
+                stages=entry["stages"],
+                loss=loss if entry.get("loss") else None,
+                generate=entry.get("generate", False),
+                metrics=[load_metric(metric) for metric in entry.get("metrics", [])],
+            )
+        )
+    return sets
+
+
+def build_trainer(cfg: DictConfig, task: Task, model: PreTrainedModel, output_dir: Path) -> XLMTrainer:
+    """The trainer of a run, with everything that the config names."""
+    options = options_of(cfg.trainer)
+    check_options("trainer", options, [f.name for f in fields(XLMTrainingArguments) if f.init])
+    arguments = XLMTrainingArguments(
+        **{"output_dir": str(output_dir), "seed": cfg.seed, "report_to": list(cfg.logger), **options}
+    )
+    loss_options = options_of(cfg.loss)
+    check_options("loss", loss_options, list(inspect.signature(hydra.utils.get_class(cfg.loss._target_)).parameters))
+    loss = hydra.utils.instantiate(cfg.loss)
+    return XLMTrainer(
+        model=model,
+        args=arguments,
+        loss=loss,
+        data_collator=build_collator(cfg, task.kind, task.tokenizer, model),
+        train_dataset=task.splits["train"],
+        evaluation_sets=build_evaluation_sets(cfg, task, model, loss),
+        processing_class=task.tokenizer,
+    )
+
+
+def write_results(output_dir: Path, metrics: dict[str, float], predictions: dict[str, list[dict[str, Any]]]) -> None:
+    """Write `metrics.json` and `predictions/<set>.jsonl`, overwriting what an earlier call wrote."""
+    (output_dir / "predictions").mkdir(exist_ok=True)
+    for name, records in predictions.items():
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        write_text(output_dir / "predictions" / f"{name}.jsonl", lines)
+    write_text(output_dir / "metrics.json", json.dumps(metrics, indent=2, sort_keys=True) + "\n")
+
+
+def say(text: str) -> None:
+    """Print a line for the person at the command line."""
+    print(text, file=sys.stdout, flush=True)

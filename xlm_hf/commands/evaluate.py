@@ -1,0 +1,21 @@
+"""job=evaluate: measure a checkpoint on the test sets of a task."""
+
+from omegaconf import DictConfig
+
+from xlm_hf.callbacks.progress import format_metrics
+from xlm_hf.commands.common import build_task, build_trainer, load_model, run_directory, say, write_results
+
+
+def run(cfg: DictConfig) -> dict[str, float]:
+    """Evaluate `checkpoint` on every test set, write `metrics.json` and `predictions/`, and return the metrics."""
+    task = build_task(cfg)
+    model = load_model(cfg, task.tokenizer)
+    output_dir = run_directory(cfg)
+    trainer = build_trainer(cfg, task, model, output_dir)
+    metrics = {**trainer.evaluate(metric_key_prefix="test"), "parameters": model.num_parameters()}
+    if trainer.is_world_process_zero():
+        write_results(output_dir, metrics, trainer.predictions)
+        say(f"\n{format_metrics(metrics)}\n")
+        say(f"Metrics and predictions: {output_dir}/metrics.json, {output_dir}/predictions/")
+        say(f"Next: look at single decodes with job=generate checkpoint={cfg.checkpoint}")
+    return metrics

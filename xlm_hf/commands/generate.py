@@ -1,0 +1,104 @@
+"""job=generate: decode prompts with a checkpoint, showing the order in which the tokens were written."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+from transformers import PreTrainedTokenizerBase
+
+from xlm_hf.commands.common import (
+    build_collator,
+    build_task,
+    load_model,
+    load_tokenizer,
+    run_directory,
+    say,
+    write_results,
+)
+from xlm_hf.evaluation import strip_special
+
+
+def run(cfg: DictConfig) -> list[dict[str, Any]]:
+    """Decode `prompts` (a JSONL file), or the first `num_samples` test examples of the task; print and save them.
+
+    Returns:
+        one record per decode, as written to `predictions/generate.jsonl`: prompt, prediction, the ids of both, nfe,
+        finish_reason and `steps`, the step that wrote each token of the prediction.
+    """
+    model = load_model(cfg)
+    tokenizer = load_tokenizer(cfg)
+    examples = _examples_from_file(cfg, tokenizer) if cfg.prompts else _examples_from_task(cfg)
+    kind = "seq2seq" if any(example["prompt_ids"] for example in examples) else "lm"
+    collator = build_collator(cfg, f"{kind}_prediction", tokenizer, model)
+    output_dir = run_directory(cfg)
+    records: list[dict[str, Any]] = []
+    batch_size = cfg.trainer.per_device_eval_batch_size
+    for start in range(0, len(examples), batch_size):
+        batch = collator(examples[start : start + batch_size])
+        seeds = batch.pop("example_id") + cfg.seed
+        output = model.generate(**batch, seed=seeds, return_history=True)
+        width = batch["input_ids"].shape[1]
+        for row, example in enumerate(examples[start : start + batch_size]):
+            ids = strip_special(output.sequences[row, width:].tolist(), tokenizer)
+            records.append(
+                {
+                    **example,
+                    "prediction_ids": ids,
+                    "prompt": tokenizer.decode(example["prompt_ids"]),
+                    "prediction": tokenizer.decode(ids),
+                    "steps": output.history[row, width : width + len(ids)].tolist(),
+                    "nfe": int(output.nfe[row]),
+                    "finish_reason": output.finish_reason[row],
+                }
+            )
+            say(render(records[-1], tokenizer) + "\n")
+    write_results(output_dir, {"samples": len(records)}, {"generate": records})
+    say(f"Decodes: {output_dir}/predictions/generate.jsonl")
+    return records
+
+
+def render(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
+    """A decode as text: the prompt, then the sequence after every step, the tokens just written in brackets."""
+    words = [tokenizer.decode([token]) for token in record["prediction_ids"]]
+    steps = record["steps"]
+    lines = [f"prompt      {record['prompt']}"]
+    for step in sorted(set(steps)):
+        shown = [f"[{word}]" if at == step else word for word, at in zip(words, steps, strict=True) if at <= step]
+        lines.append(f"step {step + 1:<6} {' '.join(shown)}")
+    lines.append(f"prediction  {record['prediction']}   ({record['finish_reason']}, {record['nfe']} forward passes)")
+    if "reference" in record:
+        lines.append(f"reference   {record['reference']}")
+    return "\n".join(lines)
+
+
+def _examples_from_task(cfg: DictConfig) -> list[dict[str, Any]]:
+    task = build_task(cfg)
+    rows = list(task.splits["test"].select(range(min(cfg.num_samples, len(task.splits["test"])))))
+    return [
+        {
+            "example_id": row["example_id"],
+            "prompt_ids": row.get("prompt_ids", []),
+            **({"reference": task.tokenizer.decode(row["target_ids"])} if "target_ids" in row else {}),
+        }
+        for row in rows
+    ]
+
+
+def _examples_from_file(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    file = Path(cfg.prompts)
+    if not file.exists():
+        raise ValueError(f"There is no file {file}: prompts names a JSONL file with a `prompt` or `prompt_ids` a line.")
+    examples = []
+    for number, line in enumerate(file.read_text().splitlines()):
+        try:
+            row = json.loads(line)
+            ids = row["prompt_ids"] if "prompt_ids" in row else tokenizer.encode(row["prompt"], add_special_tokens=False)
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(
+                f"Line {number + 1} of {file} is not a JSON object with a `prompt` or `prompt_ids`: {line[:60]}"
+            ) from None
+        examples.append({"example_id": number, "prompt_ids": ids})
+    if not examples:
+        raise ValueError(f"{file} is empty: write one JSON object with a `prompt` on each line.")
+    return examples

@@ -1,0 +1,85 @@
+"""job=train: prepare, train (or resume), test, and export `model/`."""
+
+import os
+from pathlib import Path
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+from xlm_hf.callbacks.progress import format_metrics
+from xlm_hf.checkpoints import last_sound_checkpoint, write_text
+from xlm_hf.commands.common import build_model, build_task, build_trainer, run_directory, say, write_results
+from xlm_hf.hub import export_model
+
+# What makes two runs different runs; the rest (steps, logging, generation) may change when a run is resumed.
+_IDENTITY = ("family", "task", "model", "loss", "collators", "seed")
+
+
+def run(cfg: DictConfig) -> dict[str, float]:
+    """Train the run in `output_dir`, from its newest checkpoint if it has one, and return the test metrics.
+
+    Raises:
+        ValueError: if `output_dir` holds a different run, or an option does not fit.
+    """
+    _use_offline_wandb(cfg)
+    output_dir = run_directory(cfg)
+    _claim(output_dir, cfg)
+    task = build_task(cfg)
+    model = build_model(cfg, task.tokenizer)
+    trainer = build_trainer(cfg, task, model, output_dir)
+    checkpoint = last_sound_checkpoint(output_dir)
+    _say_summary(trainer, cfg, output_dir, checkpoint)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    metrics = trainer.evaluate(metric_key_prefix="test")
+    metrics = {**metrics, "parameters": model.num_parameters(), "steps": trainer.state.global_step}
+    if trainer.is_world_process_zero():
+        write_results(output_dir, metrics, trainer.predictions)
+        export_model(model, task.tokenizer, output_dir / "model", _card_variables(cfg, metrics, trainer.predictions))
+        say(f"\n{format_metrics(metrics)}\n")
+        say(f"Metrics and predictions: {output_dir}/metrics.json, {output_dir}/predictions/")
+        say(f"Model, ready for the Hub: {output_dir}/model")
+        say(f"Next: python examples/run_xlm.py --config-name {cfg.experiment} job=generate checkpoint={output_dir}")
+    return metrics
+
+
+def _use_offline_wandb(cfg: DictConfig) -> None:
+    if "wandb" in cfg.logger and "WANDB_API_KEY" not in os.environ:
+        os.environ.setdefault("WANDB_MODE", "offline")
+
+
+def _claim(output_dir: Path, cfg: DictConfig) -> None:
+    """Write the composed config into a fresh run, or make sure that the run which is there is this one."""
+    file = output_dir / "config.yaml"
+    wanted = OmegaConf.to_container(cfg, resolve=True)
+    if file.exists():
+        found = yaml.safe_load(file.read_text())
+        for key in _IDENTITY:
+            if found.get(key) != wanted[key]:
+                raise ValueError(
+                    f"{output_dir} holds another run, whose {key} is {found.get(key)} and not {wanted[key]}: choose "
+                    "another output_dir."
+                )
+    write_text(file, OmegaConf.to_yaml(cfg, resolve=True))
+
+
+def _say_summary(trainer, cfg: DictConfig, output_dir: Path, checkpoint: Path | None) -> None:
+    if not trainer.is_world_process_zero():
+        return
+    args = trainer.args
+    batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    length = f"{args.max_steps:,} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
+    say(f"{cfg.experiment}: {cfg.family} on {cfg.task.name}, {trainer.model.num_parameters():,} parameters")
+    say(f"{length} of {batch_size} examples, from {len(trainer.train_dataset):,}; seed {cfg.seed}; {args.device}")
+    say(f"Everything goes to {output_dir}" + (f"; resuming from {checkpoint.name}" if checkpoint else ""))
+
+
+def _card_variables(cfg: DictConfig, metrics: dict[str, float], predictions: dict[str, list[dict]]) -> dict:
+    decodes = next(iter(predictions.values()), [])[:5]
+    return {
+        "experiment": cfg.experiment,
+        "task": cfg.task.name,
+        "seed": cfg.seed,
+        "config": OmegaConf.to_yaml(cfg, resolve=True),
+        "metrics": metrics,
+        "samples": [{name: record[name] for name in ("prompt", "prediction", "reference")} for record in decodes],
+    }

@@ -1,0 +1,196 @@
+"""The trainer of every family: `transformers.Trainer` with a loss object, global normalisation and whole checkpoints."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+
+from xlm_hf.callbacks import ProgressBar
+from xlm_hf.checkpoints import INCOMPLETE_SUFFIX, replaced_folder
+from xlm_hf.data import EpochSampler, KeyedExamples
+from xlm_hf.evaluation import EvaluationSet, check_evaluation_sets, reduce_sums, run_evaluation_set
+
+
+@dataclass
+class XLMTrainingArguments(TrainingArguments):
+    """`transformers.TrainingArguments` with the defaults that counter-based collators and honest logs need.
+
+    Attributes:
+        remove_unused_columns: False, since the collators read the columns that the model does not.
+        logging_nan_inf_filter: False, since a loss that is not a number must be seen.
+    """
+
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Keep the columns that the collators read."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Show a loss that is not a number."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        # Pinned memory speeds up copies to an accelerator; without one torch warns about it at every epoch.
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
+
+
+class XLMTrainer(Trainer):
+    """Trains a model by a family's loss object and evaluates it on named evaluation sets.
+
+    The gradient of an optimiser step is that of loss_sum / num_items over all its micro-batches and all ranks: the
+    items are counted before the first backward pass, so 8 x 1, 1 x 8 and 2 ranks x 4 give the same gradient.
+
+    Args:
+        model: the model.
+        args: training arguments.
+        loss: the family's loss object, `loss(model, batch) -> LossOutput` and `loss.num_items(batch)`.
+        data_collator: makes training batches.
+        train_dataset: training examples, with an `example_id`.
+        evaluation_sets: what `evaluate` measures, by stage.
+        processing_class: the tokenizer, saved with every checkpoint.
+        callbacks: further callbacks.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: XLMTrainingArguments,
+        loss: Any,
+        data_collator: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]] | None = None,
+        train_dataset: datasets.Dataset | None = None,
+        evaluation_sets: Sequence[EvaluationSet] = (),
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ):
+        if train_dataset is not None and len(train_dataset) == 0:
+            raise ValueError("The training set is empty: choose another split or more examples.")
+        check_evaluation_sets(evaluation_sets)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=None if train_dataset is None else KeyedExamples(train_dataset),
+            eval_dataset=evaluation_sets[0].dataset if evaluation_sets else None,
+            processing_class=processing_class,
+            callbacks=callbacks,
+        )
+        for callback in (ProgressCallback, PrinterCallback):
+            self.remove_callback(callback)
+        self.add_callback(ProgressBar())
+        self.loss = loss
+        self.evaluation_sets = evaluation_sets
+        self.predictions: dict[str, list[dict[str, Any]]] = {}
+        # compute_loss divides by the items of the whole optimiser step, so nothing is left to scale.
+        self.loss_is_scaled_for_ga = True
+        self._metric_sums: dict[str, tuple[torch.Tensor, torch.Tensor | int]] = {}
+
+    def _get_train_sampler(self, train_dataset=None) -> EpochSampler:
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return EpochSampler(len(self.train_dataset), seed)
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor:
+        num_items = torch.tensor(sum(int(self.loss.num_items(batch)) for batch in batch_samples), device=device)
+        return self.accelerator.reduce(num_items, "sum").clamp(min=1)
+
+    def compute_loss(self, model: nn.Module, inputs, return_outputs: bool = False, num_items_in_batch=None):
+        """This micro-batch's share of the loss of the whole optimiser step, loss_sum / num_items_in_batch.
+
+        Args:
+            model: the model, as wrapped for training.
+            inputs: a batch of the training collator.
+            return_outputs: must be False; the loss object keeps the outputs to itself.
+            num_items_in_batch: items of the whole optimiser step over all ranks.
+
+        Returns:
+            a scalar, multiplied by the number of ranks because their gradients are averaged, not summed.
+        """
+        output = self.loss(model, inputs)
+        for name, (total, count) in output.metrics.items():
+            old = self._metric_sums.get(name, (0.0, 0))
+            self._metric_sums[name] = (old[0] + total, old[1] + count)
+        return output.loss_sum / num_items_in_batch * self.accelerator.num_processes
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, adding the components of the training loss since the last log, reduced over all ranks."""
+        if "loss" in logs:
+            logs.update(reduce_sums(self._metric_sums, self.args.device))
+            self._metric_sums = {}
+        super().log(logs, start_time)
+
+    def evaluate(
+        self, eval_dataset=None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "validation"
+    ) -> dict[str, float]:
+        """Run the evaluation sets of a stage.
+
+        Args:
+            eval_dataset: unused, kept for the signature of `Trainer.evaluate`; the evaluation sets hold their data.
+            ignore_keys: unused, likewise.
+            metric_key_prefix: the stage.
+
+        Returns:
+            flat metrics, `<set>/<metric>`; the decoded examples are kept in `self.predictions[<set>]`.
+        """
+        metrics: dict[str, float] = {}
+        for evaluation_set in self.evaluation_sets:
+            if metric_key_prefix not in evaluation_set.stages:
+                continue
+            results, records = run_evaluation_set(
+                self.model, evaluation_set, self.processing_class, self.args.eval_batch_size, self.args.seed
+            )
+            seconds = f"{evaluation_set.name}/seconds"
+            results["seconds"] += metrics.get(seconds, 0.0)
+            metrics.update({f"{evaluation_set.name}/{name}": value for name, value in results.items()})
+            if records:
+                self.predictions[evaluation_set.name] = records
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial) -> bool:
+        # The parent looks its metric up under the prefix eval_; ours carry the name of their set.
+        return super()._determine_best_metric({f"eval_{name}": value for name, value in metrics.items()}, trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial) -> None:
+        """Write a checkpoint beside its place and rename it; only then may an older one go."""
+        self.store_flos()
+        output_dir = Path(self.args.output_dir)
+        folder = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        best = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+        if best == folder or best.exists():
+            self.state.best_model_checkpoint = str(best)
+        if self.args.should_save:
+            with replaced_folder(folder) as staging:
+                self.accelerator.wait_for_everyone()
+                self._write_checkpoint(str(staging))
+                self.accelerator.wait_for_everyone()
+            rotate_checkpoints(
+                output_dir=str(output_dir),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+        else:
+            self.accelerator.wait_for_everyone()
+            self._write_checkpoint(str(folder) + INCOMPLETE_SUFFIX)
+            self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder))
+
+    def _write_checkpoint(self, folder: str) -> None:
+        self.save_model(folder, _internal_call=True)
+        if not self.args.save_only_model:
+            self._save_optimizer_and_scheduler(folder)
+            self._save_scaler(folder)
+            self._save_rng_state(folder)
+        if self.args.should_save:
+            for stateful in [*self.callback_handler.callbacks, self.control]:
+                if isinstance(stateful, ExportableState):
+                    self.state.stateful_callbacks[type(stateful).__name__] = stateful.state()
+            self.state.save_to_json(str(Path(folder) / "trainer_state.json"))
+
+    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        super()._save(output_dir, state_dict)
+        # A pickle of the arguments, which nothing reads: config.yaml of the run says the same in the open.
+        (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
