@@ -8,6 +8,7 @@ from typing import Any
 import datasets
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
@@ -86,9 +87,24 @@ class XLMTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         self._metric_sums: dict[str, tuple[torch.Tensor, torch.Tensor | int]] = {}
 
-    def _get_train_sampler(self, train_dataset=None) -> EpochSampler:
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return EpochSampler(len(self.train_dataset), seed)
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches of the training set in an order, and with a corruption, that (seed, epoch) alone determine."""
+        args = self.args
+        seed = args.seed if args.data_seed is None else args.data_seed
+        loader = DataLoader(
+            self.train_dataset,
+            batch_size=self._train_batch_size,
+            sampler=EpochSampler(len(self.train_dataset), seed),
+            collate_fn=self.data_collator,
+            drop_last=args.dataloader_drop_last,
+            num_workers=args.dataloader_num_workers,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            pin_memory=args.dataloader_pin_memory,
+            # Loaders draw seeds for their workers; from the global generator that would shift every later dropout mask.
+            generator=torch.Generator(),
+        )
+        return self.accelerator.prepare(loader)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor:
         num_items = torch.tensor(sum(int(self.loss.num_items(batch)) for batch in batch_samples), device=device)

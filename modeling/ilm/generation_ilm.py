@@ -84,11 +84,12 @@ class ILMGenerationMixin(NonAutoregressiveGenerationMixin):
         """
         config = self.resolve_generation_config(generation_config, overrides)
         prompt, prompt_mask = self._prepare_prompt(input_ids, attention_mask)
-        state = _InsertionState(prompt, prompt_mask, self.max_new_tokens(config, prompt.shape[1]), self._pad_token_id)
+        room = self.room_for_new_tokens(config, prompt_mask.sum(dim=-1))
+        state = _InsertionState(prompt, prompt_mask, room, self._pad_token_id)
         seeds = row_seeds(seed, len(prompt), prompt.device)
         if streamer is not None:
             streamer.put(prompt.cpu())
-        for step in range(state.capacity + 1):
+        for step in range(int(room.max()) + 1):
             rows = (~state.finished).nonzero().squeeze(-1)
             if len(rows) == 0:
                 break
@@ -198,11 +199,11 @@ def _choose(logits: torch.Tensor, do_sample: bool, uniforms: torch.Tensor) -> to
 class _InsertionState:
     """The sequences being written: a fixed prompt, padded on the left, and what was inserted after it, in order."""
 
-    def __init__(self, prompt: torch.Tensor, prompt_mask: torch.Tensor, capacity: int, pad_token_id: int):
-        B, device = len(prompt), prompt.device
-        self.prompt, self.prompt_mask, self.capacity, self.pad_token_id = prompt, prompt_mask, capacity, pad_token_id
-        self.tokens = torch.full((B, capacity), pad_token_id, device=device)
-        self.steps = torch.full((B, capacity), -1, device=device)
+    def __init__(self, prompt: torch.Tensor, prompt_mask: torch.Tensor, room: torch.Tensor, pad_token_id: int):
+        B, device, self.capacity = len(prompt), prompt.device, int(room.max())
+        self.prompt, self.prompt_mask, self.room = prompt, prompt_mask, room
+        self.tokens = torch.full((B, self.capacity), pad_token_id, device=device)
+        self.steps = torch.full((B, self.capacity), -1, device=device)
         self.lengths = torch.zeros(B, dtype=torch.int64, device=device)
         self.nfe = torch.zeros(B, dtype=torch.int64, device=device)
         self.finished = torch.zeros(B, dtype=torch.bool, device=device)
@@ -226,8 +227,7 @@ class _InsertionState:
 
     def insert(self, rows, slots, tokens, drawn, step: int) -> None:
         """Insert `tokens` into `slots` (R, K) of `rows` where `drawn`, as far as there is room."""
-        room = self.capacity - self.lengths[rows]
-        drawn = drawn & (drawn.cumsum(dim=-1) <= room[:, None])
+        drawn = drawn & (drawn.cumsum(dim=-1) <= (self.room - self.lengths)[rows, None])
         # Without a slot that is allowed there is nothing left to insert.
         self.finish(rows[~drawn.any(dim=-1)])
         slots = torch.where(drawn, slots, self.capacity + 1)
@@ -242,7 +242,7 @@ class _InsertionState:
             new.scatter_(1, target.clamp(max=self.capacity), values)
             buffer[rows] = new[:, : self.capacity]
         self.lengths[rows] += drawn.sum(dim=-1)
-        self.finished[rows] |= self.lengths[rows] == self.capacity
+        self.finished[rows] |= self.lengths[rows] == self.room[rows]
 
     def output(self, return_history: bool) -> NonAutoregressiveGenerationOutput:
         """Gather the result of `generate`."""

@@ -190,32 +190,39 @@ class NonAutoregressiveGenerationMixin:
             return base
         return type(base)(**{**copy.deepcopy(base.to_dict()), **overrides})
 
-    def max_new_tokens(self, generation_config: NonAutoregressiveGenerationConfig, prompt_length: int) -> int:
-        """Room for new tokens after a prompt of `prompt_length`, by the options and the model's positions.
+    def room_for_new_tokens(
+        self, generation_config: NonAutoregressiveGenerationConfig, prompt_lengths: torch.Tensor
+    ) -> torch.Tensor:
+        """How many tokens each row may write, by the options and the model's positions: (B,) int64.
+
+        It depends on a row's own prompt alone, so that a row decodes alike in any batch.
+
+        Args:
+            generation_config: the options.
+            prompt_lengths: (B,) tokens of each prompt.
 
         Raises:
-            ValueError: if the prompt fills the model's positions, or the options ask for more than they hold.
+            ValueError: if a prompt fills the model's positions, or the options ask for more than they hold.
         """
-        positions = self.config.max_position_embeddings
-        room = positions - prompt_length
+        positions, longest = self.config.max_position_embeddings, int(prompt_lengths.max())
+        room = positions - longest
         if room <= 0:
             raise ValueError(
-                f"The prompt has {prompt_length} tokens and the model has {positions} positions, which leaves no room "
-                "to write: shorten the prompt or train with a larger max_position_embeddings."
+                f"The prompt has {longest} tokens and the model has {positions} positions, which leaves no room to "
+                "write: shorten the prompt or train with a larger max_position_embeddings."
             )
         if generation_config.max_new_tokens is not None and generation_config.max_new_tokens > room:
             raise ValueError(
-                f"max_new_tokens is {generation_config.max_new_tokens}, but after a prompt of {prompt_length} tokens "
-                f"the model has {room} of its {positions} positions left: ask for at most {room}."
+                f"max_new_tokens is {generation_config.max_new_tokens}, but after a prompt of {longest} tokens the "
+                f"model has {room} of its {positions} positions left: ask for at most {room}."
             )
-        if generation_config.max_length is not None:
-            if generation_config.max_length <= prompt_length:
-                raise ValueError(
-                    f"max_length is {generation_config.max_length} and the prompt alone has {prompt_length} tokens: "
-                    "raise max_length or shorten the prompt."
-                )
-            room = min(room, generation_config.max_length - prompt_length)
-        return room if generation_config.max_new_tokens is None else min(room, generation_config.max_new_tokens)
+        if generation_config.max_length is not None and generation_config.max_length <= longest:
+            raise ValueError(
+                f"max_length is {generation_config.max_length} and a prompt alone has {longest} tokens: raise "
+                "max_length or shorten the prompt."
+            )
+        max_length = min(positions, generation_config.max_length or positions)
+        return (max_length - prompt_lengths).clamp(max=generation_config.max_new_tokens or max_length)
 
     def check_token_ids(self, input_ids: torch.Tensor) -> None:
         """Raise ValueError if an id lies outside the model's vocabulary."""
