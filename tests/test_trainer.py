@@ -182,7 +182,9 @@ def test_logged_loss_is_that_of_the_whole_step(tmp_path):
 
 
 def test_best_and_last_checkpoints_stay(tmp_path):
-    sets = [EvaluationSet("validation", dataset(8, 1), ILMCollatorForSeq2Seq(Tokenizer(V), 32), ["validation"], ILMLoss())]
+    sets = [
+        EvaluationSet("validation", dataset(8, 1), ILMCollatorForSeq2Seq(Tokenizer(V), 32), ["validation"], ILMLoss())
+    ]
     trainer = make_trainer(
         tmp_path,
         evaluation_sets=sets,
@@ -248,7 +250,12 @@ def evaluation_sets(num, batch_loss=None):
     return [
         EvaluationSet("test", dataset(num, 5), ILMCollatorForSeq2Seq(tokenizer, 32), ["test"], loss=ILMLoss()),
         EvaluationSet(
-            "test", dataset(num, 5), ILMCollatorForSeq2SeqPrediction(tokenizer, 32), ["test"], generate=True, metrics=[exact]
+            "test",
+            dataset(num, 5),
+            ILMCollatorForSeq2SeqPrediction(tokenizer, 32),
+            ["test"],
+            generate=True,
+            metrics=[exact],
         ),
     ]
 
@@ -280,7 +287,9 @@ def test_mistakes_are_refused_before_any_work(tmp_path):
     with pytest.raises(ValueError, match="Two evaluation sets named 'test' report a loss"):
         make_trainer(tmp_path, evaluation_sets=twice)
     with pytest.raises(ValueError, match="Evaluation set 'test' is empty"):
-        make_trainer(tmp_path, evaluation_sets=[EvaluationSet("test", dataset(1).select([]), None, ["test"], loss=ILMLoss())])
+        make_trainer(
+            tmp_path, evaluation_sets=[EvaluationSet("test", dataset(1).select([]), None, ["test"], loss=ILMLoss())]
+        )
     with pytest.raises(ValueError, match="must have either a loss or generate"):
         make_trainer(tmp_path, evaluation_sets=[EvaluationSet("test", dataset(1), None, ["test"])])
 

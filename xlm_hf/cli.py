@@ -66,7 +66,7 @@ def explain(error: BaseException) -> str:
         cause = error.__cause__ or error
         match = re.search(r"Key '([^']+)' is not in struct", str(cause))
         if match:
-            known = re.findall(r"\w+", str(getattr(cause, "parent_node", None) and list(cause.parent_node) or ""))
+            known = re.findall(r"\w+", str((getattr(cause, "parent_node", None) and list(cause.parent_node)) or ""))
             return f"There is no option {match[1]!r}: {closest(match[1], known)}"
     while isinstance(error, HydraException) and error.__cause__ is not None:
         error = error.__cause__
@@ -76,4 +76,6 @@ def explain(error: BaseException) -> str:
 def _experiments() -> list[str]:
     from importlib.resources import files
 
-    return [file.name.removesuffix(".yaml") for file in files("xlm_hf.configs").iterdir() if file.name.endswith(".yaml")]
+    return [
+        file.name.removesuffix(".yaml") for file in files("xlm_hf.configs").iterdir() if file.name.endswith(".yaml")
+    ]

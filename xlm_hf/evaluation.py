@@ -95,12 +95,14 @@ def run_evaluation_set(
     return {**metrics, "samples": len(evaluation_set.dataset), "seconds": time.perf_counter() - start}, records
 
 
-def reduce_sums(sums: dict[str, tuple[torch.Tensor, torch.Tensor]], device: torch.device) -> dict[str, float]:
+def reduce_sums(sums: dict[str, tuple[Any, Any]], device: torch.device) -> dict[str, float]:
     """Means of (sum, count) pairs over all ranks, by one collective call in a fixed order; a count of 0 is left out."""
     if not sums:
         return {}
     names = sorted(sums)
-    pairs = torch.stack([torch.stack([torch.as_tensor(x, dtype=torch.float64, device="cpu") for x in sums[name]]) for name in names])
+    pairs = torch.stack(
+        [torch.stack([torch.as_tensor(x, dtype=torch.float64, device="cpu") for x in sums[name]]) for name in names]
+    )
     if PartialState().num_processes > 1:
         pairs = pairs.to(device)
         torch.distributed.all_reduce(pairs)
@@ -147,7 +149,9 @@ def _decode(model, batches, dataset, indices, tokenizer, seed) -> list[dict[str,
 
 
 def _generation_metrics(records: list[dict[str, Any]], evaluation_set: EvaluationSet) -> dict[str, float]:
-    columns = {f"{name}s": [record[f"{name}_ids"] for record in records] for name in ("prediction", "reference", "prompt")}
+    columns = {
+        f"{name}s": [record[f"{name}_ids"] for record in records] for name in ("prediction", "reference", "prompt")
+    }
     metrics = {"nfe": sum(record["nfe"] for record in records) / len(records)}
     for metric in evaluation_set.metrics:
         metrics.update(metric.compute(**{name: columns[name] for name in metric.features}))

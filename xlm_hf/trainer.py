@@ -1,4 +1,4 @@
-"""The trainer of every family: `transformers.Trainer` with a loss object, global normalisation and whole checkpoints."""
+"""The trainer of every family: transformers' Trainer with a loss object, global normalisation, whole checkpoints."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -53,6 +53,10 @@ class XLMTrainer(Trainer):
         processing_class: the tokenizer, saved with every checkpoint.
         callbacks: further callbacks.
     """
+
+    model: Any
+    processing_class: Any
+    train_dataset: Any
 
     def __init__(
         self,
@@ -171,7 +175,7 @@ class XLMTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial) -> None:
         """Write a checkpoint beside its place and rename it; only then may an older one go."""
         self.store_flos()
-        output_dir = Path(self.args.output_dir)
+        output_dir = Path(str(self.args.output_dir))
         folder = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         best = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
         if best == folder or best.exists():
@@ -203,10 +207,10 @@ class XLMTrainer(Trainer):
         if self.args.should_save:
             for stateful in [*self.callback_handler.callbacks, self.control]:
                 if isinstance(stateful, ExportableState):
-                    self.state.stateful_callbacks[type(stateful).__name__] = stateful.state()
+                    self.state.stateful_callbacks[type(stateful).__name__] = stateful.state()  # type: ignore[index, call-overload]
             self.state.save_to_json(str(Path(folder) / "trainer_state.json"))
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         super()._save(output_dir, state_dict)
         # A pickle of the arguments, which nothing reads: config.yaml of the run says the same in the open.
-        (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
+        (Path(str(output_dir or self.args.output_dir)) / "training_args.bin").unlink(missing_ok=True)

@@ -1,8 +1,9 @@
 """Generation by insertion: choose a slot and a token, insert, and ask whether to stop."""
 
+from typing import Any
+
 import torch
 from transformers.generation import LogitsProcessorList
-from transformers.generation.streamers import BaseStreamer
 
 from xlm_hf.modules.counter_random import uniform
 from xlm_hf.modules.generation import (
@@ -37,7 +38,7 @@ class ILMGenerationConfig(NonAutoregressiveGenerationConfig):
     insertions_per_step: int = 1
     stopping_threshold: float | None = 0.5
 
-    def validate(self, **unused):
+    def validate(self, strict: bool = False, user_set_attributes: set[str] | None = None) -> None:
         """Check every option; raises ValueError naming the option, its value and its range."""
         super().validate()
         self._check_choice("sampling_method", ("joint", "two_stage"))
@@ -54,11 +55,11 @@ class ILMGenerationMixin(NonAutoregressiveGenerationMixin):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         generation_config: ILMGenerationConfig | None = None,
-        streamer: BaseStreamer | None = None,
+        streamer: Any = None,
         logits_processor: LogitsProcessorList | None = None,
         seed: int | list[int] | torch.Tensor | None = None,
         **overrides,
-    ) -> NonAutoregressiveGenerationOutput | torch.Tensor:
+    ) -> NonAutoregressiveGenerationOutput | torch.Tensor | None:
         """Write sequences by insertion (arXiv 2505.05755, section 3.3).
 
         Each forward pass either ends a row, by its stopping head, or inserts into slots right of `[BOS]`; the prompt
@@ -69,7 +70,7 @@ class ILMGenerationMixin(NonAutoregressiveGenerationMixin):
                 are padded on either side. None writes one sequence from an empty prompt.
             attention_mask: (B, P), 1 for tokens; by default everything but `pad_token_id`.
             generation_config: options; the model's own by default.
-            streamer: gets the prompt by `put`, the sequence after every step by `put_draft`, and the result by `put`.
+            streamer: a `TextDiffusionStreamer` or its like; gets the prompt by `put`, the sequence after every step by `put_draft`, and the result by `put`.
             logits_processor: called as transformers does, with (rows x slots, length) ids, (rows x slots, V) logits
                 and `cur_step`.
             seed: one integer, or one for each row (see `row_seeds`).
@@ -97,7 +98,7 @@ class ILMGenerationMixin(NonAutoregressiveGenerationMixin):
             grid, stop_logits = self._score_slots(sequences, mask, prompt.shape[1], width)
             if logits_processor is not None:
                 ids = sequences.repeat_interleave(grid.shape[1], dim=0)
-                grid = logits_processor(ids, grid.flatten(0, 1), cur_step=step).view_as(grid)
+                grid = logits_processor(ids, grid.flatten(0, 1), cur_step=step).view_as(grid)  # type: ignore[arg-type]
             if config.suppress_tokens:
                 grid[..., config.suppress_tokens] = -torch.inf
             slot_exists = torch.arange(width + 1, device=grid.device) <= state.lengths[rows, None]
@@ -143,7 +144,7 @@ class ILMGenerationMixin(NonAutoregressiveGenerationMixin):
         mask = torch.cat((column.bool(), mask, column.bool()), dim=1)
         return left_align_padding(input_ids, mask)
 
-    def _score_slots(self, sequences, mask, prompt_length, width):
+    def _score_slots(self: Any, sequences, mask, prompt_length, width):
         """Logits of every insertion (R, width + 1, V) and of stopping (R, 2) for R rows."""
         slots = torch.arange(prompt_length - 1, prompt_length + width, device=sequences.device)
         slot_index = torch.arange(len(sequences), device=sequences.device)[:, None] * sequences.shape[1] + slots
@@ -167,9 +168,9 @@ def _draw_insertions(
     """
     R, S, V = grid.shape
     joint = config.sampling_method == "joint"
-    token_filter = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
+    token_filter = (config.temperature, config.top_k, config.top_p)
     if joint:
-        grid = filter_logits(grid.flatten(1), **token_filter).view(R, S, V)
+        grid = filter_logits(grid.flatten(1), *token_filter).view(R, S, V)
     # Greedy joint decoding takes the best pair; everywhere else a slot counts with the mass of all its tokens.
     scores = grid.amax(dim=-1) if joint and not config.do_sample else grid.logsumexp(dim=-1)
     if not joint:
@@ -183,7 +184,7 @@ def _draw_insertions(
         slot = _choose(candidates, config.do_sample, uniform(seeds, step, draw, 0))
         token_logits = grid[rows, slot]
         if not joint:
-            token_logits = filter_logits(token_logits, **token_filter)
+            token_logits = filter_logits(token_logits, *token_filter)
         token_logits = token_logits.masked_fill(~possible[:, None], 0.0)
         tokens.append(_choose(token_logits, config.do_sample, uniform(seeds, step, draw, 1)))
         slots.append(slot)

@@ -24,10 +24,10 @@ class ILMOutput(ModelOutput):
         attentions: per layer (B, heads, L, L), with `output_attentions=True` and eager attention.
     """
 
-    logits: torch.FloatTensor | None = None
-    stop_logits: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
+    logits: torch.Tensor | None = None
+    stop_logits: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 class ILMStoppingHead(nn.Module):

@@ -20,7 +20,9 @@ def restore(batch, row):
     L = batch["input_ids"].shape[1]
     ids = batch["input_ids"][row, batch["attention_mask"][row]].tolist()
     by_slot: dict[int, list[int]] = {}
-    for slot, token in zip(batch["slot_index"][batch["target_slots"]].tolist(), batch["target_ids"].tolist(), strict=True):
+    for slot, token in zip(
+        batch["slot_index"][batch["target_slots"]].tolist(), batch["target_ids"].tolist(), strict=True
+    ):
         if slot // L == row:
             by_slot.setdefault(slot % L, []).append(token)
     return [token for place, kept in enumerate(ids) for token in (kept, *by_slot.get(place, []))]
@@ -87,7 +89,8 @@ def test_number_of_dropped_tokens_is_uniform_and_evenly_spread():
 def test_every_subset_of_a_size_is_dropped_alike():
     length, num = 4, 30_000
     examples = [
-        {"prompt_ids": [], "target_ids": [10, 11, 12, 13], "example_id": i, "epoch": 2, "position": i} for i in range(num)
+        {"prompt_ids": [], "target_ids": [10, 11, 12, 13], "example_id": i, "epoch": 2, "position": i}
+        for i in range(num)
     ]
     batch = ILMCollatorForSeq2Seq(SpecialIds(V), max_length=32, seed=5)(examples)
     kept = [tuple(t for t in row if t >= 10) for row in batch["input_ids"].tolist()]

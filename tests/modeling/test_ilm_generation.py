@@ -1,3 +1,4 @@
+import itertools
 from collections import Counter
 
 import pytest
@@ -144,7 +145,7 @@ def test_history_tells_the_step_of_each_token():
         # One slot is there at first, then two that are neighbours, and from then on two that are not.
         assert Counter(steps) == {0: 1, 1: 1, 2: 2, 3: 2, 4: 2, 5: 1}
         # Tokens of one step never end up side by side.
-        assert all(a != b for a, b in zip(steps, steps[1:], strict=False))
+        assert all(a != b for a, b in itertools.pairwise(steps))
         # Every prefix of the history is what a shorter run writes.
         shorter = model.generate(batch_of(PROMPTS), seed=0, **{**options, "max_new_tokens": 4})
         sequence = output.sequences[row, width:].tolist()

@@ -53,16 +53,19 @@ def run_directory(cfg: DictConfig) -> Path:
     return folder
 
 
+def plain(node: Any) -> Any:
+    """A config node as plain dicts and lists, with everything resolved."""
+    return OmegaConf.to_container(node, resolve=True)
+
+
 def options_of(node: DictConfig) -> dict[str, Any]:
     """A config node as plain Python, without its `_target_`."""
-    options: dict[str, Any] = OmegaConf.to_container(node, resolve=True)  # type: ignore[assignment]
-    options.pop("_target_", None)
-    return options
+    return {name: value for name, value in plain(node).items() if name != "_target_"}
 
 
 def build_task(cfg: DictConfig) -> Task:
     """Prepare the task, or take it from the cache."""
-    task = load_task(OmegaConf.to_container(cfg.task, resolve=True))
+    task = load_task(plain(cfg.task))
     for name, split in task.splits.items():
         if len(split) == 0:
             raise ValueError(f"The split {name!r} of task {task.name!r} is empty: choose more examples.")
@@ -110,8 +113,8 @@ def load_model(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase | None = None
     model = AutoModel.from_pretrained(source, dtype=torch.float32, trust_remote_code=cfg.trust_remote_code)
     if tokenizer is not None and len(tokenizer) != model.config.vocab_size:
         raise ValueError(
-            f"{source} has a vocabulary of {model.config.vocab_size} and task {cfg.task.name!r} one of {len(tokenizer)}: "
-            "name the task that it was trained on."
+            f"{source} has a vocabulary of {model.config.vocab_size} and task {cfg.task.name!r} one of "
+            f"{len(tokenizer)}: name the task that it was trained on."
         )
     logger.info("Loaded %s.", source)
     return _with_generation_options(model, cfg)
@@ -141,10 +144,12 @@ def build_evaluation_sets(cfg: DictConfig, task: Task, model: PreTrainedModel, l
     """The task's `evaluation` list as objects."""
     known = ["name", "split", "collator", "loss", "generate", "metrics", "stages"]
     sets = []
-    for entry in OmegaConf.to_container(cfg.task.evaluation, resolve=True):
+    for entry in plain(cfg.task.evaluation):
         check_options("An entry of task.evaluation", entry, known)
         if entry["split"] not in task.splits:
-            raise ValueError(f"Task {task.name!r} has no split {entry['split']!r}: {closest(entry['split'], list(task.splits))}")
+            raise ValueError(
+                f"Task {task.name!r} has no split {entry['split']!r}: {closest(entry['split'], list(task.splits))}"
+            )
         sets.append(
             EvaluationSet(
                 name=entry["name"],

@@ -26,7 +26,7 @@ def run(cfg: DictConfig) -> list[dict[str, Any]]:
         one record per decode, as written to `predictions/generate.jsonl`: prompt, prediction, the ids of both, nfe,
         finish_reason and `steps`, the step that wrote each token of the prediction.
     """
-    model = load_model(cfg)
+    model: Any = load_model(cfg)
     tokenizer = load_tokenizer(cfg)
     examples = _examples_from_file(cfg, tokenizer) if cfg.prompts else _examples_from_task(cfg)
     kind = "seq2seq" if any(example["prompt_ids"] for example in examples) else "lm"
@@ -60,7 +60,7 @@ def run(cfg: DictConfig) -> list[dict[str, Any]]:
 
 def render(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
     """A decode as text: the prompt, then the sequence after every step, the tokens just written in brackets."""
-    words = [tokenizer.decode([token]) for token in record["prediction_ids"]]
+    words = [str(tokenizer.decode([token])) for token in record["prediction_ids"]]
     steps = record["steps"]
     lines = [f"prompt      {record['prompt']}"]
     for step in sorted(set(steps)):
@@ -93,7 +93,9 @@ def _examples_from_file(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> 
     for number, line in enumerate(file.read_text().splitlines()):
         try:
             row = json.loads(line)
-            ids = row["prompt_ids"] if "prompt_ids" in row else tokenizer.encode(row["prompt"], add_special_tokens=False)
+            ids = (
+                row["prompt_ids"] if "prompt_ids" in row else tokenizer.encode(row["prompt"], add_special_tokens=False)
+            )
         except (ValueError, KeyError, TypeError):
             raise ValueError(
                 f"Line {number + 1} of {file} is not a JSON object with a `prompt` or `prompt_ids`: {line[:60]}"

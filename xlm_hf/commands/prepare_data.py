@@ -11,7 +11,8 @@ def run(cfg: DictConfig) -> dict[str, int]:
     sizes = {name: len(split) for name, split in task.splits.items()}
     say(f"{task.name} ({task.kind}), vocabulary of {len(task.tokenizer)}")
     for name, split in task.splits.items():
-        say(f"  {name}: {len(split):,} examples in {split.cache_files[0]['filename'] if split.cache_files else 'memory'}")
+        place = split.cache_files[0]["filename"] if split.cache_files else "memory"
+        say(f"  {name}: {len(split):,} examples in {place}")
     example = next(iter(task.splits.values()))[0]
     for column in ("prompt_ids", "target_ids", "input_ids"):
         if column in example:

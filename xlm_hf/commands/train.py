@@ -8,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from xlm_hf.callbacks.progress import format_metrics
 from xlm_hf.checkpoints import last_sound_checkpoint, write_text
-from xlm_hf.commands.common import build_model, build_task, build_trainer, run_directory, say, write_results
+from xlm_hf.commands.common import build_model, build_task, build_trainer, plain, run_directory, say, write_results
 from xlm_hf.hub import export_model
 
 # What makes two runs different runs; the rest (steps, logging, generation) may change when a run is resumed.
@@ -50,7 +50,7 @@ def _use_offline_wandb(cfg: DictConfig) -> None:
 def _claim(output_dir: Path, cfg: DictConfig) -> None:
     """Write the composed config into a fresh run, or make sure that the run which is there is this one."""
     file = output_dir / "config.yaml"
-    wanted = OmegaConf.to_container(cfg, resolve=True)
+    wanted = plain(cfg)
     if file.exists():
         found = yaml.safe_load(file.read_text())
         for key in _IDENTITY:

@@ -49,7 +49,9 @@ def random_bits(*counters: int | torch.Tensor) -> torch.Tensor:
     state: torch.Tensor | int = 0
     for counter in counters:
         if isinstance(counter, torch.Tensor):
-            state = _mix((state if isinstance(state, torch.Tensor) else _signed(state)) + (counter + 1) * _signed(_GAMMA))
+            state = _mix(
+                (state if isinstance(state, torch.Tensor) else _signed(state)) + (counter + 1) * _signed(_GAMMA)
+            )
         else:
             step = (counter + 1) * _GAMMA
             state = _mix(state + (_signed(step) if isinstance(state, torch.Tensor) else step))

@@ -72,7 +72,7 @@ class NonAutoregressiveGenerationConfig(GenerationConfig):
         bases = [base for base in reversed(cls.__mro__) if issubclass(base, NonAutoregressiveGenerationConfig)]
         return [name for base in bases for name in base.__annotations__ if not name.startswith("_")]
 
-    def validate(self, **unused):
+    def validate(self, strict: bool = False, user_set_attributes: set[str] | None = None) -> None:
         """Check every option; raises ValueError naming the option, its value and its range."""
         self._check_positive("max_new_tokens", "max_length", "temperature", "top_k")
         self._check_probability("top_p")
@@ -112,11 +112,11 @@ class NonAutoregressiveGenerationOutput(ModelOutput):
             for the prompt and for padding.
     """
 
-    sequences: torch.LongTensor | None = None
-    tokens_per_forward: torch.FloatTensor | None = None
-    nfe: torch.LongTensor | None = None
+    sequences: torch.Tensor | None = None
+    tokens_per_forward: torch.Tensor | None = None
+    nfe: torch.Tensor | None = None
     finish_reason: list[str] | None = None
-    history: torch.LongTensor | None = None
+    history: torch.Tensor | None = None
 
 
 def row_seeds(seed: int | Sequence[int] | torch.Tensor | None, num_rows: int, device: torch.device) -> torch.Tensor:
@@ -140,7 +140,9 @@ def row_seeds(seed: int | Sequence[int] | torch.Tensor | None, num_rows: int, de
         return random_bits(seed, torch.arange(num_rows, device=device))
     seeds = torch.as_tensor(seed, dtype=torch.int64, device=device)
     if seeds.shape != (num_rows,):
-        raise ValueError(f"seed has {seeds.numel()} entries for {num_rows} rows: give one integer, or one for each row.")
+        raise ValueError(
+            f"seed has {seeds.numel()} entries for {num_rows} rows: give one integer, or one for each row."
+        )
     return seeds
 
 
@@ -163,6 +165,11 @@ def left_align_padding(input_ids: torch.Tensor, attention_mask: torch.Tensor) ->
 class NonAutoregressiveGenerationMixin:
     """Plumbing between `generate`, the generation config of a model, and transformers' loading code."""
 
+    config: Any
+    device: Any
+    generation_config: Any
+    generation_config_class: Any
+
     def adjust_generation_fn(
         self, generation_config, from_auto_class, from_pipeline, pretrained_model_name_or_path, **loading_options
     ) -> None:
@@ -183,7 +190,7 @@ class NonAutoregressiveGenerationMixin:
 
     def resolve_generation_config(
         self, generation_config: NonAutoregressiveGenerationConfig | None, overrides: dict[str, Any]
-    ) -> NonAutoregressiveGenerationConfig:
+    ) -> Any:
         """Options of one call: `overrides` over `generation_config` over the model's own."""
         base = self.generation_config if generation_config is None else generation_config
         if not overrides:

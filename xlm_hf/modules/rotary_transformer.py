@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.masking_utils import (
@@ -35,6 +36,8 @@ class RotaryTransformerConfig(PreTrainedConfig):
         max_position_embeddings: longest sequence that the model accepts, in tokens.
         rope_theta: base of the rotary frequencies.
         partial_rotary_factor: share of each head's dimensions that are rotated.
+        conv_kernel_size: taps of the short convolution at the start of every layer (see `ShortConvolution`); 0 means
+            none. A bidirectional model takes an odd number.
         attention_dropout: dropout probability of the attention weights.
         hidden_dropout_prob: dropout probability after the attention and feed-forward blocks.
         layer_norm_eps: added to the variance in every layer norm.
@@ -55,6 +58,7 @@ class RotaryTransformerConfig(PreTrainedConfig):
     max_position_embeddings: int = 1024
     rope_theta: float = 10000.0
     partial_rotary_factor: float = 1.0
+    conv_kernel_size: int = 0
     attention_dropout: float = 0.0
     hidden_dropout_prob: float = 0.0
     layer_norm_eps: float = 1e-5
@@ -132,9 +136,51 @@ def eager_attention_forward(
     scores = query @ key.transpose(-1, -2) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = scores.softmax(dim=-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class ShortConvolution(nn.Module):
+    """Depthwise convolution along the sequence, added to its input: y_t = x_t + sum_o w_o * x_{t+o}, per channel.
+
+    It shows every token its neighbours before the attention looks, so that "what stands next to a copy of this token"
+    takes one layer instead of two; language models learn such look-ups much earlier with it (So et al., "Primer",
+    arXiv 2109.08668; Allen-Zhu, "Physics of language models 4.1: Canon layers", 2025). The offsets o run over
+    -(k-1)/2 .. (k-1)/2, or over -(k-1) .. 0 in a causal model. Nothing is taken from padding, from beyond the ends, or
+    from another document of a packed row.
+    """
+
+    def __init__(self, hidden_size: int, kernel_size: int, is_causal: bool):
+        super().__init__()
+        if not is_causal and kernel_size % 2 == 0:
+            raise ValueError(f"conv_kernel_size is {kernel_size}: a bidirectional model needs an odd number.")
+        first = -(kernel_size - 1) if is_causal else -(kernel_size // 2)
+        self.offsets = range(first, first + kernel_size)
+        self.weight = nn.Parameter(torch.empty(kernel_size, hidden_size))
+
+    def forward(self, hidden_states: torch.Tensor, document_ids: torch.Tensor | None) -> torch.Tensor:
+        """Map (B, L, hidden_size) to the same shape.
+
+        Args:
+            hidden_states: the residual stream.
+            document_ids: (B, L), equal for tokens that may see each other, negative for padding; None means that all
+                tokens of a row do.
+        """
+        L = hidden_states.shape[1]
+        output = hidden_states
+        for offset, weight in zip(self.offsets, self.weight, strict=True):
+            if abs(offset) >= L:
+                continue
+            # Target t takes from t + offset: the two slices are the parts of the row where both exist.
+            to = slice(max(0, -offset), L - max(0, offset))
+            source = slice(max(0, offset), L - max(0, -offset))
+            taken = hidden_states[:, source] * weight
+            if document_ids is not None:
+                same = (document_ids[:, to] == document_ids[:, source]) & (document_ids[:, source] >= 0)
+                taken = taken * same[..., None]
+            output = output + nn.functional.pad(taken, (0, 0, to.start, L - to.stop))
+        return output
 
 
 class RotaryAttention(nn.Module):
@@ -175,9 +221,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: RotaryTransformerConfig):
         super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)  # type: ignore[arg-type]
         self.act = ACT2FN[config.hidden_act]
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)  # type: ignore[arg-type]
 
     def forward(self, hidden_states):
         """Map (..., hidden_size) to the same shape."""
@@ -185,18 +231,23 @@ class FeedForward(nn.Module):
 
 
 class RotaryTransformerLayer(GradientCheckpointingLayer):
-    """One pre-norm layer: x + Attention(LN(x)), then x + FeedForward(LN(x))."""
+    """One pre-norm layer: x + Attention(LN(x)), then x + FeedForward(LN(x)), the short convolution before both."""
 
     def __init__(self, config: RotaryTransformerConfig, is_causal: bool):
         super().__init__()
+        self.conv = None
+        if config.conv_kernel_size:
+            self.conv = ShortConvolution(config.hidden_size, config.conv_kernel_size, is_causal)
         self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.self_attn = RotaryAttention(config, is_causal)
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = FeedForward(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, hidden_states, attention_mask=None, cos_sin=None, **kwargs):
+    def forward(self, hidden_states, attention_mask=None, cos_sin=None, document_ids=None, **kwargs):
         """Map (B, L, hidden_size) to the same shape."""
+        if self.conv is not None:
+            hidden_states = self.conv(hidden_states, document_ids)
         attended, _ = self.self_attn(self.input_layernorm(hidden_states), attention_mask, cos_sin, **kwargs)
         hidden_states = hidden_states + self.dropout(attended)
         return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
@@ -215,6 +266,13 @@ class RotaryTransformerPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": RotaryTransformerLayer, "attentions": RotaryAttention}
 
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, ShortConvolution):
+            # torch's own law for a convolution with this many taps per output.
+            bound = len(module.offsets) ** -0.5
+            init.uniform_(module.weight, -bound, bound)
+
 
 class RotaryTransformer(RotaryTransformerPreTrainedModel):
     """Token embedding, layers and final norm; the heads belong to the families.
@@ -228,9 +286,7 @@ class RotaryTransformer(RotaryTransformerPreTrainedModel):
         super().__init__(config)
         self.is_causal = is_causal
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
-        self.layers = nn.ModuleList(
-            RotaryTransformerLayer(config, is_causal) for _ in range(config.num_hidden_layers)
-        )
+        self.layers = nn.ModuleList(RotaryTransformerLayer(config, is_causal) for _ in range(config.num_hidden_layers))
         self.norm = (
             nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.final_layer_norm else nn.Identity()
         )
@@ -274,6 +330,13 @@ class RotaryTransformer(RotaryTransformerPreTrainedModel):
         hidden_states = self.embed_tokens(input_ids)
         cos_sin = rotary_cos_sin(position_ids, self.config.rotary_dim, self.config.rope_theta, hidden_states.dtype)
         mask = self._mask(hidden_states, attention_mask, segment_ids)
+        document_ids = segment_ids
+        if attention_mask is not None:
+            document_ids = (torch.zeros_like(input_ids) if segment_ids is None else segment_ids).masked_fill(
+                ~attention_mask.bool(), -1
+            )
         for layer in self.layers:
-            hidden_states = layer(hidden_states, attention_mask=mask, cos_sin=cos_sin, **kwargs)
+            hidden_states = layer(
+                hidden_states, attention_mask=mask, cos_sin=cos_sin, document_ids=document_ids, **kwargs
+            )
         return BaseModelOutput(last_hidden_state=self.norm(hidden_states))
