@@ -1,0 +1,77 @@
+"""Metrics: `evaluate` modules, one folder each, that also work on their own with `evaluate.load(folder)`."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from evaluate import EvaluationModule
+
+
+def load_metric(metric: str | Mapping[str, Any], /, **options: Any) -> EvaluationModule:
+    """Load a metric; `metric.features` says which inputs its `compute` wants.
+
+    Args:
+        metric: the name of a shipped metric (a folder of `xlm_hf/metrics`); or the path of a metric's folder or .py
+            file; or a mapping with either of these as `name`, or with the dotted name of an `EvaluationModule` class as
+            `_target_`, and options as its other keys.
+        options: defaults for the keyword arguments of `compute`; they replace those of a mapping.
+
+    Raises:
+        ValueError: for an unknown name, a mapping that names no metric or an option that the metric does not take.
+    """
+    spec: dict[str, Any] = {"name": metric} if isinstance(metric, str) else dict(metric)
+    if "_target_" in spec:
+        label = spec.pop("_target_")
+        module = _import_class(label)(keep_in_memory=True)
+    elif "name" in spec:
+        label = spec.pop("name")
+        module = _load_by_name(label)
+    else:
+        raise ValueError(f"a metric given as a mapping needs `name` or `_target_`; this one has the keys {list(spec)}.")
+    options = {**spec, **options}
+    parameters = inspect.signature(module._compute).parameters
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        known = [name for name in parameters if name not in module.features]
+        for option in options:
+            if option not in known:
+                raise ValueError(f"unknown option {option!r} of metric {label!r}: {_suggest(option, known)}")
+    module.compute = functools.partial(module.compute, **options)
+    return module
+
+
+def _load_by_name(name: str) -> EvaluationModule:
+    import evaluate  # slow to import
+
+    shipped = [folder.name for folder in Path(__file__).parent.iterdir() if (folder / f"{folder.name}.py").is_file()]
+    if name in shipped:
+        values = vars(importlib.import_module(f"{__name__}.{name}.{name}")).values()
+        metric_class: Any = next(v for v in values if inspect.isclass(v) and issubclass(v, evaluate.EvaluationModule))
+        return metric_class(keep_in_memory=True)
+    path = Path(name)
+    if (path.suffix == ".py" and path.is_file()) or (path / f"{path.resolve().name}.py").is_file():
+        return evaluate.load(str(path.resolve()), keep_in_memory=True)
+    raise ValueError(
+        f"unknown metric {name!r}, which is neither a shipped one nor the path of a metric's folder or .py file: "
+        f"{_suggest(name, shipped)}"
+    )
+
+
+def _import_class(target: str) -> type[EvaluationModule]:
+    try:
+        return pkgutil.resolve_name(target)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"the metric target {target!r} cannot be imported: {error}.") from error
+
+
+def _suggest(name: str, known: Iterable[str]) -> str:
+    known = sorted(known)
+    closest = difflib.get_close_matches(name, known, n=1, cutoff=0)
+    return f"did you mean {closest[0]!r}? Choose from {', '.join(known)}." if closest else "it takes none."

@@ -1,0 +1,1 @@
+"""Share of predictions that equal their reference."""

@@ -1,0 +1,38 @@
+"""Share of predictions that equal their reference, token for token."""
+
+import datasets
+import evaluate
+
+PADDING = -100
+
+_DESCRIPTION = "Share of predictions that equal their reference, token for token."
+
+_INPUTS = """
+Args:
+    predictions: lists of token ids; -100 is padding and is dropped.
+    references: lists of token ids; -100 is padding and is dropped.
+Returns:
+    exact_match: mean over examples of 1[prediction == reference].
+"""
+
+
+class ExactMatch(evaluate.Metric):
+    """exact_match = mean over examples of 1[prediction == reference], without the padding -100 of either."""
+
+    def _info(self):
+        tokens = datasets.List(datasets.Value("int64"))
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation="",
+            inputs_description=_INPUTS,
+            features=datasets.Features({"predictions": tokens, "references": tokens}),
+        )
+
+    def _compute(self, predictions, references):
+        if not predictions:
+            raise ValueError("no predictions to score: exact_match needs at least one.")
+        matches = [
+            [token for token in prediction if token != PADDING] == [token for token in reference if token != PADDING]
+            for prediction, reference in zip(predictions, references, strict=True)
+        ]
+        return {"exact_match": sum(matches) / len(matches)}

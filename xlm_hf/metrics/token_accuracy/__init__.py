@@ -1,0 +1,1 @@
+"""Share of reference tokens that the predictions have in place."""
