@@ -1,0 +1,134 @@
+"""Tasks: datasets with all that is needed to train and score on them, built from a name or a mapping."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.resources
+import inspect
+import pkgutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
+    from transformers import PreTrainedTokenizerFast
+
+_COLUMNS = {
+    "lm": ("example_id",),
+    "seq2seq": ("example_id", "prompt_ids", "target_ids"),
+    "infill": ("example_id",),
+}
+
+
+@dataclass
+class Task:
+    """A dataset with all that is needed to train and score on it.
+
+    Attributes:
+        name: used in messages and in the names of files.
+        kind: "lm", "seq2seq" or "infill"; it decides which collators fit.
+        splits: every split has the column `example_id` (int64, unique in its split) and, for seq2seq, `prompt_ids` and
+            `target_ids` (lists of int32). Further columns are allowed and are written into prediction files.
+        tokenizer: turns the ids of the splits back into text.
+
+    Raises:
+        ValueError: if the kind is unknown or a split lacks a column that the kind needs.
+    """
+
+    name: str
+    kind: str
+    splits: DatasetDict
+    tokenizer: PreTrainedTokenizerFast
+
+    def __post_init__(self):
+        if self.kind not in _COLUMNS:
+            raise ValueError(f"unknown kind {self.kind!r} of task {self.name!r}: {_suggest(self.kind, _COLUMNS)}")
+        for split, dataset in self.splits.items():
+            for column in _COLUMNS[self.kind]:
+                if column not in dataset.column_names:
+                    raise ValueError(
+                        f"split {split!r} of the {self.kind} task {self.name!r} lacks the column {column!r} "
+                        f"(it has {', '.join(dataset.column_names)}): add it."
+                    )
+
+
+def load_task(task: str | Mapping[str, Any], /, **overrides: Any) -> Task:
+    """Build a task.
+
+    Args:
+        task: the name of a shipped config (`xlm_hf/configs/task/<name>.yaml`), or a mapping whose `_target_` is the
+            dotted name of any callable that returns a `Task` and whose other keys are its arguments.
+        overrides: arguments that replace those of the config.
+
+    Raises:
+        ValueError: for an unknown name, a target that cannot be imported, an argument that the target does not take or
+            lacks (all of these before any work), and whatever the target itself refuses.
+    """
+    options = {**_resolve(_shipped_config(task) if isinstance(task, str) else task), **overrides}
+    if "_target_" not in options:
+        raise ValueError(
+            f"a task given as a mapping needs `_target_`, the dotted name of a callable that returns a Task; "
+            f"this one has only the keys {sorted(options)}."
+        )
+    target = options["_target_"]
+    _check_options(task if isinstance(task, str) else target, _import_target(target), options)
+    # The target is called outside of Hydra, which would wrap its one-sentence errors in an exception of its own.
+    result = instantiate(options, _convert_="all", _partial_=True)()
+    if not isinstance(result, Task):
+        raise ValueError(f"{target} returned a {type(result).__name__}: a task target must return a Task.")
+    return result
+
+
+def _suggest(name: str, known: Iterable[str]) -> str:
+    known = sorted(known)
+    return f"did you mean {difflib.get_close_matches(name, known, n=1, cutoff=0)[0]!r}? Choose from {', '.join(known)}."
+
+
+def _shipped_config(name: str) -> Mapping[str, Any]:
+    files = importlib.resources.files("xlm_hf.configs").joinpath("task").iterdir()
+    configs = {file.name.removesuffix(".yaml"): file for file in files if file.name.endswith(".yaml")}
+    if name not in configs:
+        raise ValueError(f"unknown task {name!r}: {_suggest(name, configs)}")
+
+    def read(name: str) -> Any:
+        config: Any = OmegaConf.create(configs[name].read_text(encoding="utf-8"))
+        bases = [base for base in config.pop("defaults", []) if base != "_self_"]
+        return OmegaConf.merge(*map(read, bases), config)
+
+    # Hydra's compose would do this too, but not in a program that is itself a Hydra application: its state is global.
+    return OmegaConf.create({"task": read(name)}).task
+
+
+def _resolve(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a composed task as plain Python; those still missing (`???`) are left out."""
+    node: Any = config if OmegaConf.is_config(config) else OmegaConf.create(dict(config), flags={"allow_objects": True})
+    # `evaluation` says what is computed on the task, which is the evaluation's business and no argument of the target.
+    names = [name for name in node if name != "evaluation" and not OmegaConf.is_missing(node, name)]
+    return {
+        name: OmegaConf.to_container(node[name], resolve=True) if OmegaConf.is_config(node[name]) else node[name]
+        for name in names
+    }
+
+
+def _import_target(target: str) -> Callable[..., Any]:
+    try:
+        return pkgutil.resolve_name(target)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"the task target {target!r} cannot be imported: {error}.") from error
+
+
+def _check_options(label: str, target: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    parameters = inspect.signature(target).parameters
+    given = [name for name in options if not name.startswith("_")]
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        for name in given:
+            if name not in parameters:
+                raise ValueError(f"unknown option {name!r} of task {label!r}: {_suggest(name, parameters)}")
+    for name, parameter in parameters.items():
+        is_required = parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        if is_required and name not in given:
+            raise ValueError(f"the task {label!r} needs a value for {name!r}: set it.")

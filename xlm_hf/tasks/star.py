@@ -1,0 +1,232 @@
+"""Star graphs: find the path from a source to a goal in a tree of arms that share one centre.
+
+The task of Bachmann and Nagarajan, "The pitfalls of next-token prediction" (ICML 2024), with the asymmetric variants of
+Patel et al., "Insertion language models" (arXiv 2505.05755): arms of different lengths pass *through* the centre, so
+the source need not be the centre, and which arm to follow only shows at its far end.
+"""
+
+import difflib
+import os
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset, DatasetDict
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
+
+from xlm_hf.tasks import Task
+from xlm_hf.tasks.cache import cached
+
+# Part of the cache key: raise it with every change that makes other graphs or other columns from the same settings.
+GENERATOR_VERSION = 1
+
+SPECIAL_TOKENS = {
+    "pad_token": "[PAD]",
+    "cls_token": "[CLS]",
+    "mask_token": "[MASK]",
+    "eos_token": "[EOS]",
+    "bos_token": "[BOS]",
+    "sep_token": "[SEP]",
+    "unk_token": "[UNK]",
+}
+PATH_FORMATS = ("edges", "nodes")
+
+# Graphs drawn at a time: enough for the share of repeats to mean something, and few enough for memory.
+_MIN_ROUND = 1_000
+_MAX_ROUND = 100_000
+
+
+def star_graphs(
+    name: str,
+    degree: int,
+    min_arm_length: int,
+    max_arm_length: int,
+    min_plan_length: int,
+    num_labels: int,
+    path_format: str = "edges",
+    num_train: int = 50_000,
+    num_validation: int = 100,
+    num_test: int = 5_000,
+    seed: int = 42,
+    cache_dir: str | os.PathLike | None = None,
+) -> Task:
+    """Star graphs as a seq2seq task: prompt = shuffled edges, source and goal; target = the path between the two.
+
+    Arm i is a directed path of l_i ~ U{min_arm_length..max_arm_length} nodes. All arms share one node, the centre,
+    which is number j_i ~ U{0..l_i - min_plan_length - 1} of arm i, so each arm goes on for at least `min_plan_length`
+    edges after it. Source and goal are the ends of arm 0. Labels are drawn without replacement. A classical star, whose
+    source is the centre, is the special case min_arm_length = max_arm_length = min_plan_length + 1.
+
+    No two examples of the three splits are the same graph, that is the same set of edges, source and goal. The test
+    split holds the first graphs drawn, validation the next and train the rest: the number of training examples does not
+    change what is tested.
+
+    Args:
+        name: of the task and of its cache folder.
+        degree: the number of arms.
+        min_arm_length: the fewest nodes of an arm, the centre included.
+        max_arm_length: the most nodes of an arm, the centre included.
+        min_plan_length: the fewest edges of an arm after the centre.
+        num_labels: nodes are labelled 0 .. num_labels - 1.
+        path_format: "edges" writes the path a-b-c as `a b b c`, "nodes" as `a b c`.
+        num_train: examples of the train split.
+        num_validation: examples of the validation split.
+        num_test: examples of the test split.
+        seed: of the generator; the same seed gives the same graphs on every machine.
+        cache_dir: see `xlm_hf.tasks.cache.cached`.
+
+    Raises:
+        ValueError: for settings that no graph, or not enough distinct graphs, can meet.
+    """
+    settings = {
+        "degree": degree,
+        "min_arm_length": min_arm_length,
+        "max_arm_length": max_arm_length,
+        "min_plan_length": min_plan_length,
+        "num_labels": num_labels,
+        "seed": seed,
+    }
+    sizes = {"test": num_test, "validation": num_validation, "train": num_train}
+    _check(settings, sizes, path_format)
+
+    def build() -> tuple[DatasetDict, PreTrainedTokenizerFast]:
+        edges, path = _distinct_graphs(sum(sizes.values()), **settings)
+        ends = np.cumsum(list(sizes.values()))
+        splits = {
+            split: _to_dataset(edges[end - size : end], path[end - size : end], path_format)
+            for (split, size), end in zip(sizes.items(), ends, strict=True)
+        }
+        return DatasetDict(splits), number_tokenizer(num_labels)
+
+    key = {"generator": GENERATOR_VERSION, **settings, "sizes": sizes, "path_format": path_format}
+    splits, tokenizer = cached(name, key, build, cache_dir)
+    return Task(name=name, kind="seq2seq", splits=splits, tokenizer=tokenizer)
+
+
+def number_tokenizer(num_labels: int) -> PreTrainedTokenizerFast:
+    """Make a tokenizer of whitespace-separated words: `SPECIAL_TOKENS` in their order, then "0" .. "num_labels - 1"."""
+    words = [*SPECIAL_TOKENS.values(), *map(str, range(num_labels))]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    model = Tokenizer(WordLevel(vocabulary, unk_token=SPECIAL_TOKENS["unk_token"]))
+    model.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=model, **SPECIAL_TOKENS)
+
+
+def _check(settings: dict[str, int], sizes: dict[str, int], path_format: str) -> None:
+    if path_format not in PATH_FORMATS:
+        closest = difflib.get_close_matches(str(path_format), PATH_FORMATS, n=1, cutoff=0)[0]
+        raise ValueError(f"unknown path_format {path_format!r}: did you mean {closest!r}? Choose 'edges' or 'nodes'.")
+    least = {
+        "degree": 1,
+        "min_arm_length": 2,
+        "max_arm_length": settings["min_arm_length"],
+        "min_plan_length": 1,
+        "num_labels": 1,
+        "seed": 0,
+        **{f"num_{split}": 1 for split in sizes},
+    }
+    for option, value in {**settings, **{f"num_{split}": size for split, size in sizes.items()}}.items():
+        if not isinstance(value, int) or value < least[option]:
+            raise ValueError(f"{option}={value!r} must be an int of at least {least[option]}: raise it.")
+    shortest, longest = settings["min_arm_length"], settings["max_arm_length"]
+    if settings["min_plan_length"] >= shortest:
+        raise ValueError(
+            f"min_plan_length={settings['min_plan_length']} does not fit in an arm of {shortest} nodes, which has "
+            f"{shortest - 1} edges: lower it to {shortest - 1} or raise min_arm_length."
+        )
+    needed = _num_nodes(settings["degree"], longest)
+    if settings["num_labels"] < needed:
+        raise ValueError(
+            f"num_labels={settings['num_labels']} is too few for {settings['degree']} arms of up to {longest} nodes "
+            f"through one centre, which need {needed} labels: raise num_labels or lower degree or max_arm_length."
+        )
+
+
+def _num_nodes(degree: int, arm_length: int) -> int:
+    return degree * (arm_length - 1) + 1
+
+
+def _distinct_graphs(count: int, seed: int, **settings: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draw the first `count` distinct graphs of the seed's sequence (see `_draw_graphs`)."""
+    # Every graph takes the same number of uniform draws, so how they fall into rounds does not matter.
+    rng = np.random.Generator(np.random.Philox(key=seed))
+    edges, path = _draw_graphs(rng, 0, **settings)
+    first = np.zeros(0, dtype=np.int64)
+    while len(first) < count:
+        num_draws = int(np.clip(count - len(first), _MIN_ROUND, _MAX_ROUND))
+        new_edges, new_path = _draw_graphs(rng, num_draws, **settings)
+        edges, path = np.concatenate([edges[first], new_edges]), np.concatenate([path[first], new_path])
+        num_known = len(first)
+        first = np.sort(np.unique(_graph_keys(edges, path), return_index=True)[1])
+        if len(first) < count and len(first) - num_known < num_draws / 10:
+            raise ValueError(
+                f"the settings allow too few distinct star graphs: {count} are asked for and only {len(first)} were "
+                f"found before nine in ten draws were repeats; raise num_labels or ask for fewer examples."
+            )
+    return edges[first[:count]], path[first[:count]]
+
+
+def _draw_graphs(
+    rng: np.random.Generator,
+    count: int,
+    degree: int,
+    min_arm_length: int,
+    max_arm_length: int,
+    min_plan_length: int,
+    num_labels: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draw graphs, repeats included; -1 fills what a graph does not use.
+
+    Returns:
+        edges: int32 (count, degree * (max_arm_length - 1), 2), each graph's edges in shuffled order, then the filling.
+        path: int32 (count, max_arm_length), the nodes of arm 0.
+    """
+    num_edges = _num_nodes(degree, max_arm_length) - 1
+    draws = rng.random((count, 2 * degree + num_labels + num_edges))
+    u_length, u_centre, u_label, u_edge = np.split(draws, np.cumsum([degree, degree, num_labels]), axis=1)
+    length = min_arm_length + np.floor(u_length * (max_arm_length - min_arm_length + 1)).astype(np.int32)
+    centre = np.floor(u_centre * (length - min_plan_length)).astype(np.int32)
+
+    # Number 0 of the shuffled labels is the centre; the other positions of the arms take the next ones in turn.
+    position = np.arange(max_arm_length)
+    offset = 1 + (max_arm_length - 1) * np.arange(degree)[:, None]
+    slot = np.where(position == centre[..., None], 0, offset + position - (position > centre[..., None]))
+    labels = np.argsort(u_label, axis=1, kind="stable").astype(np.int32)
+    nodes = np.take_along_axis(labels, slot.reshape(count, degree * max_arm_length), axis=1).reshape(slot.shape)
+    nodes[position >= length[..., None]] = -1
+
+    edges = np.stack([nodes[..., :-1], nodes[..., 1:]], axis=-1).reshape(count, num_edges, 2)
+    is_filling = edges[..., 1] < 0
+    edges[is_filling] = -1
+    order = np.argsort(np.where(is_filling, 1.0, u_edge), axis=1, kind="stable")
+    return np.take_along_axis(edges, order[..., None], axis=1), nodes[:, 0]
+
+
+def _goal(path: np.ndarray) -> np.ndarray:
+    return np.take_along_axis(path, (path >= 0).sum(axis=1, keepdims=True) - 1, axis=1)
+
+
+def _graph_keys(edges: np.ndarray, path: np.ndarray) -> np.ndarray:
+    """One opaque value per graph, equal if and only if the set of edges, the source and the goal are."""
+    codes = np.sort(edges.astype(np.int64) @ np.array([1 << 32, 1]), axis=1)
+    key = np.ascontiguousarray(np.concatenate([codes, path[:, :1], _goal(path)], axis=1))
+    return key.view(np.dtype((np.void, key.itemsize * key.shape[1])))[:, 0]
+
+
+def _to_dataset(edges: np.ndarray, path: np.ndarray, path_format: str) -> Dataset:
+    prompt = np.concatenate([edges.reshape(len(edges), -1), path[:, :1], _goal(path)], axis=1)
+    if path_format == "edges":
+        steps = np.stack([path[:, :-1], path[:, 1:]], axis=-1)
+        steps[steps[..., 1] < 0] = -1
+        path = steps.reshape(len(path), -1)
+    example_id = pa.array(np.arange(len(path), dtype=np.int64))
+    return Dataset.from_dict({"example_id": example_id, "prompt_ids": _ragged(prompt), "target_ids": _ragged(path)})
+
+
+def _ragged(labels: np.ndarray) -> pa.ListArray:
+    """Token ids of the non-negative entries of each row."""
+    used = labels >= 0
+    offsets = np.concatenate([[0], np.cumsum(used.sum(axis=1))]).astype(np.int32)
+    return pa.ListArray.from_arrays(offsets, labels[used] + np.int32(len(SPECIAL_TOKENS)))
