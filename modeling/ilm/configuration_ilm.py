@@ -1,8 +1,11 @@
 """Configuration of the insertion language model (ILM)."""
 
+from transformers.configuration_utils import strict
+
 from xlm_hf.modules.rotary_transformer import RotaryTransformerConfig
 
 
+@strict
 class ILMConfig(RotaryTransformerConfig):
     """Architecture of an insertion language model: the shared backbone, a vocabulary head and a stopping head.
 

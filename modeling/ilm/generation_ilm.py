@@ -70,7 +70,8 @@ class ILMGenerationMixin(NonAutoregressiveGenerationMixin):
                 are padded on either side. None writes one sequence from an empty prompt.
             attention_mask: (B, P), 1 for tokens; by default everything but `pad_token_id`.
             generation_config: options; the model's own by default.
-            streamer: a `TextDiffusionStreamer` or its like; gets the prompt by `put`, the sequence after every step by `put_draft`, and the result by `put`.
+            streamer: a `TextDiffusionStreamer` or its like; gets the prompt by `put`, the sequence after every step by
+                `put_draft`, and the result by `put`.
             logits_processor: called as transformers does, with (rows x slots, length) ids, (rows x slots, V) logits
                 and `cur_step`.
             seed: one integer, or one for each row (see `row_seeds`).

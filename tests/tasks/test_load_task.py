@@ -76,7 +76,7 @@ def test_shipped_configs_read_as_hydra_composes_them(name):
     assert _resolve(_shipped_config(name)) == _resolve(config)
     # Hydra overrides only the keys that are there, so every parameter must be.
     parameters = inspect.signature(pkgutil.resolve_name(config._target_)).parameters
-    assert set(config) - {"_target_", "evaluation"} == set(parameters)
+    assert set(config) - {"_target_", "evaluation", "max_new_tokens"} == set(parameters)
     assert config.name == name
 
 
@@ -118,7 +118,7 @@ def test_a_callable_of_the_users_own(own_module):
 @pytest.mark.parametrize(
     ("task", "overrides", "message"),
     [
-        ("star_meduim", {}, r"unknown task 'star_meduim': did you mean 'star_medium'\? Choose from .*star_hard"),
+        ("star_meduim", {}, r"unknown task 'star_meduim': did you mean 'star_medium'\?"),
         ("star_easy", {"num_trian": 3}, r"unknown option 'num_trian' of task 'star_easy': did you mean 'num_train'\?"),
         ("star_easy", {"evaluation": []}, r"unknown option 'evaluation' of task 'star_easy'"),
         ({"_target_": "own_module.own_task", "word": [1]}, {}, r"unknown option 'word' of .*did you mean 'words'\?"),

@@ -1,6 +1,5 @@
 """From a composed config to objects: the steps that the jobs share."""
 
-import difflib
 import inspect
 import json
 import logging
@@ -19,23 +18,18 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTo
 from xlm_hf.checkpoints import resolve_checkpoint, write_text
 from xlm_hf.evaluation import EvaluationSet
 from xlm_hf.metrics import load_metric
+from xlm_hf.modules.messages import did_you_mean
 from xlm_hf.tasks import Task, load_task
 from xlm_hf.trainer import XLMTrainer, XLMTrainingArguments
 
 logger = logging.getLogger(__name__)
 
 
-def closest(name: str, known: list[str]) -> str:
-    """A hint for a name that is not known: the closest one that is, or all of them."""
-    matches = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {matches[0]!r}?" if matches else f"choose from {', '.join(sorted(known))}."
-
-
 def check_options(where: str, options: Mapping[str, Any], known: list[str]) -> None:
     """Raise ValueError, with the closest match, if an option of `where` is not among the `known` ones."""
     for name in options:
         if name not in known:
-            raise ValueError(f"{where} has no option {name!r}: {closest(str(name), known)}")
+            raise ValueError(f"{where} has no option {name!r}: {did_you_mean(str(name), known)}")
 
 
 def run_directory(cfg: DictConfig) -> Path:
@@ -134,7 +128,7 @@ def _with_generation_options(model: PreTrainedModel, cfg: DictConfig) -> PreTrai
 def build_collator(cfg: DictConfig, kind: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Callable:
     """The family's collator of a kind, e.g. `seq2seq` or `seq2seq_prediction`."""
     if kind not in cfg.collators:
-        raise ValueError(f"Family {cfg.family!r} has no collator {kind!r}: {closest(kind, list(cfg.collators))}")
+        raise ValueError(f"Family {cfg.family!r} has no collator {kind!r}: {did_you_mean(kind, list(cfg.collators))}")
     return hydra.utils.instantiate(
         cfg.collators[kind], tokenizer=tokenizer, max_length=model.config.max_position_embeddings, seed=cfg.seed
     )
@@ -148,7 +142,7 @@ def build_evaluation_sets(cfg: DictConfig, task: Task, model: PreTrainedModel, l
         check_options("An entry of task.evaluation", entry, known)
         if entry["split"] not in task.splits:
             raise ValueError(
-                f"Task {task.name!r} has no split {entry['split']!r}: {closest(entry['split'], list(task.splits))}"
+                f"Task {task.name!r} has no split {entry['split']!r}: {did_you_mean(entry['split'], list(task.splits))}"
             )
         sets.append(
             EvaluationSet(
@@ -167,7 +161,11 @@ def build_evaluation_sets(cfg: DictConfig, task: Task, model: PreTrainedModel, l
 def build_trainer(cfg: DictConfig, task: Task, model: PreTrainedModel, output_dir: Path) -> XLMTrainer:
     """The trainer of a run, with everything that the config names."""
     options = options_of(cfg.trainer)
-    check_options("trainer", options, [f.name for f in fields(XLMTrainingArguments) if f.init])
+    known = {field.name: field.default for field in fields(XLMTrainingArguments) if field.init}
+    check_options("trainer", options, list(known))
+    for name, value in options.items():
+        if type(known[name]) in (int, float) and not isinstance(value, (int, float, type(None))):
+            raise ValueError(f"trainer.{name} must be a number and is {value!r}.")
     arguments = XLMTrainingArguments(
         **{"output_dir": str(output_dir), "seed": cfg.seed, "report_to": list(cfg.logger), **options}
     )

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from xlm_hf.modules.messages import did_you_mean
 
 if TYPE_CHECKING:
     from evaluate import EvaluationModule
@@ -42,7 +43,7 @@ def load_metric(metric: str | Mapping[str, Any], /, **options: Any) -> Evaluatio
         known = [name for name in parameters if name not in module.features]
         for option in options:
             if option not in known:
-                raise ValueError(f"unknown option {option!r} of metric {label!r}: {_suggest(option, known)}")
+                raise ValueError(f"unknown option {option!r} of metric {label!r}: {did_you_mean(option, known)}")
     module.compute = functools.partial(module.compute, **options)
     return module
 
@@ -60,7 +61,7 @@ def _load_by_name(name: str) -> EvaluationModule:
         return evaluate.load(str(path.resolve()), keep_in_memory=True)
     raise ValueError(
         f"unknown metric {name!r}, which is neither a shipped one nor the path of a metric's folder or .py file: "
-        f"{_suggest(name, shipped)}"
+        f"{did_you_mean(name, shipped)}"
     )
 
 
@@ -69,9 +70,3 @@ def _import_class(target: str) -> type[EvaluationModule]:
         return pkgutil.resolve_name(target)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"the metric target {target!r} cannot be imported: {error}.") from error
-
-
-def _suggest(name: str, known: Iterable[str]) -> str:
-    known = sorted(known)
-    closest = difflib.get_close_matches(name, known, n=1, cutoff=0)
-    return f"did you mean {closest[0]!r}? Choose from {', '.join(known)}." if closest else "it takes none."

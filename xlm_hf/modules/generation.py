@@ -4,7 +4,6 @@ The dialect is that of the diffusion language models that transformers ships (`t
 """
 
 import copy
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -14,6 +13,7 @@ from transformers.generation import GenerationConfig
 from transformers.utils import ModelOutput
 
 from .counter_random import random_bits
+from .messages import did_you_mean
 
 
 class NonAutoregressiveGenerationConfig(GenerationConfig):
@@ -57,9 +57,7 @@ class NonAutoregressiveGenerationConfig(GenerationConfig):
         known = self.option_names()
         unknown = [name for name in options if name not in known and name not in self._metadata]
         if unknown:
-            closest = difflib.get_close_matches(unknown[0], known, n=1)
-            hint = f"did you mean {closest[0]!r}?" if closest else f"choose from {', '.join(sorted(known))}."
-            raise ValueError(f"{type(self).__name__} has no option {unknown[0]!r}: {hint}")
+            raise ValueError(f"{type(self).__name__} has no option {unknown[0]!r}: {did_you_mean(unknown[0], known)}")
         for name in known:
             setattr(self, name, options.get(name, getattr(type(self), name)))
         for name in self._metadata:

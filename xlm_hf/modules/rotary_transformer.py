@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.configuration_utils import PreTrainedConfig
+from transformers.configuration_utils import PreTrainedConfig, strict
 from transformers.masking_utils import (
     create_bidirectional_mask,
     create_causal_mask,
@@ -23,6 +23,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 
+@strict
 class RotaryTransformerConfig(PreTrainedConfig):
     """Architecture of the backbone, inherited by the configuration of every family.
 
@@ -56,14 +57,14 @@ class RotaryTransformerConfig(PreTrainedConfig):
     intermediate_size: int | None = None
     hidden_act: str = "gelu"
     max_position_embeddings: int = 1024
-    rope_theta: float = 10000.0
-    partial_rotary_factor: float = 1.0
+    rope_theta: float | int = 10000.0
+    partial_rotary_factor: float | int = 1.0
     conv_kernel_size: int = 0
-    attention_dropout: float = 0.0
-    hidden_dropout_prob: float = 0.0
+    attention_dropout: float | int = 0.0
+    hidden_dropout_prob: float | int = 0.0
     layer_norm_eps: float = 1e-5
     final_layer_norm: bool = True
-    initializer_range: float = 0.02
+    initializer_range: float | int = 0.02
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):

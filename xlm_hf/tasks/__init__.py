@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.resources
 import inspect
 import pkgutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+
+from xlm_hf.modules.messages import did_you_mean
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -22,6 +23,9 @@ _COLUMNS = {
     "seq2seq": ("example_id", "prompt_ids", "target_ids"),
     "infill": ("example_id",),
 }
+
+# What a task's config says to the evaluation and the generation; no arguments of its target.
+_FOR_OTHERS = ("evaluation", "max_new_tokens")
 
 
 @dataclass
@@ -46,7 +50,7 @@ class Task:
 
     def __post_init__(self):
         if self.kind not in _COLUMNS:
-            raise ValueError(f"unknown kind {self.kind!r} of task {self.name!r}: {_suggest(self.kind, _COLUMNS)}")
+            raise ValueError(f"unknown kind {self.kind!r} of task {self.name!r}: {did_you_mean(self.kind, _COLUMNS)}")
         for split, dataset in self.splits.items():
             for column in _COLUMNS[self.kind]:
                 if column not in dataset.column_names:
@@ -83,16 +87,11 @@ def load_task(task: str | Mapping[str, Any], /, **overrides: Any) -> Task:
     return result
 
 
-def _suggest(name: str, known: Iterable[str]) -> str:
-    known = sorted(known)
-    return f"did you mean {difflib.get_close_matches(name, known, n=1, cutoff=0)[0]!r}? Choose from {', '.join(known)}."
-
-
 def _shipped_config(name: str) -> Mapping[str, Any]:
     files = importlib.resources.files("xlm_hf.configs").joinpath("task").iterdir()
     configs = {file.name.removesuffix(".yaml"): file for file in files if file.name.endswith(".yaml")}
     if name not in configs:
-        raise ValueError(f"unknown task {name!r}: {_suggest(name, configs)}")
+        raise ValueError(f"unknown task {name!r}: {did_you_mean(name, configs)}")
 
     def read(name: str) -> Any:
         config: Any = OmegaConf.create(configs[name].read_text(encoding="utf-8"))
@@ -106,8 +105,7 @@ def _shipped_config(name: str) -> Mapping[str, Any]:
 def _resolve(config: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of a composed task as plain Python; those still missing (`???`) are left out."""
     node: Any = config if OmegaConf.is_config(config) else OmegaConf.create(dict(config), flags={"allow_objects": True})
-    # `evaluation` says what is computed on the task, which is the evaluation's business and no argument of the target.
-    names = [name for name in node if name != "evaluation" and not OmegaConf.is_missing(node, name)]
+    names = [name for name in node if name not in _FOR_OTHERS and not OmegaConf.is_missing(node, name)]
     return {
         name: OmegaConf.to_container(node[name], resolve=True) if OmegaConf.is_config(node[name]) else node[name]
         for name in names
@@ -127,7 +125,7 @@ def _check_options(label: str, target: Callable[..., Any], options: Mapping[str,
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         for name in given:
             if name not in parameters:
-                raise ValueError(f"unknown option {name!r} of task {label!r}: {_suggest(name, parameters)}")
+                raise ValueError(f"unknown option {name!r} of task {label!r}: {did_you_mean(name, parameters)}")
     for name, parameter in parameters.items():
         is_required = parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
         if is_required and name not in given:

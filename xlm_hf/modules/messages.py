@@ -1,0 +1,13 @@
+"""Words for a person who mistyped a name."""
+
+import difflib
+from collections.abc import Iterable
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The closest of the `known` names as a question, or all of them as a list."""
+    known = sorted(known)
+    closest = difflib.get_close_matches(name, known, n=1)
+    if closest:
+        return f"did you mean {closest[0]!r}?"
+    return f"choose from {', '.join(known)}." if known else "there are none."
