@@ -1,5 +1,59 @@
-"""xlm-hf: small non-autoregressive language models, first-class in the Hugging Face stack."""
+"""xlm-hf: small non-autoregressive language models, first-class in the Hugging Face stack.
+
+Importing the package registers the families with the Auto classes of transformers; everything else is imported when it
+is first used.
+"""
+
+import importlib
+import importlib.metadata
+import pkgutil
+import warnings
+from pathlib import Path
 
 from .hub import register_family
 
-__all__ = ["register_family"]
+__version__ = "0.1.0"
+
+_LAZY = {
+    "XLMTrainer": "trainer",
+    "XLMTrainingArguments": "trainer",
+    "LossOutput": "modules.loss_output",
+    "EvaluationSet": "evaluation",
+    "load_task": "tasks",
+    "load_metric": "metrics",
+    "export_model": "hub",
+}
+__all__ = ["__version__", "register_family", *_LAZY]
+
+_HERE = Path(__file__).resolve().parent
+if (_HERE / "modeling").is_file():
+    # Windows checkouts and zip archives turn the links to the folders at the top level into text files.
+    __path__.append(str(_HERE.parent))
+
+
+def __getattr__(name: str):
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _import_families() -> None:
+    """Import every family, which registers itself: the shipped ones, then those of installed packages."""
+    for module in pkgutil.iter_modules(importlib.import_module(f"{__name__}.modeling").__path__):
+        importlib.import_module(f"{__name__}.modeling.{module.name}")
+    for entry_point in importlib.metadata.entry_points(group="xlm_hf.families"):
+        try:
+            entry_point.load()
+        except Exception as error:
+            warnings.warn(
+                f"The family {entry_point.name!r} ({entry_point.value}) is left out because it cannot be imported: "
+                f"{type(error).__name__}: {error}",
+                stacklevel=2,
+            )
+
+
+_import_families()
