@@ -95,28 +95,36 @@ class ILMGenerationMixin(NonAutoregressiveGenerationMixin):
             rows = (~state.finished).nonzero().squeeze(-1)
             if len(rows) == 0:
                 break
-            sequences, mask, width = state.view(rows)
-            grid, stop_logits = self._score_slots(sequences, mask, prompt.shape[1], width)
-            if logits_processor is not None:
-                ids = sequences.repeat_interleave(grid.shape[1], dim=0)
-                grid = logits_processor(ids, grid.flatten(0, 1), cur_step=step).view_as(grid)  # type: ignore[arg-type]
-            if config.suppress_tokens:
-                grid[..., config.suppress_tokens] = -torch.inf
-            slot_exists = torch.arange(width + 1, device=grid.device) <= state.lengths[rows, None]
-            grid = grid.masked_fill(~slot_exists[..., None], -torch.inf)
-            state.nfe[rows] += 1
-            if config.stopping_threshold is not None:
-                complete = stop_logits.float().softmax(dim=-1)[:, 0] >= config.stopping_threshold
-                state.finish(rows[complete])
-                rows, grid = rows[~complete], grid[~complete]
-            state.insert(rows, *_draw_insertions(grid, config, seeds[rows], step), step)
+            self._step(state, rows, config, logits_processor, seeds[rows], step)
             if streamer is not None:
                 streamer.put_draft(state.written().cpu())
-        output = state.output(config.return_history)
         if streamer is not None:
             streamer.put(state.written().cpu())
             streamer.end()
+        output = state.output(config.return_history)
         return output if config.return_dict_in_generate else output.sequences
+
+    def _step(self: Any, state, rows, config: ILMGenerationConfig, logits_processor, seeds, step: int) -> None:
+        """One forward pass over `rows`: end those that are complete, insert into the others."""
+        sequences, mask, width = state.view(rows)
+        prompt_length = state.prompt.shape[1]
+        slots = torch.arange(prompt_length - 1, prompt_length + width, device=sequences.device)
+        slot_index = torch.arange(len(rows), device=rows.device)[:, None] * sequences.shape[1] + slots
+        outputs = self(sequences, attention_mask=mask, slot_index=slot_index.flatten())
+        state.nfe[rows] += 1
+        grid = outputs.logits.float().view(len(rows), width + 1, -1)
+        if logits_processor is not None:
+            ids = sequences.repeat_interleave(width + 1, dim=0)
+            grid = logits_processor(ids, grid.flatten(0, 1), cur_step=step).view_as(grid)
+        if config.suppress_tokens:
+            grid[..., config.suppress_tokens] = -torch.inf
+        slot_exists = torch.arange(width + 1, device=grid.device) <= state.lengths[rows, None]
+        grid = grid.masked_fill(~slot_exists[..., None], -torch.inf)
+        if config.stopping_threshold is not None:
+            complete = outputs.stop_logits.float().softmax(dim=-1)[:, 0] >= config.stopping_threshold
+            state.finish(rows[complete])
+            rows, grid, seeds = rows[~complete], grid[~complete], seeds[~complete]
+        state.insert(rows, *_draw_insertions(grid, config, seeds, step), step)
 
     @property
     def _pad_token_id(self) -> int:
@@ -144,13 +152,6 @@ class ILMGenerationMixin(NonAutoregressiveGenerationMixin):
         input_ids = torch.cat((column * cls_id, input_ids, column * bos_id), dim=1)
         mask = torch.cat((column.bool(), mask, column.bool()), dim=1)
         return left_align_padding(input_ids, mask)
-
-    def _score_slots(self: Any, sequences, mask, prompt_length, width):
-        """Logits of every insertion (R, width + 1, V) and of stopping (R, 2) for R rows."""
-        slots = torch.arange(prompt_length - 1, prompt_length + width, device=sequences.device)
-        slot_index = torch.arange(len(sequences), device=sequences.device)[:, None] * sequences.shape[1] + slots
-        outputs = self(sequences, attention_mask=mask, slot_index=slot_index.flatten())
-        return outputs.logits.float().view(len(sequences), width + 1, -1), outputs.stop_logits
 
 
 def _draw_insertions(

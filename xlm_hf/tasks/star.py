@@ -91,18 +91,21 @@ def star_graphs(
     sizes = {"test": num_test, "validation": num_validation, "train": num_train}
     _check(settings, sizes, path_format)
 
-    def build() -> tuple[DatasetDict, PreTrainedTokenizerFast]:
-        edges, path = _distinct_graphs(sum(sizes.values()), **settings)
-        ends = np.cumsum(list(sizes.values()))
-        splits = {
-            split: _to_dataset(edges[end - size : end], path[end - size : end], path_format)
-            for (split, size), end in zip(sizes.items(), ends, strict=True)
-        }
-        return DatasetDict(splits), number_tokenizer(num_labels)
-
     key = {"generator": GENERATOR_VERSION, **settings, "sizes": sizes, "path_format": path_format}
-    splits, tokenizer = cached(name, key, build, cache_dir)
+    splits, tokenizer = cached(name, key, lambda: _build(settings, sizes, path_format), cache_dir)
     return Task(name=name, kind="seq2seq", splits=splits, tokenizer=tokenizer)
+
+
+def _build(
+    settings: dict[str, int], sizes: dict[str, int], path_format: str
+) -> tuple[DatasetDict, PreTrainedTokenizerFast]:
+    edges, path = _distinct_graphs(sum(sizes.values()), **settings)
+    ends = np.cumsum(list(sizes.values()))
+    splits = {
+        split: _to_dataset(edges[end - size : end], path[end - size : end], path_format)
+        for (split, size), end in zip(sizes.items(), ends, strict=True)
+    }
+    return DatasetDict(splits), number_tokenizer(settings["num_labels"])
 
 
 def number_tokenizer(num_labels: int) -> PreTrainedTokenizerFast:

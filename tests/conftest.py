@@ -1,0 +1,14 @@
+import os
+
+import pytest
+
+# Read when torch starts: small tensors are slower on several threads, and two test runs share a machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    """Prepared tasks go to a folder of the test run, not to the user's cache."""
+    monkeypatch.setenv("XLM_HF_CACHE", str(tmp_path_factory.getbasetemp() / "xlm_hf_cache"))

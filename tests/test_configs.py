@@ -1,0 +1,97 @@
+"""Every YAML that is shipped is composed, built and trained for two steps."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+
+from xlm_hf.commands.common import build_model, build_task, build_trainer
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+GROUPS = {
+    folder.name: sorted(file.stem for file in folder.glob("*.yaml"))
+    for folder in CONFIGS.iterdir()
+    if folder.is_dir() and list(folder.glob("*.yaml"))
+}
+EXPERIMENTS = sorted(file.stem for file in CONFIGS.glob("*.yaml") if file.stem != "config")
+FEW = ["task.num_train=24", "task.num_validation=4", "task.num_test=4"]
+
+
+def composed(config_name, *overrides):
+    with initialize_config_module("xlm_hf.configs", version_base="1.3"):
+        return compose(config_name, overrides=list(overrides))
+
+
+def two_steps(cfg, output_dir):
+    task = build_task(cfg)
+    model = build_model(cfg, task.tokenizer)
+    trainer = build_trainer(cfg, task, model, output_dir)
+    trainer.train()
+    assert trainer.state.global_step == 2
+    return trainer, trainer.evaluate(metric_key_prefix="test")
+
+
+SHORT = [
+    "trainer.max_steps=2",
+    "trainer.logging_steps=1",
+    "trainer.eval_steps=2",
+    "trainer.save_strategy=no",
+    "trainer.per_device_train_batch_size=4",
+]
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_trains_two_steps_and_is_scored(experiment, tmp_path):
+    cfg = composed(experiment, "size=tiny", *FEW, *SHORT)
+    trainer, metrics = two_steps(cfg, tmp_path)
+    assert metrics["test/samples"] == 4
+    assert "test/loss" in metrics
+    assert [log for log in trainer.state.log_history if "validation/loss" in log]
+
+
+@pytest.mark.parametrize(("family", "task"), itertools.product(GROUPS["family"], GROUPS["task"]))
+def test_every_family_learns_every_task(family, task, tmp_path):
+    cfg = composed("config", f"family={family}", f"task={task}", "size=tiny", *FEW, *SHORT)
+    _, metrics = two_steps(cfg, tmp_path)
+    assert metrics["test/samples"] == 4
+
+
+@pytest.mark.parametrize("size", GROUPS["size"])
+@pytest.mark.parametrize("family", GROUPS["family"])
+def test_every_size_is_a_model_and_a_set_of_arguments(size, family, tmp_path):
+    cfg = composed("config", f"family={family}", "task=star_easy", f"size={size}", *FEW)
+    task = build_task(cfg)
+    model = build_model(cfg, task.tokenizer)
+    trainer = build_trainer(cfg, task, model, tmp_path)
+    assert model.config.hidden_size == cfg.model.hidden_size
+    assert trainer.args.max_steps == cfg.trainer.max_steps
+
+
+@pytest.mark.parametrize("group", ["logger", "trainer"])
+def test_every_option_of_the_other_groups_composes(group):
+    for option in GROUPS[group]:
+        cfg = composed("ilm_star", f"{group}={option}")
+        assert OmegaConf.to_container(cfg, resolve=True)[group] is not None
+
+
+def test_no_group_is_left_out():
+    assert set(GROUPS) == {"family", "task", "size", "trainer", "logger"}
+
+
+def test_named_experiments_are_thin():
+    for experiment in EXPERIMENTS:
+        assert len((CONFIGS / f"{experiment}.yaml").read_text().splitlines()) <= 30
+        assert "defaults" in yaml.safe_load((CONFIGS / f"{experiment}.yaml").read_text())
+
+
+def test_the_tokenizer_decides_the_vocabulary(tmp_path):
+    cfg = composed("ilm_star", "size=tiny", "task=star_hard", *FEW)
+    task = build_task(cfg)
+    model = build_model(cfg, task.tokenizer)
+    assert model.config.vocab_size == len(task.tokenizer) == 63
+    assert model.config.suppress_tokens == [0, 1, 2, 3, 4, 5]
+    assert model.generation_config.max_new_tokens == 28
+    assert model.generation_config.pad_token_id == task.tokenizer.pad_token_id

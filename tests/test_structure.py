@@ -1,0 +1,63 @@
+"""The rules of the house that a person would otherwise have to remember."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import xlm_hf.modeling
+from xlm_hf.hub import families
+
+ROOT = Path(__file__).parent.parent
+CORE = [
+    file
+    for file in (ROOT / "xlm_hf").rglob("*.py")
+    if not {"modeling", "configs", "hub_cards"} & set(file.relative_to(ROOT / "xlm_hf").parts)
+]
+FAMILY_FILES = list((ROOT / "modeling").rglob("*.py"))
+
+
+def test_there_is_something_to_check():
+    assert len(CORE) > 20
+    assert len(FAMILY_FILES) > 5
+    assert families()
+
+
+def test_no_family_is_named_in_the_core():
+    names = "|".join(families())
+    for file in CORE:
+        for number, line in enumerate(file.read_text().splitlines(), 1):
+            assert not re.search(rf"(?i)(?<![a-z])({names})(?![a-z])", line), f"{file}:{number}: {line}"
+
+
+def test_each_folder_of_modeling_is_one_registered_family():
+    folders = {folder.name for folder in (ROOT / "modeling").iterdir() if (folder / "__init__.py").exists()}
+    assert folders == set(families())
+    assert Path(xlm_hf.modeling.__file__).resolve().parent == ROOT / "modeling"
+
+
+@pytest.mark.parametrize("file", CORE + FAMILY_FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_files_and_functions_are_short(file):
+    text = file.read_text()
+    assert len(text.splitlines()) <= 500
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno + 1 <= 60, f"{node.name} in {file}"
+
+
+def test_the_core_and_each_family_stay_small():
+    def lines(files):
+        return sum(len(file.read_text().splitlines()) for file in files)
+
+    assert lines(CORE) < 4000
+    for family in families():
+        assert lines((ROOT / "modeling" / family).glob("*.py")) <= 850
+
+
+def test_a_family_imports_no_other():
+    for file in FAMILY_FILES:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level == 0:
+                assert not (node.module or "").startswith(("xlm_hf.modeling", "modeling")), file
+            assert not (isinstance(node, ast.ImportFrom) and node.level > 1), file
