@@ -189,7 +189,7 @@ class XLMTrainer(Trainer):
                 output_dir=str(output_dir),
                 save_total_limit=self.args.save_total_limit,
                 best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
+                use_mtime=False,
             )
         else:
             self.accelerator.wait_for_everyone()

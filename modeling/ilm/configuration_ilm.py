@@ -16,6 +16,7 @@ class ILMConfig(RotaryTransformerConfig):
         pad_token_id: fills ragged rows; never seen.
         cls_token_id: first token of a sequence; the stopping head reads its hidden state.
         bos_token_id: stands between the prompt and the sequence that is written.
+        eos_token_id: end of a text for the tokenizer; an insertion model ends by its stopping head instead.
         suppress_tokens: ids that are never inserted; their logits are -inf in training and in generation.
     """
 
@@ -24,4 +25,5 @@ class ILMConfig(RotaryTransformerConfig):
     pad_token_id: int | None = 0
     cls_token_id: int = 1
     bos_token_id: int | None = 4
+    eos_token_id: int | None = None
     suppress_tokens: list[int] | None = None
