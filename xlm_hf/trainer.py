@@ -17,6 +17,7 @@ from xlm_hf.callbacks import ProgressBar
 from xlm_hf.checkpoints import INCOMPLETE_SUFFIX, replaced_folder
 from xlm_hf.data import EpochSampler, KeyedExamples
 from xlm_hf.evaluation import EvaluationSet, check_evaluation_sets, reduce_sums, run_evaluation_set
+from xlm_hf.optimizers import MuonWithAdamW, layer_matrices
 
 
 @dataclass
@@ -26,10 +27,13 @@ class XLMTrainingArguments(TrainingArguments):
     Attributes:
         remove_unused_columns: False, since the collators read the columns that the model does not.
         logging_nan_inf_filter: False, since a loss that is not a number must be seen.
+        muon_learning_rate: trains the weight matrices of the layers by Muon at this rate, and the rest by AdamW at
+            `learning_rate`; None trains everything by `optim`. Both rates follow the schedule.
     """
 
     remove_unused_columns: bool = field(default=False, metadata={"help": "Keep the columns that the collators read."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Show a loss that is not a number."})
+    muon_learning_rate: float | None = field(default=None, metadata={"help": "Muon's rate for the layers' matrices."})
 
     def __post_init__(self):
         super().__post_init__()
@@ -54,6 +58,7 @@ class XLMTrainer(Trainer):
         callbacks: further callbacks.
     """
 
+    args: Any
     model: Any
     processing_class: Any
     train_dataset: Any
@@ -109,6 +114,31 @@ class XLMTrainer(Trainer):
             generator=torch.Generator(),
         )
         return self.accelerator.prepare(loader)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimiser that the arguments name: Muon with AdamW, or one of transformers' own."""
+        args = self.args
+        if args.muon_learning_rate is None or self.optimizer is not None:
+            return super().create_optimizer(model)
+        model = model or self.model
+        matrices = layer_matrices(model)
+        taken, decayed = {id(matrix) for matrix in matrices}, set(self.get_decay_parameter_names(model))
+        groups: dict[float, list[nn.Parameter]] = {args.weight_decay: [], 0.0: []}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and id(parameter) not in taken:
+                groups[args.weight_decay if name in decayed else 0.0].append(parameter)
+        self.optimizer = MuonWithAdamW(
+            matrices,
+            [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items() if parameters],
+            muon_options={"lr": args.muon_learning_rate, "weight_decay": args.weight_decay},
+            adamw_options={
+                "lr": args.learning_rate,
+                "betas": (args.adam_beta1, args.adam_beta2),
+                "eps": args.adam_epsilon,
+                "fused": True,
+            },
+        )
+        return self.optimizer
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor:
         num_items = torch.tensor(sum(int(self.loss.num_items(batch)) for batch in batch_samples), device=device)

@@ -28,7 +28,11 @@ def make_model(is_causal=False, **kwargs):
     return RotaryTransformer(config, is_causal=is_causal).eval().double()
 
 
-VARIANTS = [{}, {"conv_kernel_size": 3}, {"partial_rotary_factor": 0.5, "final_layer_norm": False}]
+VARIANTS = [
+    {},
+    {"conv_kernel_size": 3, "learned_positions": True, "initialization": "fan_in"},
+    {"partial_rotary_factor": 0.5, "final_layer_norm": False},
+]
 
 
 @pytest.fixture(params=VARIANTS, ids=["plain", "convolution", "partial rotary"])
@@ -167,3 +171,19 @@ def test_fullgraph_compile_gives_the_same(variant):
         compiled(input_ids, attention_mask=mask).last_hidden_state,
         model(input_ids, attention_mask=mask).last_hidden_state,
     )
+
+
+def test_initialisations_have_their_scales():
+    wide = {"hidden_size": 256, "num_hidden_layers": 3, "vocab_size": 500, "learned_positions": True}
+    normal, fan_in = (make_model(initialization=name, **wide) for name in ("normal", "fan_in"))
+    for model, embedding, inner, output in (
+        (normal, 0.3, 0.3, 0.3),
+        (fan_in, 1.0, 256**-0.5, 256**-0.5 * 6**-0.5),
+    ):
+        assert model.embed_positions.weight.std().item() == pytest.approx(embedding, rel=0.03)
+        assert model.embed_tokens.weight[1:].std().item() == pytest.approx(embedding, rel=0.03)
+        assert model.layers[1].self_attn.qkv_proj.weight.std().item() == pytest.approx(inner, rel=0.03)
+        assert model.layers[1].self_attn.o_proj.weight.std().item() == pytest.approx(output, rel=0.03)
+    assert fan_in.layers[0].mlp.down_proj.weight.std().item() == pytest.approx(1024**-0.5 * 6**-0.5, rel=0.03)
+    with pytest.raises(Exception, match="initialization"):
+        make_model(initialization="fanin")

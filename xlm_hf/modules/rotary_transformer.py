@@ -5,6 +5,7 @@ normalisation before each block; rotary positions: Su et al. (arXiv 2104.09864),
 """
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import nn
@@ -37,13 +38,19 @@ class RotaryTransformerConfig(PreTrainedConfig):
         max_position_embeddings: longest sequence that the model accepts, in tokens.
         rope_theta: base of the rotary frequencies.
         partial_rotary_factor: share of each head's dimensions that are rotated.
+        learned_positions: whether a learnt embedding of the absolute position is added to the token's, beside the
+            rotation of queries and keys.
         conv_kernel_size: taps of the short convolution at the start of every layer (see `ShortConvolution`); 0 means
             none. A bidirectional model takes an odd number.
         attention_dropout: dropout probability of the attention weights.
         hidden_dropout_prob: dropout probability after the attention and feed-forward blocks.
         layer_norm_eps: added to the variance in every layer norm.
         final_layer_norm: whether a layer norm stands between the last layer and the heads.
-        initializer_range: standard deviation of the normal initialisation.
+        initialization: "normal" draws linear maps and embeddings from N(0, initializer_range^2); "fan_in" draws linear
+            maps from N(0, 1 / inputs), so that the scale of what they return does not depend on the width, embeddings
+            from N(0, 1), and divides the maps that write into the residual stream by sqrt(2 x num_hidden_layers), so
+            that neither does it grow with the depth (Radford et al., "GPT-2", 2019, section 2.3).
+        initializer_range: standard deviation of the "normal" initialisation.
         tie_word_embeddings: whether the vocabulary head shares the embedding matrix.
 
     Raises:
@@ -59,11 +66,13 @@ class RotaryTransformerConfig(PreTrainedConfig):
     max_position_embeddings: int = 1024
     rope_theta: float | int = 10000.0
     partial_rotary_factor: float | int = 1.0
+    learned_positions: bool = False
     conv_kernel_size: int = 0
     attention_dropout: float | int = 0.0
     hidden_dropout_prob: float | int = 0.0
     layer_norm_eps: float = 1e-5
     final_layer_norm: bool = True
+    initialization: Literal["normal", "fan_in"] = "normal"
     initializer_range: float | int = 0.02
     tie_word_embeddings: bool = False
 
@@ -195,6 +204,7 @@ class RotaryAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.o_proj.writes_to_residual = True  # type: ignore[assignment]
 
     def forward(self, hidden_states, attention_mask, cos_sin, **kwargs):
         """Attend within (B, L, hidden_size) `hidden_states`; returns the same shape and the attention weights."""
@@ -225,6 +235,7 @@ class FeedForward(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)  # type: ignore[arg-type]
         self.act = ACT2FN[config.hidden_act]
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)  # type: ignore[arg-type]
+        self.down_proj.writes_to_residual = True  # type: ignore[assignment]
 
     def forward(self, hidden_states):
         """Map (..., hidden_size) to the same shape."""
@@ -269,6 +280,12 @@ class RotaryTransformerPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
+        if self.config.initialization == "fan_in":
+            if isinstance(module, nn.Linear):
+                depth = 2 * self.config.num_hidden_layers if hasattr(module, "writes_to_residual") else 1
+                init.normal_(module.weight, std=(depth * module.in_features) ** -0.5)
+            elif isinstance(module, nn.Embedding):
+                init.normal_(module.weight, std=1.0)
         if isinstance(module, ShortConvolution):
             # torch's own law for a convolution with this many taps per output.
             bound = len(module.offsets) ** -0.5
@@ -287,6 +304,9 @@ class RotaryTransformer(RotaryTransformerPreTrainedModel):
         super().__init__(config)
         self.is_causal = is_causal
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.embed_positions = None
+        if config.learned_positions:
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.layers = nn.ModuleList(RotaryTransformerLayer(config, is_causal) for _ in range(config.num_hidden_layers))
         self.norm = (
             nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.final_layer_norm else nn.Identity()
@@ -329,6 +349,8 @@ class RotaryTransformer(RotaryTransformerPreTrainedModel):
             mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
             position_ids = (mask.cumsum(dim=-1) - 1).clamp(min=0)
         hidden_states = self.embed_tokens(input_ids)
+        if self.embed_positions is not None:
+            hidden_states = hidden_states + self.embed_positions(position_ids)
         cos_sin = rotary_cos_sin(position_ids, self.config.rotary_dim, self.config.rope_theta, hidden_states.dtype)
         mask = self._mask(hidden_states, attention_mask, segment_ids)
         document_ids = segment_ids
