@@ -1,0 +1,146 @@
+"""Which masked positions to commit in a step: the parallel-decoding rules of masked language models, side by side.
+
+All of them work on whole batches: (B, L) tensors, with `eligible` (B, L) bool marking the positions that may be
+committed. A prompt, padding and what is already written are not eligible, and are set aside before anything is ranked.
+A rule has two parts: an order of the eligible positions (`commit_ranks` of a score), and how much of it is committed
+(`commit_top_k`, `commit_confident`, `commit_bounded`). Ties go to the position further left.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from .counter_random import random_bits
+
+ORDERS = ("random", "confidence", "margin", "entropy")
+
+
+@dataclass
+class TokenStatistics:
+    """How sure a distribution over tokens is; the fields share one shape.
+
+    Attributes:
+        confidence: p1, the largest probability.
+        margin: p1 - p2, the largest less the second largest.
+        entropy: -sum p log p, in nats.
+    """
+
+    confidence: torch.Tensor
+    margin: torch.Tensor
+    entropy: torch.Tensor
+
+    @classmethod
+    def of_logits(cls, logits: torch.Tensor) -> "TokenStatistics":
+        """Statistics (...,) float32 of softmax(logits) for logits (..., V); entries at -inf count as impossible.
+
+        The distribution is meant to be the model's own: after the suppression of tokens, before temperature, top-k,
+        top-p and noise, which shape the draw and not the model's certainty.
+        """
+        probabilities = logits.float().softmax(dim=-1)
+        largest, second = probabilities.topk(2, dim=-1).values.unbind(dim=-1)
+        return cls(largest, largest - second, torch.special.entr(probabilities).sum(dim=-1))
+
+    def spread(self, eligible: torch.Tensor) -> "TokenStatistics":
+        """Put statistics (S,) of the eligible positions, in reading order, into place: (B, L), 0 elsewhere."""
+        empty = torch.zeros(eligible.shape, device=eligible.device)
+        return TokenStatistics(
+            *(empty.masked_scatter(eligible, values) for values in (self.confidence, self.margin, self.entropy))
+        )
+
+
+def order_scores(order: str, statistics: TokenStatistics, seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """The score by which an order commits, the largest first.
+
+    Args:
+        order: "random", every order of a row's positions alike (first-hitting, arXiv 2409.02908); "confidence", p1
+            (MaskGIT, arXiv 2202.04200); "margin", p1 - p2 (arXiv 2502.06768); "entropy", -H.
+        statistics: (B, L) each.
+        seeds: (B,) of the rows, for "random".
+        positions: (B, L) place of each token in its own row, so that padding does not change a draw.
+
+    Returns:
+        (B, L), float32 or int64.
+    """
+    if order == "random":
+        # A fixed key per position: what is left of a random order is a random order of what is left.
+        return random_bits(seeds[:, None], positions, 0)
+    if order == "entropy":
+        return -statistics.entropy
+    return statistics.confidence if order == "confidence" else statistics.margin
+
+
+def commit_ranks(scores: torch.Tensor, eligible: torch.Tensor) -> torch.Tensor:
+    """Rank the eligible positions of each row by descending score, from 0; ties keep their order.
+
+    Args:
+        scores: (B, L), any value where not eligible.
+        eligible: (B, L) bool.
+
+    Returns:
+        (B, L) int64, a permutation of 0..L-1 a row, the eligible positions first.
+    """
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    order = order.gather(-1, eligible.gather(-1, order).int().argsort(dim=-1, descending=True, stable=True))
+    places = torch.arange(scores.shape[-1], device=scores.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, places)
+
+
+def num_to_commit(num_masked: torch.Tensor, steps_left: torch.Tensor) -> torch.Tensor:
+    """An even schedule: ceil(m / r) of m masked positions with r steps left, this one included.
+
+    It commits at least one where m > 0, so no forward pass is idle and none is needed beyond a row's m-th; after r
+    steps nothing is masked.
+
+    Args:
+        num_masked: (B,) int64, m.
+        steps_left: (B,) int64, r >= 1.
+
+    Returns:
+        (B,) int64.
+    """
+    return -(-num_masked // steps_left)
+
+
+def commit_top_k(ranks: torch.Tensor, eligible: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """Commit the first `k` (B,) of each row, or all that are eligible if they are fewer; (B, L) bool."""
+    return eligible & (ranks < k[:, None])
+
+
+def commit_confident(
+    ranks: torch.Tensor, eligible: torch.Tensor, confidence: torch.Tensor, threshold: float
+) -> torch.Tensor:
+    """Commit all positions with p1 > threshold, and the first in order in any case (Fast-dLLM, arXiv 2505.22618).
+
+    Args:
+        ranks: (B, L) from `commit_ranks`.
+        eligible: (B, L) bool.
+        confidence: (B, L), p1.
+        threshold: in (0, 1].
+
+    Returns:
+        (B, L) bool.
+    """
+    return eligible & ((confidence > threshold) | (ranks == 0))
+
+
+def commit_bounded(ranks: torch.Tensor, eligible: torch.Tensor, costs: torch.Tensor, bound: float) -> torch.Tensor:
+    """Commit the longest prefix U of the order with sum_U cost - max_U cost <= bound, which is never empty.
+
+    With entropies as costs this bounds by `bound` nats how far the tokens of U, drawn independently, are from their
+    joint law (entropy-bounded unmasking, arXiv 2505.24857). With 1 - p1 it bounds the probability that the most
+    probable tokens of U, the least sure one aside, are not all right.
+
+    Args:
+        ranks: (B, L) from `commit_ranks`.
+        eligible: (B, L) bool.
+        costs: (B, L), not negative.
+        bound: not negative.
+
+    Returns:
+        (B, L) bool.
+    """
+    # float64, so that rounding does not depend on how many columns a scan runs over.
+    costs = costs.double().masked_fill(~eligible, 0.0)
+    in_order = torch.zeros_like(costs).scatter_(-1, ranks, costs)
+    excess = in_order.cumsum(dim=-1) - in_order.cummax(dim=-1).values
+    return eligible & ((excess <= bound).gather(-1, ranks) | (ranks == 0))
