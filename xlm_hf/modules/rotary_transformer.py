@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig, strict
 from transformers.masking_utils import (
     create_bidirectional_mask,
@@ -196,9 +197,10 @@ class ShortConvolution(nn.Module):
 class RotaryAttention(nn.Module):
     """Multi-head self-attention with rotary positions: softmax(q k^T / sqrt(head_dim)) v, no biases."""
 
-    def __init__(self, config: RotaryTransformerConfig, is_causal: bool):
+    def __init__(self, config: RotaryTransformerConfig, is_causal: bool, layer_idx: int):
         super().__init__()
         self.config = config
+        self.layer_idx = layer_idx
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.is_causal = is_causal
         self.scaling = self.head_dim**-0.5
@@ -206,11 +208,17 @@ class RotaryAttention(nn.Module):
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.o_proj.writes_to_residual = True  # type: ignore[assignment]
 
-    def forward(self, hidden_states, attention_mask, cos_sin, **kwargs):
-        """Attend within (B, L, hidden_size) `hidden_states`; returns the same shape and the attention weights."""
+    def forward(self, hidden_states, attention_mask, cos_sin, past_key_values=None, **kwargs):
+        """Attend within (B, L, hidden_size) `hidden_states`, and to the tokens whose keys and values are cached.
+
+        Returns:
+            the same shape and the attention weights.
+        """
         B, L, _ = hidden_states.shape
         query, key, value = self.qkv_proj(hidden_states).view(B, L, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)
         query, key = apply_rotary(query, *cos_sin), apply_rotary(key, *cos_sin)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -245,13 +253,13 @@ class FeedForward(nn.Module):
 class RotaryTransformerLayer(GradientCheckpointingLayer):
     """One pre-norm layer: x + Attention(LN(x)), then x + FeedForward(LN(x)), the short convolution before both."""
 
-    def __init__(self, config: RotaryTransformerConfig, is_causal: bool):
+    def __init__(self, config: RotaryTransformerConfig, is_causal: bool, layer_idx: int):
         super().__init__()
         self.conv = None
         if config.conv_kernel_size:
             self.conv = ShortConvolution(config.hidden_size, config.conv_kernel_size, is_causal)
         self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.self_attn = RotaryAttention(config, is_causal)
+        self.self_attn = RotaryAttention(config, is_causal, layer_idx)
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = FeedForward(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
@@ -307,19 +315,21 @@ class RotaryTransformer(RotaryTransformerPreTrainedModel):
         self.embed_positions = None
         if config.learned_positions:
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.layers = nn.ModuleList(RotaryTransformerLayer(config, is_causal) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            RotaryTransformerLayer(config, is_causal, layer_idx) for layer_idx in range(config.num_hidden_layers)
+        )
         self.norm = (
             nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.final_layer_norm else nn.Identity()
         )
         self.post_init()
 
-    def _mask(self, embeddings, attention_mask, segment_ids):
+    def _mask(self, embeddings, attention_mask, segment_ids, past_key_values):
         make_mask = create_causal_mask if self.is_causal else create_bidirectional_mask
         return make_mask(
             config=self.config,
             inputs_embeds=embeddings,
             attention_mask=attention_mask,
-            past_key_values=None,
+            past_key_values=past_key_values,
             and_mask_function=None if segment_ids is None else packed_sequence_mask_function(segment_ids),
         )
 
@@ -331,35 +341,53 @@ class RotaryTransformer(RotaryTransformerPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         segment_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> BaseModelOutput:
         """Encode a batch.
 
         Args:
             input_ids: (B, L) token ids.
-            attention_mask: (B, L), 1 for tokens and 0 for padding on either side; None means no padding.
+            attention_mask: (B, L), 1 for tokens and 0 for padding on either side; None means no padding. With a cache
+                it covers the tokens in the cache too.
             position_ids: (B, L) rotary positions; by default each row counts its own tokens, so that padding on the
                 left and on the right give the same result.
             segment_ids: (B, L) document of each token in a packed row; no token sees another document.
+            past_key_values: keys and values of the tokens before these, which are added to it.
 
         Returns:
             `last_hidden_state` (B, L, hidden_size), and `hidden_states` and `attentions` where asked for.
+
+        Raises:
+            ValueError: for a cache together with the short convolution, whose inputs it does not hold.
         """
+        if past_key_values is not None and self.config.conv_kernel_size:
+            raise ValueError(
+                f"conv_kernel_size is {self.config.conv_kernel_size}, and a cache holds no inputs of the short "
+                "convolution: pass no past_key_values, or generate with use_cache=False."
+            )
         if position_ids is None:
-            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
-            position_ids = (mask.cumsum(dim=-1) - 1).clamp(min=0)
+            L = input_ids.shape[1]
+            past = 0 if past_key_values is None else past_key_values.get_seq_length()
+            mask = input_ids.new_ones(1, past + L) if attention_mask is None else attention_mask.long()
+            position_ids = (mask.cumsum(dim=-1) - 1).clamp(min=0)[:, -L:]
         hidden_states = self.embed_tokens(input_ids)
         if self.embed_positions is not None:
             hidden_states = hidden_states + self.embed_positions(position_ids)
         cos_sin = rotary_cos_sin(position_ids, self.config.rotary_dim, self.config.rope_theta, hidden_states.dtype)
-        mask = self._mask(hidden_states, attention_mask, segment_ids)
+        mask = self._mask(hidden_states, attention_mask, segment_ids, past_key_values)
         document_ids = segment_ids
-        if attention_mask is not None:
+        if attention_mask is not None and self.config.conv_kernel_size:
             document_ids = (torch.zeros_like(input_ids) if segment_ids is None else segment_ids).masked_fill(
                 ~attention_mask.bool(), -1
             )
         for layer in self.layers:
             hidden_states = layer(
-                hidden_states, attention_mask=mask, cos_sin=cos_sin, document_ids=document_ids, **kwargs
+                hidden_states,
+                attention_mask=mask,
+                cos_sin=cos_sin,
+                document_ids=document_ids,
+                past_key_values=past_key_values,
+                **kwargs,
             )
         return BaseModelOutput(last_hidden_state=self.norm(hidden_states))
