@@ -2,21 +2,23 @@
 
 import logging
 import sys
+from collections.abc import Sequence
 
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 logger = logging.getLogger(__name__)
 
-_NOT_SHOWN = ("total_flos",)
+# Beside a bar there is room for what changes most.
+_NOT_IN_BAR = ("total_flos", "learning_rate", "grad_norm", "epoch")
 
 
-def format_metrics(metrics: dict[str, float]) -> str:
-    """`name value` pairs in one line, floats to four significant digits."""
+def format_metrics(metrics: dict[str, float], hidden: Sequence[str] = ("total_flos",)) -> str:
+    """`name value` pairs in one line, floats to four significant digits, without those in `hidden`."""
     return "  ".join(
         f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
         for name, value in metrics.items()
-        if name not in _NOT_SHOWN
+        if name not in hidden
     )
 
 
@@ -44,7 +46,7 @@ class ProgressBar(TrainerCallback):
         if self.bar is None:
             logger.info(line)
         elif "loss" in logs:
-            self.bar.set_postfix_str(format_metrics(logs))
+            self.bar.set_postfix_str(format_metrics(logs, _NOT_IN_BAR))
         else:
             self.bar.write(line, file=sys.stderr)
 
