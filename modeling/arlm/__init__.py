@@ -1,0 +1,28 @@
+"""The left-to-right language model (ARLM): the autoregressive baseline on the shared backbone."""
+
+from xlm_hf import register_family
+
+from .collator_arlm import (
+    ARLMCollatorForLanguageModeling,
+    ARLMCollatorForLanguageModelingPrediction,
+    ARLMCollatorForSeq2Seq,
+    ARLMCollatorForSeq2SeqPrediction,
+)
+from .configuration_arlm import ARLMConfig
+from .generation_arlm import ARLMGenerationConfig, ARLMGenerationOutput
+from .loss_arlm import ARLMLoss
+from .modeling_arlm import ARLMForCausalLM
+
+register_family(ARLMConfig, ARLMForCausalLM, auto_classes=("AutoModel", "AutoModelForCausalLM"))
+
+__all__ = [
+    "ARLMCollatorForLanguageModeling",
+    "ARLMCollatorForLanguageModelingPrediction",
+    "ARLMCollatorForSeq2Seq",
+    "ARLMCollatorForSeq2SeqPrediction",
+    "ARLMConfig",
+    "ARLMForCausalLM",
+    "ARLMGenerationConfig",
+    "ARLMGenerationOutput",
+    "ARLMLoss",
+]

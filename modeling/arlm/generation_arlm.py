@@ -1,0 +1,248 @@
+"""Generation from left to right: transformers' own loop and caches, with this library's seeds and output."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache
+from transformers.generation import (
+    GenerationConfig,
+    GenerationMixin,
+    GenerationMode,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from xlm_hf.modules.counter_random import random_bits, uniform
+from xlm_hf.modules.generation import (
+    NonAutoregressiveGenerationMixin,
+    NonAutoregressiveGenerationOutput,
+    left_align_padding,
+    row_seeds,
+)
+from xlm_hf.modules.messages import did_you_mean
+from xlm_hf.modules.token_sampling import sample_categorical
+
+
+class ARLMGenerationConfig(GenerationConfig):
+    """Options of `ARLMForCausalLM.generate`: those of transformers' `GenerationConfig`, and no others.
+
+    Three differ from there: without `max_new_tokens` and `max_length` a sequence may fill the model's positions,
+    `top_k` keeps all tokens by default, and `return_dict_in_generate` is True.
+
+    Attributes:
+        return_history: also return the step that wrote each token.
+
+    Raises:
+        ValueError: for an option that does not exist, naming the closest one, and for a value out of its range.
+    """
+
+    return_history: bool
+
+    def __init__(self, **options):
+        known = self.option_names()
+        metadata = ("_commit_hash", "_from_model_config", "transformers_version")
+        unknown = [name for name in options if name not in known and name not in metadata]
+        if unknown:
+            raise ValueError(f"{type(self).__name__} has no option {unknown[0]!r}: {did_you_mean(unknown[0], known)}")
+        defaults = {"top_k": 0, "return_dict_in_generate": True, "return_history": False}
+        super().__init__(**{**defaults, **{name: value for name, value in options.items() if value is not None}})
+
+    @classmethod
+    def option_names(cls) -> list[str]:
+        """Names of all options."""
+        return [name for name in vars(GenerationConfig()) if not name.startswith("_")] + ["return_history"]
+
+    def validate(self, strict: bool = False, user_set_attributes: set[str] | None = None) -> None:
+        """Check every option; raises ValueError naming the option, its value and its range."""
+        # An option that the decoding at hand does not use, such as a temperature in greedy decoding, is no mistake.
+        super().validate(user_set_attributes={"do_sample", "num_beams"})
+        if self.temperature is not None and self.temperature <= 0:
+            raise ValueError(f"temperature must be greater than 0 and is {self.temperature}.")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1] and is {self.top_p}.")
+
+    @classmethod
+    def from_model_config(cls, model_config) -> "ARLMGenerationConfig":
+        """Options of a new model: the special ids of its config."""
+        return cls(**{name: getattr(model_config, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")})
+
+
+@dataclass
+class ARLMGenerationOutput(NonAutoregressiveGenerationOutput):
+    """What `generate` returns: the output of every family, and what transformers' `GenerateDecoderOnlyOutput` adds.
+
+    Of a beam search, `nfe` counts the passes that wrote the sequence, each of them over `num_beams` hypotheses.
+
+    Attributes:
+        sequences_scores: (B,) log-probability / length^length_penalty of a beam search, with `output_scores=True`.
+        scores: per step (rows, V) processed scores, with `output_scores=True`.
+        logits: per step (rows, V) logits of the model, with `output_logits=True`.
+        beam_indices: (B, new tokens) hypothesis that each token was written to, of a beam search; -1 for padding.
+        attentions: per step and layer, with `output_attentions=True`.
+        hidden_states: per step and layer, with `output_hidden_states=True`.
+        past_key_values: the cache.
+    """
+
+    sequences_scores: torch.Tensor | None = None
+    scores: tuple[torch.Tensor, ...] | None = None
+    logits: tuple[torch.Tensor, ...] | None = None
+    beam_indices: torch.Tensor | None = None
+    attentions: tuple[tuple[torch.Tensor, ...], ...] | None = None
+    hidden_states: tuple[tuple[torch.Tensor, ...], ...] | None = None
+    past_key_values: Cache | None = None
+
+
+class _RoomCriteria(StoppingCriteria):
+    """Ends a row once it has written as many tokens as it has room for: (B,), by its own prompt alone."""
+
+    def __init__(self, room: torch.Tensor, prompt_width: int):
+        self.room = room
+        self.prompt_width = prompt_width
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs) -> Any:
+        room = self.room.repeat_interleave(len(input_ids) // len(self.room))
+        return input_ids.shape[1] - self.prompt_width >= room
+
+
+class _SeededDraw(LogitsProcessor):
+    """Draws the token of each row by its own seed and leaves nothing else to be drawn.
+
+    transformers draws a batch from one generator, so that a row would depend on its neighbours.
+    """
+
+    def __init__(self, seeds: torch.Tensor, prompt_width: int):
+        self.seeds = seeds
+        self.prompt_width = prompt_width
+        self.scores: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> Any:
+        self.scores.append(scores)
+        tokens = sample_categorical(scores, uniform(self.seeds, input_ids.shape[1] - self.prompt_width))
+        return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
+
+
+class ARLMGenerationMixin(NonAutoregressiveGenerationMixin, GenerationMixin):  # type: ignore[misc]
+    """Adds `generate` to the left-to-right language model."""
+
+    # Assisted decoding would make nfe wrong, and beam sampling draws a batch from one generator.
+    _supported_generation_modes = [GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH]
+
+    @torch.no_grad()
+    def generate(  # type: ignore[override]
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        streamer: Any = None,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        seed: int | list[int] | torch.Tensor | None = None,
+        tokenizer: Any = None,
+        **overrides,
+    ) -> ARLMGenerationOutput | torch.Tensor | None:
+        """Write sequences from left to right by transformers' `GenerationMixin`, greedily, by sampling or beam search.
+
+        Args:
+            input_ids: (B, P) prompts, `prompt [BOS]` or the bare prompt, to which `[BOS]` is then added; what follows
+                `[BOS]` is continued. Ragged prompts are padded on either side. None writes one sequence from an empty
+                prompt.
+            attention_mask: (B, P), 1 for tokens; by default everything but `pad_token_id`.
+            generation_config: options; what it leaves open is the model's own.
+            streamer: a `TextStreamer` or its like; gets the prompt and the token of every step by `put`.
+            logits_processor: transformers' logits processors.
+            stopping_criteria: transformers' stopping criteria.
+            seed: of sampling; one integer, or one for each row (see `row_seeds`).
+            tokenizer: for `stop_strings`.
+            **overrides: single options by name.
+
+        Returns:
+            `ARLMGenerationOutput`, or its sequences alone with `return_dict_in_generate=False`.
+
+        Raises:
+            ValueError: for an unknown option, a value out of range, an id outside the vocabulary or a prompt without
+                room after it.
+        """
+        config = self.resolve_generation_config(generation_config, overrides)
+        return_dict = config.return_dict_in_generate
+        prompt, mask = self._prepare_prompt(input_ids, attention_mask)
+        room = self.room_for_new_tokens(config, mask.sum(dim=-1))
+        config.update(max_new_tokens=int(room.max()), max_length=None, return_dict_in_generate=True)
+        if self.config.conv_kernel_size:
+            config.use_cache = False
+        returned = config.num_return_sequences or 1
+        seeds = row_seeds(seed, len(prompt), prompt.device)
+        if returned > 1:
+            seeds = random_bits(seeds[:, None], torch.arange(returned, device=seeds.device)).flatten()
+        draw = [_SeededDraw(seeds, prompt.shape[1])] if config.do_sample else []
+        output: Any = super().generate(  # type: ignore[misc]
+            prompt,
+            attention_mask=mask.long(),
+            generation_config=config,
+            streamer=streamer,
+            logits_processor=LogitsProcessorList([*(logits_processor or []), *draw]),
+            stopping_criteria=StoppingCriteriaList([*(stopping_criteria or []), _RoomCriteria(room, prompt.shape[1])]),
+            tokenizer=tokenizer,
+        )
+        if draw and config.output_scores:
+            output["scores"] = tuple(draw[0].scores)
+        result = self._output(output, prompt.repeat_interleave(returned, 0), room.repeat_interleave(returned), config)
+        return result if return_dict else result.sequences
+
+    def resolve_generation_config(self, generation_config: GenerationConfig | None, overrides: dict[str, Any]) -> Any:
+        """Options of one call: `overrides` over what `generation_config` sets over the model's own."""
+        given = {} if generation_config is None else generation_config.to_dict()
+        given = {name: value for name, value in given.items() if value is not None}
+        return self.generation_config_class(**{**self.generation_config.to_dict(), **given, **overrides})
+
+    def _prepare_prompt(self, input_ids, attention_mask):
+        """Check prompts, end bare ones with `[BOS]`, and move the padding to the left."""
+        bos_id = self.config.bos_token_id
+        if input_ids is None:
+            input_ids = torch.tensor([[bos_id]], device=self.device)
+        self.check_token_ids(input_ids)
+        if attention_mask is None:
+            attention_mask = input_ids != self.config.pad_token_id
+        input_ids, mask = left_align_padding(input_ids, attention_mask)
+        opened = ((input_ids == bos_id) & mask).any(dim=-1)
+        if opened.all():
+            return input_ids, mask
+        if opened.any():
+            raise ValueError(f"Some prompts hold a [BOS] (id {bos_id}) and others do not: add it to all or none.")
+        column = torch.ones_like(input_ids[:, :1])
+        return torch.cat((input_ids, bos_id * column), dim=1), torch.cat((mask, column.bool()), dim=1)
+
+    def _get_logits_processor(self, *args, **kwargs) -> LogitsProcessorList:
+        """The processors of transformers, which puts temperature, top-k and the like last, and the draw after them."""
+        processors = super()._get_logits_processor(*args, **kwargs)  # type: ignore[misc]
+        processors.sort(key=lambda processor: isinstance(processor, _SeededDraw))
+        return processors
+
+    def _output(self, output, prompt, room, config: ARLMGenerationConfig) -> ARLMGenerationOutput:
+        """Count what each row wrote and blank what stands behind it; `prompt` and `room` are one row a sequence."""
+        pad_id = self.config.pad_token_id
+        written = output.sequences[:, prompt.shape[1] :]
+        columns = torch.arange(written.shape[1], device=written.device)
+        eos_ids = [] if config.eos_token_id is None else config.eos_token_id
+        is_eos = torch.isin(written, torch.as_tensor(eos_ids, dtype=torch.int64, device=written.device))
+        if output.get("beam_indices") is None:
+            exists = (is_eos.cumsum(dim=-1) - is_eos.long() == 0) & (columns < room[:, None])
+            exists &= (written != pad_id) | is_eos
+        else:
+            # A beam search fills short rows with the end-of-sequence token where the pad id is 0.
+            exists = output.beam_indices >= 0
+        lengths = exists.sum(dim=-1)
+        stopped = (is_eos & exists).any(dim=-1) | (lengths < room)
+        history = torch.cat((torch.full_like(prompt, -1), torch.where(exists, columns, -1)), dim=1)
+        return ARLMGenerationOutput(
+            **{
+                **output,
+                "sequences": torch.cat((prompt, written.masked_fill(~exists, pad_id)), dim=1),
+                "tokens_per_forward": torch.ones_like(lengths, dtype=torch.float32),
+                "nfe": lengths,
+                "finish_reason": ["stop" if row else "length" for row in stopped.tolist()],
+                "history": history if config.return_history else None,
+            }
+        )

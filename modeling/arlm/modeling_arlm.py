@@ -1,0 +1,89 @@
+"""The left-to-right language model (ARLM): p(next token | all tokens before it)."""
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
+
+from xlm_hf.modules.rotary_transformer import RotaryTransformer, RotaryTransformerPreTrainedModel
+
+from .configuration_arlm import ARLMConfig
+from .generation_arlm import ARLMGenerationConfig, ARLMGenerationMixin
+
+
+class ARLMPreTrainedModel(RotaryTransformerPreTrainedModel):
+    """Ties the family to its configuration."""
+
+    config: ARLMConfig
+    _skip_keys_device_placement = ["past_key_values"]
+
+
+class ARLMForCausalLM(ARLMPreTrainedModel, ARLMGenerationMixin):  # type: ignore[misc]
+    """Left-to-right language model: the causal backbone and a vocabulary head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    generation_config_class = ARLMGenerationConfig
+
+    def __init__(self, config: ARLMConfig):
+        super().__init__(config)
+        self.model = RotaryTransformer(config, is_causal=True)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        logits_index: torch.Tensor | None = None,
+        logits_to_keep: int = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Score the next token after every token.
+
+        Args:
+            input_ids: (B, L) token ids; with a cache, those after the cached ones.
+            attention_mask: (B, L), 1 for tokens and 0 for padding on either side; with a cache, (B, cached + L).
+            position_ids: (B, L) rotary positions; by default each row counts its own tokens.
+            past_key_values: keys and values of the tokens before these; those of these are added to it.
+            use_cache: whether to begin a cache where none is given. With `conv_kernel_size` > 0 there is none: the
+                short convolution has a state of its own, so such a model computes every pass afresh.
+            logits_index: (S,) indices into the flattened (B x L) tokens whose logits are wanted; None means all. The
+                vocabulary head is the largest product of a small model, and few of its rows matter.
+            logits_to_keep: last tokens of each row whose logits are wanted; 0 means all. What `generate` of
+                transformers uses.
+
+        Returns:
+            transformers' `CausalLMOutputWithPast`, its `logits` (B, L, V), or (S, V) with `logits_index`; those at a
+            token score the token after it, and those of `config.suppress_tokens` are -inf.
+
+        Raises:
+            ValueError: for a cache together with `conv_kernel_size` > 0.
+        """
+        if use_cache and past_key_values is None and not self.config.conv_kernel_size:
+            past_key_values = DynamicCache(config=self.config)
+        outputs = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        if logits_index is not None:
+            hidden_states = hidden_states.flatten(0, 1)[logits_index]
+        elif logits_to_keep:
+            hidden_states = hidden_states[:, -logits_to_keep:]
+        logits = self.lm_head(hidden_states)
+        if self.config.suppress_tokens:
+            logits[..., self.config.suppress_tokens] = -torch.inf
+        return CausalLMOutputWithPast(
+            logits=logits,
+            past_key_values=past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
