@@ -349,6 +349,7 @@ def test_pushing_takes_the_code_along(how, model, tmp_path, monkeypatch):
     else:
         # Only what is newer than the start of the call goes up: an old folder must not hold the code back.
         saved.save_pretrained(str(tmp_path))
+        (tmp_path / "mine.py").write_text("")
         saved.save_pretrained(str(tmp_path), push_to_hub=True, repo_id="user/tiny")
     assert uploaded == CODE_FILES | (WEIGHT_FILES if what == "model" else {"config.json"})
 
@@ -508,6 +509,7 @@ def test_an_interrupted_export_leaves_the_earlier_one_intact(earlier, model, tmp
 def test_a_new_export_replaces_the_earlier_one_whole(earlier, model, tokenizer, tmp_path):
     (tmp_path / "model/modeling_old.py").write_text("")
     (tmp_path / ".model.partial").mkdir()
+    (tmp_path / ".model.partial/left behind").write_text("")
     model.lm_head.weight.data.zero_()
     xlm_hf.export_model(model, tokenizer, tmp_path / "model")
     assert files_of(tmp_path) == {"model"}
@@ -624,16 +626,13 @@ def test_importing_the_package_loads_nothing_heavy(tmp_path):
         import xlm_hf
         print(*{name.split(".")[0] for name in sys.modules} - before)
         print(*sorted(name for name in sys.modules if name.startswith("xlm_hf.") and name.count(".") == 1))
-        print(list(xlm_hf.hub.families()))
         """,
         env={"PYTHONPATH": str(ROOT)},
         cwd=tmp_path,
     )
-    new, ours, families = out.splitlines()
+    new, ours = out.splitlines()
     assert set(new.split()) <= {"xlm_hf", "tokenizers"} | sys.stdlib_module_names
     assert ours == "xlm_hf.hub xlm_hf.modeling xlm_hf.modules"
-    shipped = sorted(path.parent.name for path in (ROOT / "modeling").glob("*/__init__.py"))
-    assert ast.literal_eval(families) == shipped
 
 
 def copy_tree_with_links_as_text(target):
@@ -649,12 +648,18 @@ def copy_tree_with_links_as_text(target):
             (target / relative).write_bytes(path.read_bytes())
 
 
-def test_links_that_became_text_files_do_no_harm(tmp_path):
+def test_links_that_became_text_files_and_a_broken_family_do_no_harm(tmp_path):
     copy_tree_with_links_as_text(tmp_path)
     assert (tmp_path / "xlm_hf/modeling").is_file()
+    (tmp_path / "modeling/half_written").mkdir()
+    (tmp_path / "modeling/half_written/__init__.py").write_text("def f(:")
     out = run_python(
         """
-        import sys, xlm_hf
+        import sys, warnings
+        with warnings.catch_warnings(record=True) as heard:
+            import xlm_hf
+        (message,) = [str(w.message) for w in heard if "half_written" in str(w.message)]
+        assert message.startswith("The family xlm_hf.modeling.half_written is left out because it cannot be imported: ")
         from xlm_hf import hub
         from xlm_hf.modeling.ilm import ILMConfig
         assert xlm_hf.__file__.startswith(sys.argv[1]), xlm_hf.__file__
@@ -698,7 +703,7 @@ def test_families_of_other_packages_register_themselves(tmp_path):
             import {first}
         from transformers import AutoModel
         from xlm_hf import hub
-        print([str(w.message) for w in heard if "family" in str(w.message)])
+        print([str(w.message) for w in heard if "outside" in str(w.message)])
         print(list(hub.families())[-1])
         config = hub.families()["wordy"].config_class(vocab_size=8, hidden_size=8, num_attention_heads=1)
         AutoModel.from_config(config).save_pretrained(sys.argv[1])
@@ -714,8 +719,8 @@ def test_families_of_other_packages_register_themselves(tmp_path):
         heard, last, name = out.splitlines()
         (message,) = ast.literal_eval(heard)
         assert message == (
-            "The family 'broken' (outside.broken) is left out because it cannot be imported: ModuleNotFoundError: No "
-            "module named 'outside.broken'"
+            "The family outside.broken is left out because it cannot be imported: ModuleNotFoundError: No module named "
+            "'outside.broken'"
         )
         assert (last, name) == ("wordy", "WordyModel")
         assert files_of(tmp_path / f"saved after {first}") == {

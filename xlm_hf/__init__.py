@@ -42,16 +42,19 @@ def __dir__() -> list[str]:
 
 
 def _import_families() -> None:
-    """Import every family, which registers itself: the shipped ones, then those of installed packages."""
-    for module in pkgutil.iter_modules(importlib.import_module(f"{__name__}.modeling").__path__):
-        importlib.import_module(f"{__name__}.modeling.{module.name}")
-    for entry_point in importlib.metadata.entry_points(group="xlm_hf.families"):
+    """Import every family, which registers itself: the shipped ones, then those of other packages.
+
+    One that cannot be imported, perhaps because somebody is working on it, does not take the others along.
+    """
+    shipped = pkgutil.iter_modules(importlib.import_module(f"{__name__}.modeling").__path__)
+    external = importlib.metadata.entry_points(group="xlm_hf.families")
+    names = [f"{__name__}.modeling.{module.name}" for module in shipped]
+    for name in [*names, *(entry_point.module for entry_point in external)]:
         try:
-            entry_point.load()
+            importlib.import_module(name)
         except Exception as error:
             warnings.warn(
-                f"The family {entry_point.name!r} ({entry_point.value}) is left out because it cannot be imported: "
-                f"{type(error).__name__}: {error}",
+                f"The family {name} is left out because it cannot be imported: {type(error).__name__}: {error}",
                 stacklevel=2,
             )
 

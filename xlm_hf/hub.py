@@ -111,8 +111,9 @@ def _save_config_and_code(self, save_directory, push_to_hub=False, **kwargs):
 
 def _timestamps_without_code(self, working_dir):
     """Leave the code, which is just written, out of what `save_pretrained(push_to_hub=True)` takes for uploaded."""
+    code = family_code(_FAMILIES[self.model_type]) if self.model_type in _FAMILIES else {}
     timestamps = PreTrainedConfig._get_files_timestamps(self, working_dir)
-    return {name: time for name, time in timestamps.items() if not name.endswith(".py")}
+    return {name: time for name, time in timestamps.items() if name not in code}
 
 
 def export_code(family: Family, directory: str | os.PathLike) -> None:
