@@ -1,0 +1,31 @@
+"""The masked language model (MLM) of the insertion-model papers: every share of the tokens is masked as often."""
+
+from xlm_hf import register_family
+
+from .collator_mlm import (
+    MLMCollatorForInfilling,
+    MLMCollatorForInfillingPrediction,
+    MLMCollatorForLanguageModeling,
+    MLMCollatorForLanguageModelingPrediction,
+    MLMCollatorForSeq2Seq,
+    MLMCollatorForSeq2SeqPrediction,
+)
+from .configuration_mlm import MLMConfig
+from .generation_mlm import MLMGenerationConfig
+from .loss_mlm import MLMLoss
+from .modeling_mlm import MLMForMaskedLM
+
+register_family(MLMConfig, MLMForMaskedLM, auto_classes=("AutoModel", "AutoModelForMaskedLM"))
+
+__all__ = [
+    "MLMCollatorForInfilling",
+    "MLMCollatorForInfillingPrediction",
+    "MLMCollatorForLanguageModeling",
+    "MLMCollatorForLanguageModelingPrediction",
+    "MLMCollatorForSeq2Seq",
+    "MLMCollatorForSeq2SeqPrediction",
+    "MLMConfig",
+    "MLMForMaskedLM",
+    "MLMGenerationConfig",
+    "MLMLoss",
+]

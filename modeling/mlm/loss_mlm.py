@@ -1,0 +1,38 @@
+"""The training objective of the masked language model."""
+
+import torch
+from torch import nn
+
+from xlm_hf.modules.loss_output import LossOutput
+
+
+class MLMLoss:
+    """Cross-entropy of the masked tokens.
+
+    Over the masked positions M of all sequences,
+
+        loss = sum_{i in M} -log softmax(logits_i)_{x_i},    items = |M|,
+
+    so that the trainer minimises the mean over the masked tokens of a whole optimiser step. There is no weight 1/t: a
+    sequence counts by how much of it was masked, and the loss is no bound on a likelihood.
+    """
+
+    def num_items(self, batch: dict[str, torch.Tensor]) -> int:
+        """Number of masked tokens in the batch."""
+        return len(batch["target_ids"])
+
+    def __call__(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> LossOutput:
+        """Sum the loss over the batch of an `MLMCollator...` (see there for its tensors).
+
+        Returns:
+            `LossOutput` whose items are masked tokens; its metric is `masked_accuracy`, how often the most
+            probable token is the right one.
+        """
+        outputs = model(batch["input_ids"], attention_mask=batch["attention_mask"], logits_index=batch["target_index"])
+        logits, targets = outputs.logits.float(), batch["target_ids"]
+        num_items = self.num_items(batch)
+        return LossOutput(
+            loss_sum=nn.functional.cross_entropy(logits, targets, reduction="sum"),
+            num_items=num_items,
+            metrics={"masked_accuracy": ((logits.detach().argmax(dim=-1) == targets).sum(), num_items)},
+        )

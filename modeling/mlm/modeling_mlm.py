@@ -1,0 +1,57 @@
+"""The masked language model (MLM): a distribution over tokens at every masked position."""
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import MaskedLMOutput
+from transformers.utils.generic import can_return_tuple
+
+from xlm_hf.modules.rotary_transformer import RotaryTransformer, RotaryTransformerPreTrainedModel
+
+from .configuration_mlm import MLMConfig
+from .generation_mlm import MLMGenerationConfig, MLMGenerationMixin
+
+
+class MLMPreTrainedModel(RotaryTransformerPreTrainedModel):
+    """Ties the family to its configuration."""
+
+    config: MLMConfig
+
+
+class MLMForMaskedLM(MLMPreTrainedModel, MLMGenerationMixin):
+    """Masked language model: p(token | all that is not masked) at each position, from a bidirectional backbone."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    generation_config_class = MLMGenerationConfig
+
+    def __init__(self, config: MLMConfig):
+        super().__init__(config)
+        self.model = RotaryTransformer(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        logits_index: torch.Tensor | None = None,
+        **kwargs,
+    ) -> MaskedLMOutput:
+        """Score every token at every position.
+
+        Args:
+            input_ids: (B, L) token ids, `mask_token_id` where a token is to be predicted.
+            attention_mask: (B, L), 1 for tokens and 0 for padding on either side.
+            position_ids: (B, L) rotary positions; by default each row counts its own tokens.
+            logits_index: (S,) indices into the flattened (B x L) positions whose logits are wanted; None means all.
+
+        Returns:
+            transformers' `MaskedLMOutput` without a loss: `logits` (B, L, V), or (S, V) with `logits_index`, those of
+            `config.suppress_tokens` -inf; `hidden_states` and `attentions` where asked for.
+        """
+        outputs = self.model(input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
+        hidden_states = outputs.last_hidden_state
+        logits = self.lm_head(hidden_states if logits_index is None else hidden_states.flatten(0, 1)[logits_index])
+        logits[..., self.config.suppress_tokens] = -torch.inf
+        return MaskedLMOutput(logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions)

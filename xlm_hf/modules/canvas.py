@@ -1,0 +1,305 @@
+"""What the generation of masked language models shares: a canvas of masks after each prompt, and how it is filled.
+
+A canvas has a length of its own for each row. What counts as written ends with the first end-of-sequence token: a
+position behind it is never written, and the row is finished when nothing before it is masked.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .generation import (
+    NonAutoregressiveGenerationConfig,
+    NonAutoregressiveGenerationMixin,
+    NonAutoregressiveGenerationOutput,
+    left_align_padding,
+)
+from .token_sampling import filter_logits, sample_categorical
+from .unmasking import (
+    ORDERS,
+    TokenStatistics,
+    commit_bounded,
+    commit_confident,
+    commit_ranks,
+    commit_top_k,
+    num_to_commit,
+    order_scores,
+)
+
+
+class UnmaskingGenerationConfig(NonAutoregressiveGenerationConfig):
+    """Options of unmasking by a rule, beside those of the base class: in which order, and how much in a step.
+
+    By default a step commits one token. At most one of the last four options can be set.
+
+    Attributes:
+        order: which masked positions come first: "confidence", the largest p1; "margin", the largest p1 - p2;
+            "entropy", the smallest entropy; "random", any. All are statistics of the model's own distribution,
+            before temperature, top-k and top-p.
+        num_steps: forward passes in which a canvas is filled, the positions spread evenly over them.
+        confidence_threshold: a step commits all tokens with p1 above this (arXiv 2505.22618).
+        entropy_bound: a step commits the longest prefix of the order whose entropies (nats), the largest left out, sum
+            to at most this (arXiv 2505.24857).
+        error_bound: the same with 1 - p1 in place of the entropies.
+    """
+
+    order: str = "confidence"
+    num_steps: int | None = None
+    confidence_threshold: float | None = None
+    entropy_bound: float | None = None
+    error_bound: float | None = None
+
+    def validate(self, strict: bool = False, user_set_attributes: set[str] | None = None) -> None:
+        """Check every option; raises ValueError naming the option, its value and its range."""
+        super().validate()
+        self._check_choice("order", ORDERS)
+        self._check_positive("num_steps", "entropy_bound", "error_bound")
+        self._check_probability("confidence_threshold")
+        names = ("num_steps", "confidence_threshold", "entropy_bound", "error_bound")
+        given = [name for name in names if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} each say how much a step commits: set one of them to None.")
+
+
+class MaskedCanvas:
+    """The rows being written: prompts, padded on the left, and a canvas of mask tokens after each, padded on the right.
+
+    A mask token inside a prompt is filled like the canvas is.
+
+    Args:
+        prompt: (B, P) ids, padded on the left.
+        prompt_mask: (B, P) bool, True for tokens.
+        lengths: (B,) mask tokens to append to each prompt.
+        mask_token_id: stands for what is not written yet.
+        pad_token_id: fills ragged rows.
+        eos_token_id: ends what is written in a canvas; None if nothing does.
+
+    Attributes:
+        ids: (B, L) int64, the rows as the model sees them.
+        attention_mask: (B, L) bool, True for everything but the padding of ragged rows.
+        masked: (B, L) bool, what is still to be written; a position behind an end-of-sequence token no longer is.
+        positions: (B, L) int64, the place of each token in its own row.
+        nfe: (B,) int64, forward passes that each row took part in.
+    """
+
+    def __init__(
+        self,
+        prompt: torch.Tensor,
+        prompt_mask: torch.Tensor,
+        lengths: torch.Tensor,
+        mask_token_id: int,
+        pad_token_id: int,
+        eos_token_id: int | None,
+    ):
+        self.prompt_width, self.pad_token_id, self.eos_token_id = prompt.shape[1], pad_token_id, eos_token_id
+        appended = torch.arange(int(lengths.max()), device=prompt.device) < lengths[:, None]
+        canvas = torch.full(appended.shape, pad_token_id, device=prompt.device).masked_fill(appended, mask_token_id)
+        self.ids = torch.cat((prompt, canvas), dim=1)
+        self.attention_mask = torch.cat((prompt_mask, appended), dim=1)
+        self.masked = (self.ids == mask_token_id) & self.attention_mask
+        self.positions = (self.attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
+        self.nfe = torch.zeros_like(lengths)
+        self._steps = torch.full_like(self.ids, -1)
+
+    def open_rows(self) -> torch.Tensor:
+        """Indices of the rows in which something is still to be written."""
+        return self.masked.any(dim=-1).nonzero().squeeze(-1)
+
+    def commit(self, rows: torch.Tensor, chosen: torch.Tensor, tokens: torch.Tensor, step: int) -> None:
+        """Write tokens.
+
+        Args:
+            rows: (R,) indices.
+            chosen: (R, L) bool, where in those rows.
+            tokens: (S,) ids for the chosen positions in reading order.
+            step: number of the step, from 0.
+        """
+        self.ids[rows] = self.ids[rows].masked_scatter(chosen, tokens)
+        self._steps[rows] = self._steps[rows].masked_fill(chosen, step)
+        self.masked[rows] &= ~chosen
+        self.masked &= ~self._behind_eos()
+
+    def written(self) -> torch.Tensor:
+        """What stands after the prompts, mask tokens included; the whole rows where nothing was appended to any."""
+        return self.ids[:, self.prompt_width :] if self.ids.shape[1] > self.prompt_width else self.ids
+
+    def output(self, return_history: bool) -> NonAutoregressiveGenerationOutput:
+        """Gather the result of `generate`: rows end with their end-of-sequence token, the rest is padding."""
+        behind_eos = self._behind_eos()
+        kept = self.attention_mask & ~behind_eos
+        # Columns of padding alone are left out at the end.
+        width = max(
+            self.prompt_width, int((kept.any(dim=0) * torch.arange(1, kept.shape[1] + 1).to(kept.device)).max())
+        )
+        history = self._steps.masked_fill(~kept, -1)[:, :width]
+        stopped = self._is_eos().any(dim=-1)
+        return NonAutoregressiveGenerationOutput(
+            sequences=self.ids.masked_fill(behind_eos, self.pad_token_id)[:, :width],
+            tokens_per_forward=(history >= 0).sum(dim=-1) / self.nfe.clamp(min=1),
+            nfe=self.nfe,
+            finish_reason=["stop" if row else "length" for row in stopped.tolist()],
+            history=history if return_history else None,
+        )
+
+    def _is_eos(self) -> torch.Tensor:
+        if self.eos_token_id is None:
+            return torch.zeros_like(self.masked)
+        in_canvas = torch.arange(self.ids.shape[1], device=self.ids.device) >= self.prompt_width
+        return (self.ids == self.eos_token_id) & in_canvas & self.attention_mask
+
+    def _behind_eos(self) -> torch.Tensor:
+        is_eos = self._is_eos().long()
+        return is_eos.cumsum(dim=-1) - is_eos > 0
+
+
+class MaskedGenerationMixin(NonAutoregressiveGenerationMixin):
+    """The steps of `generate` that masked language models have in common.
+
+    The model's `config` names `mask_token_id`, `bos_token_id`, `pad_token_id` and `eos_token_id`; its forward takes
+    `logits_index`, flat indices into (B x L).
+    """
+
+    def open_canvas(
+        self,
+        generation_config: NonAutoregressiveGenerationConfig,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        canvas_lengths: torch.Tensor | None = None,
+    ) -> MaskedCanvas:
+        """Check prompts and put a canvas after each.
+
+        A prompt without mask tokens gets a canvas of as many tokens as the options leave it room for; `bos_token_id`
+        is put between the two if the prompt does not end with it. A prompt with mask tokens is a canvas itself, and
+        nothing is appended.
+
+        Args:
+            generation_config: the options.
+            input_ids: (B, P) prompts, padded on either side; None is one empty prompt.
+            attention_mask: (B, P), 1 for tokens; by default everything but `pad_token_id`.
+            canvas_lengths: (B,) length of each row's canvas, within that room; 0 appends nothing, so that only the
+                mask tokens of the prompt are filled.
+
+        Raises:
+            ValueError: for an id outside the vocabulary, or a prompt without room after it.
+        """
+        config = self.config
+        if input_ids is None:
+            input_ids = torch.tensor([[config.bos_token_id]], device=self.device)
+        self.check_token_ids(input_ids)
+        mask = input_ids != config.pad_token_id if attention_mask is None else attention_mask.bool()
+        input_ids, mask = left_align_padding(input_ids, mask)
+        if canvas_lengths is None:
+            extended = ~((input_ids == config.mask_token_id) & mask).any(dim=-1)
+        else:
+            extended = canvas_lengths > 0
+        lacks_bos = extended & ~((input_ids[:, -1] == config.bos_token_id) & mask[:, -1])
+        if lacks_bos.any():
+            input_ids = torch.cat((input_ids, torch.full_like(input_ids[:, :1], config.bos_token_id)), dim=1)
+            input_ids, mask = left_align_padding(input_ids, torch.cat((mask, lacks_bos[:, None]), dim=1))
+            input_ids = input_ids.masked_fill(~mask, config.pad_token_id)
+        lengths = self._room_after(generation_config, mask.sum(dim=-1), extended)
+        if canvas_lengths is not None:
+            lengths = torch.minimum(lengths, canvas_lengths)
+        return MaskedCanvas(input_ids, mask, lengths, config.mask_token_id, config.pad_token_id, config.eos_token_id)
+
+    def _room_after(self, generation_config, prompt_lengths: torch.Tensor, extended: torch.Tensor) -> torch.Tensor:
+        longest, positions = int(prompt_lengths.max()), self.config.max_position_embeddings
+        if longest > positions:
+            raise ValueError(
+                f"The input has {longest} tokens and the model has {positions} positions: shorten it or train with a "
+                "larger max_position_embeddings."
+            )
+        room = torch.zeros_like(prompt_lengths)
+        if extended.any():
+            room[extended] = self.room_for_new_tokens(generation_config, prompt_lengths[extended])
+        return room
+
+    def write(self, canvas: MaskedCanvas, take_step: Callable[[torch.Tensor, int], None], streamer: Any = None) -> None:
+        """Call `take_step(rows, step)` with the (R,) open rows until there are none, and tell the streamer."""
+        if streamer is not None:
+            streamer.put(canvas.ids[:, : canvas.prompt_width].cpu())
+        step = 0
+        while len(rows := canvas.open_rows()):
+            take_step(rows, step)
+            step += 1
+            if streamer is not None:
+                streamer.put_draft(canvas.written().cpu())
+        if streamer is not None:
+            streamer.put(canvas.written().cpu())
+            streamer.end()
+
+    def masked_logits(
+        self: Any,
+        canvas: MaskedCanvas,
+        rows: torch.Tensor,
+        generation_config: NonAutoregressiveGenerationConfig,
+        logits_processor: Any,
+        step: int,
+        **model_inputs,
+    ) -> torch.Tensor:
+        """One forward pass over `rows`: (S, V) float32 logits of their masked positions in reading order.
+
+        Args:
+            canvas: whose `nfe` it counts.
+            rows: (R,) indices.
+            generation_config: whose `suppress_tokens` are set to -inf.
+            logits_processor: called with (S, L) ids, (S, V) logits and `cur_step`.
+            step: number of the step, from 0.
+            **model_inputs: passed on to the model.
+        """
+        ids = canvas.ids[rows]
+        index = canvas.masked[rows].flatten().nonzero().squeeze(-1)
+        outputs = self(ids, attention_mask=canvas.attention_mask[rows], logits_index=index, **model_inputs)
+        canvas.nfe[rows] += 1
+        logits = outputs.logits.float()
+        if logits_processor is not None:
+            logits = logits_processor(ids[index // ids.shape[1]], logits, cur_step=step)
+        if generation_config.suppress_tokens:
+            logits[:, generation_config.suppress_tokens] = -torch.inf
+        return logits
+
+
+def choose_positions(
+    logits: torch.Tensor,
+    masked: torch.Tensor,
+    positions: torch.Tensor,
+    seeds: torch.Tensor,
+    step: int,
+    config: UnmaskingGenerationConfig,
+) -> torch.Tensor:
+    """The positions that a step commits, by the rule of `config`; at least one in each row that has any.
+
+    Args:
+        logits: (S, V) of the masked positions in reading order, before temperature, top-k and top-p.
+        masked: (R, L) bool.
+        positions: (R, L) place of each token in its own row.
+        seeds: (R,) seeds of the rows.
+        step: number of the step, from 0.
+        config: the options.
+
+    Returns:
+        (R, L) bool.
+    """
+    statistics = TokenStatistics.of_logits(logits).spread(masked)
+    ranks = commit_ranks(order_scores(config.order, statistics, seeds, positions), masked)
+    if config.confidence_threshold is not None:
+        return commit_confident(ranks, masked, statistics.confidence, config.confidence_threshold)
+    if config.entropy_bound is not None:
+        return commit_bounded(ranks, masked, statistics.entropy, config.entropy_bound)
+    if config.error_bound is not None:
+        return commit_bounded(ranks, masked, 1 - statistics.confidence, config.error_bound)
+    k = torch.ones_like(seeds)
+    if config.num_steps is not None:
+        num_masked = masked.sum(dim=-1)
+        k = num_to_commit(num_masked, torch.full_like(num_masked, config.num_steps - step))
+    return commit_top_k(ranks, masked, k)
+
+
+def draw_tokens(
+    logits: torch.Tensor, uniforms: torch.Tensor, config: NonAutoregressiveGenerationConfig
+) -> torch.Tensor:
+    """Tokens (S,) for (S, V) logits: drawn by (S,) uniforms after temperature, top-k and top-p, or argmax."""
+    if not config.do_sample:
+        return logits.argmax(dim=-1)
+    return sample_categorical(filter_logits(logits, config.temperature, config.top_k, config.top_p), uniforms)
