@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .counter_random import random_bits
 from .generation import (
     NonAutoregressiveGenerationConfig,
     NonAutoregressiveGenerationMixin,
@@ -54,9 +55,12 @@ class UnmaskingGenerationConfig(NonAutoregressiveGenerationConfig):
         """Check every option; raises ValueError naming the option, its value and its range."""
         super().validate()
         self._check_choice("order", ORDERS)
-        self._check_positive("num_steps", "entropy_bound", "error_bound")
+        self._check_positive("num_steps")
         self._check_probability("confidence_threshold")
         names = ("num_steps", "confidence_threshold", "entropy_bound", "error_bound")
+        for name in ("entropy_bound", "error_bound"):
+            if getattr(self, name) is not None and getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0 and is {getattr(self, name)}.")
         given = [name for name in names if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} each say how much a step commits: set one of them to None.")
@@ -282,7 +286,9 @@ def choose_positions(
         (R, L) bool.
     """
     statistics = TokenStatistics.of_logits(logits).spread(masked)
-    ranks = commit_ranks(order_scores(config.order, statistics, seeds, positions), masked)
+    # A random order is drawn anew in each step: how far a bound lets one go tells something about the rest of it.
+    scores = order_scores(config.order, statistics, random_bits(seeds, step), positions)
+    ranks = commit_ranks(scores, masked)
     if config.confidence_threshold is not None:
         return commit_confident(ranks, masked, statistics.confidence, config.confidence_threshold)
     if config.entropy_bound is not None:

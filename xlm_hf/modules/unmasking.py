@@ -55,7 +55,8 @@ def order_scores(order: str, statistics: TokenStatistics, seeds: torch.Tensor, p
         order: "random", every order of a row's positions alike (first-hitting, arXiv 2409.02908); "confidence", p1
             (MaskGIT, arXiv 2202.04200); "margin", p1 - p2 (arXiv 2502.06768); "entropy", -H.
         statistics: (B, L) each.
-        seeds: (B,) of the rows, for "random".
+        seeds: (B,) for "random". With the same seeds in every step a decode follows one random order; where an order's
+            own positions decide how much of it is committed, what is left is in a random order only with new seeds.
         positions: (B, L) place of each token in its own row, so that padding does not change a draw.
 
     Returns:

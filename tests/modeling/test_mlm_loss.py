@@ -1,0 +1,75 @@
+import pytest
+import torch
+
+from tests.modeling.mlm_helpers import CLS, EOS, MASK, PAD, SpecialIds, V, make_examples, make_model, slow_loss
+from xlm_hf.modeling.mlm import MLMCollatorForInfilling, MLMCollatorForSeq2Seq, MLMLoss
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("canvas_length", [None, 10])
+def test_loss_and_gradients_equal_a_double_loop(seed, canvas_length):
+    model = make_model().double()
+    examples = make_examples(7, seed=seed)
+    batch = MLMCollatorForSeq2Seq(SpecialIds(), max_length=24, seed=seed, canvas_length=canvas_length)(examples)
+    output = MLMLoss()(model, batch)
+    gradients = torch.autograd.grad(output.loss_sum, list(model.parameters()))
+    expected = slow_loss(model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits, batch)
+    expected_gradients = torch.autograd.grad(expected, list(model.parameters()))
+
+    assert output.num_items == MLMLoss().num_items(batch) == int((batch["input_ids"] == MASK).sum())
+    assert output.loss_sum.dtype == torch.float32
+    torch.testing.assert_close(output.loss_sum.double(), expected, rtol=1e-6, atol=1e-6)
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-6)
+
+
+def test_loss_is_a_sum_over_sequences():
+    """Whatever a batch looks like, it is the sum of its sequences, each at the width of its own."""
+    model, loss = make_model(), MLMLoss()
+    collator, examples = MLMCollatorForSeq2Seq(SpecialIds(), max_length=24), make_examples(6, seed=1)
+    whole = loss(model, collator(examples))
+    parts = [loss(model, collator([example])) for example in examples]
+    torch.testing.assert_close(whole.loss_sum, sum(part.loss_sum for part in parts))
+    assert whole.num_items == sum(part.num_items for part in parts)
+    assert int(whole.metrics["masked_accuracy"][0]) == sum(int(part.metrics["masked_accuracy"][0]) for part in parts)
+
+
+def test_loss_is_computed_in_float32_under_autocast():
+    batch = MLMCollatorForSeq2Seq(SpecialIds(), max_length=24)(make_examples(6))
+    with torch.autocast("cpu", torch.bfloat16):
+        output = MLMLoss()(make_model(), batch)
+    assert output.loss_sum.dtype == torch.float32
+    assert output.loss_sum.isfinite()
+
+
+def test_a_batch_in_which_nothing_is_masked_has_no_loss():
+    example = {"input_ids": [8, 9], "target_ids": [8, 9], "example_id": 0, "epoch": 0, "position": 0}
+    batch = MLMCollatorForInfilling(SpecialIds(), max_length=24)([example])
+    output = MLMLoss()(make_model(), batch)
+    assert (float(output.loss_sum.detach()), output.num_items) == (0.0, 0)
+    output.loss_sum.backward()
+
+
+def test_a_perfect_model_has_no_loss_and_sees_no_more_positions_than_it_must():
+    batch = MLMCollatorForSeq2Seq(SpecialIds(), max_length=24)(make_examples(20, seed=2))
+
+    class Perfect(torch.nn.Module):
+        def forward(self, input_ids, attention_mask, logits_index):
+            assert (input_ids.flatten()[logits_index] == MASK).all()
+            assert len(logits_index) == (input_ids == MASK).sum()
+            return type("Output", (), {"logits": torch.nn.functional.one_hot(batch["target_ids"], V) * 50.0})
+
+    output = MLMLoss()(Perfect(), batch)
+    assert float(output.loss_sum) == pytest.approx(0.0, abs=1e-6)
+    assert output.metrics["masked_accuracy"] == (output.num_items, output.num_items)
+
+
+def test_what_is_never_written_has_no_probability():
+    model = make_model()
+    logits = model(torch.tensor([[8, MASK, 9]])).logits
+    assert model.config.suppress_tokens == [1, 2, 4, 5]
+    assert logits[..., [CLS, MASK]].isneginf().all()
+    assert logits[..., [PAD, EOS, 7]].isfinite().all()
+    indexed = model(torch.tensor([[8, MASK, 9], [7, 7, MASK]]), logits_index=torch.tensor([5, 1])).logits
+    whole = model(torch.tensor([[8, MASK, 9], [7, 7, MASK]])).logits
+    torch.testing.assert_close(indexed, torch.stack((whole[1, 2], whole[0, 1])))
