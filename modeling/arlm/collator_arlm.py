@@ -80,8 +80,8 @@ class ARLMCollatorForSeq2Seq(_ARLMCollator):
         max_length: positions of the model; a longer sequence is refused.
         seed: unused, since nothing is drawn; all families' collators take it.
 
-    Called with a list of examples - dicts of `prompt_ids`, `target_ids` and `example_id` - it returns a dict of tensors,
-    for B sequences of at most L tokens without `[EOS]`, which is never an input, and S predicted tokens in all:
+    Called with a list of examples - dicts of `prompt_ids`, `target_ids` and `example_id` - it returns a dict of
+    tensors, for B sequences of at most L tokens without `[EOS]` (never an input) and S predicted tokens in all:
         input_ids (B, L): the sequences, padded on the right.
         attention_mask (B, L): True for tokens.
         logits_index (S,): `[BOS]` and the tokens of the targets, as indices into the flattened (B x L) tokens.

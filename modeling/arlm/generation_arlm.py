@@ -41,10 +41,11 @@ class ARLMGenerationConfig(GenerationConfig):
 
     return_history: bool
 
+    _metadata = ("_commit_hash", "_from_model_config", "transformers_version")
+
     def __init__(self, **options):
         known = self.option_names()
-        metadata = ("_commit_hash", "_from_model_config", "transformers_version")
-        unknown = [name for name in options if name not in known and name not in metadata]
+        unknown = [name for name in options if name not in known and name not in self._metadata]
         if unknown:
             raise ValueError(f"{type(self).__name__} has no option {unknown[0]!r}: {did_you_mean(unknown[0], known)}")
         defaults = {"top_k": 0, "return_dict_in_generate": True, "return_history": False}
@@ -53,7 +54,7 @@ class ARLMGenerationConfig(GenerationConfig):
     @classmethod
     def option_names(cls) -> list[str]:
         """Names of all options."""
-        return [name for name in vars(GenerationConfig()) if not name.startswith("_")] + ["return_history"]
+        return [name for name in vars(GenerationConfig()) if name not in cls._metadata] + ["return_history"]
 
     def validate(self, strict: bool = False, user_set_attributes: set[str] | None = None) -> None:
         """Check every option; raises ValueError naming the option, its value and its range."""
@@ -127,9 +128,6 @@ class _SeededDraw(LogitsProcessor):
 class ARLMGenerationMixin(NonAutoregressiveGenerationMixin, GenerationMixin):  # type: ignore[misc]
     """Adds `generate` to the left-to-right language model."""
 
-    # Assisted decoding would make nfe wrong, and beam sampling draws a batch from one generator.
-    _supported_generation_modes = [GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH]
-
     @torch.no_grad()
     def generate(  # type: ignore[override]
         self,
@@ -162,8 +160,8 @@ class ARLMGenerationMixin(NonAutoregressiveGenerationMixin, GenerationMixin):  #
             `ARLMGenerationOutput`, or its sequences alone with `return_dict_in_generate=False`.
 
         Raises:
-            ValueError: for an unknown option, a value out of range, an id outside the vocabulary or a prompt without
-                room after it.
+            ValueError: for an unknown option, a value out of range, another way of decoding, an id outside the
+                vocabulary or a prompt without room after it.
         """
         config = self.resolve_generation_config(generation_config, overrides)
         return_dict = config.return_dict_in_generate
@@ -176,16 +174,21 @@ class ARLMGenerationMixin(NonAutoregressiveGenerationMixin, GenerationMixin):  #
         seeds = row_seeds(seed, len(prompt), prompt.device)
         if returned > 1:
             seeds = random_bits(seeds[:, None], torch.arange(returned, device=seeds.device)).flatten()
-        draw = [_SeededDraw(seeds, prompt.shape[1])] if config.do_sample else []
-        output: Any = super().generate(  # type: ignore[misc]
-            prompt,
-            attention_mask=mask.long(),
-            generation_config=config,
-            streamer=streamer,
-            logits_processor=LogitsProcessorList([*(logits_processor or []), *draw]),
-            stopping_criteria=StoppingCriteriaList([*(stopping_criteria or []), _RoomCriteria(room, prompt.shape[1])]),
-            tokenizer=tokenizer,
-        )
+        width = prompt.shape[1]
+        draw = [_SeededDraw(seeds, width)] if config.do_sample else []
+        # transformers draws from what _SeededDraw leaves it, which is no choice but moves the global generator.
+        device = prompt.device
+        devices = [] if device.type == "cpu" else [device]
+        with torch.random.fork_rng(devices, enabled=bool(draw), device_type=device.type):
+            output: Any = super().generate(  # type: ignore[misc]
+                prompt,
+                attention_mask=mask.long(),
+                generation_config=config,
+                streamer=streamer,
+                logits_processor=LogitsProcessorList([*(logits_processor or []), *draw]),
+                stopping_criteria=StoppingCriteriaList([*(stopping_criteria or []), _RoomCriteria(room, width)]),
+                tokenizer=tokenizer,
+            )
         if draw and config.output_scores:
             output["scores"] = tuple(draw[0].scores)
         result = self._output(output, prompt.repeat_interleave(returned, 0), room.repeat_interleave(returned), config)
@@ -195,7 +198,16 @@ class ARLMGenerationMixin(NonAutoregressiveGenerationMixin, GenerationMixin):  #
         """Options of one call: `overrides` over what `generation_config` sets over the model's own."""
         given = {} if generation_config is None else generation_config.to_dict()
         given = {name: value for name, value in given.items() if value is not None}
-        return self.generation_config_class(**{**self.generation_config.to_dict(), **given, **overrides})
+        config = self.generation_config_class(**{**self.generation_config.to_dict(), **given, **overrides})
+        # Assisted decoding would make nfe wrong, and beam sampling draws a batch from one generator.
+        modes = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH)
+        mode = config.get_generation_mode()
+        if mode not in modes:
+            raise ValueError(
+                f"The options ask for {mode.value}, which is none of {', '.join(mode.value for mode in modes)}: unset "
+                "num_beams, do_sample or the options of assisted decoding."
+            )
+        return config
 
     def _prepare_prompt(self, input_ids, attention_mask):
         """Check prompts, end bare ones with `[BOS]`, and move the padding to the left."""
