@@ -23,7 +23,7 @@ from xlm_hf.modules.messages import did_you_mean
 
 # Nodes whose keys are those of an object: what the YAML does not list may be given all the same, and is checked when
 # the object is built.
-_OPEN_NODES = ("trainer", "model", "generation", "task", "loss")
+_OPEN_NODES = ("trainer", "model", "generation", "task", "loss", "train_collator")
 _MISTAKES = (ValueError, OSError, HydraException, OmegaConfBaseException, StrictDataclassError)
 
 

@@ -24,13 +24,16 @@ def _column(examples: list[dict[str, Any]], name: str) -> torch.Tensor:
 class _ILMCollator:
     """What all collators of the family share: special ids and the checks on what comes in."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, seed: int = 0):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, seed: int = 0, drop_beta: float = 1.0):
+        if drop_beta <= 0:
+            raise ValueError(f"drop_beta must be greater than 0 and is {drop_beta}.")
         self.pad_token_id = tokenizer.pad_token_id
         self.cls_token_id = tokenizer.cls_token_id
         self.bos_token_id = tokenizer.bos_token_id
         self.vocab_size = len(tokenizer)
         self.max_length = max_length
         self.seed = seed
+        self.drop_beta = drop_beta
 
     def _check(self, ids: torch.Tensor, lengths: torch.Tensor, what: str) -> None:
         """Raise ValueError if an id is outside the vocabulary, or `lengths` and two special tokens do not fit."""
@@ -57,9 +60,9 @@ class _ILMCollator:
         exists = columns < target_lengths[:, None]
         tokens = torch.full((B, longest), self.pad_token_id).masked_scatter_(exists, target_ids)
 
-        # n ~ U{0..L}, evenly spread over the epoch; then the n tokens with the smallest random keys go.
-        u = low_discrepancy(self.seed, epoch, position)
-        num_dropped = (u * (target_lengths + 1)).long()
+        # The number n, evenly spread over the epoch; then the n tokens with the smallest random keys go.
+        share = low_discrepancy(self.seed, epoch, position) ** (1 / self.drop_beta)
+        num_dropped = (share * (target_lengths + 1)).long()
         keys = random_bits(self.seed, epoch[:, None], example_id[:, None], columns)
         keys = keys.masked_fill(~exists, torch.iinfo(torch.int64).max)
         ranks = keys.argsort(dim=-1).argsort(dim=-1)
@@ -120,13 +123,16 @@ class _ILMCollator:
 class ILMCollatorForSeq2Seq(_ILMCollator):
     """Training batches for prompt and target: `[CLS] prompt [BOS] target` with a part of the target dropped.
 
-    For a target of L tokens, n ~ U{0..L} of them are dropped, every n-subset alike (arXiv 2505.05755, section 3.2).
-    Both draws are functions of (seed, epoch, example_id, position) alone.
+    For a target of L tokens, n = floor(r (L + 1)) of them are dropped, r ~ Beta(drop_beta, 1), every n-subset alike.
+    With drop_beta = 1 that is n ~ U{0..L} (arXiv 2505.05755, section 3.2); a larger one shows emptier sequences, in which
+    fewer tokens can be copied from their neighbours. It changes how often each n is trained, not what is optimal at it.
+    All draws are functions of (seed, epoch, example_id, position) alone.
 
     Args:
         tokenizer: names the special tokens.
         max_length: positions of the model; a longer sequence is refused.
         seed: of the corruption.
+        drop_beta: skews the share of dropped tokens, as above.
 
     Called with a list of examples - dicts of `prompt_ids`, `target_ids`, `example_id`, `epoch`, `position` - it returns
     a dict of tensors, for B sequences of at most L tokens with S slots and T dropped tokens in all:

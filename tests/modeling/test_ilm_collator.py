@@ -86,6 +86,20 @@ def test_number_of_dropped_tokens_is_uniform_and_evenly_spread():
     assert all(abs(count - 400) <= 5 for count in counts.values())
 
 
+def test_drop_beta_skews_the_number_of_dropped_tokens():
+    length, num = 8, 8100
+    examples = [
+        {"prompt_ids": [], "target_ids": [9] * length, "example_id": i, "epoch": 0, "position": i} for i in range(num)
+    ]
+    batch = ILMCollatorForSeq2Seq(SpecialIds(V), max_length=32, drop_beta=2.0)(examples)
+    counts = torch.bincount(batch["num_dropped"], minlength=length + 1)
+    # P(n) = ((n + 1)^2 - n^2) / 9^2 under r ~ Beta(2, 1).
+    expected = torch.tensor([(2 * n + 1) / 81 * num for n in range(length + 1)])
+    assert (counts - expected).abs().max() <= 6
+    with pytest.raises(ValueError, match="drop_beta must be greater than 0 and is 0"):
+        ILMCollatorForSeq2Seq(SpecialIds(V), max_length=32, drop_beta=0)
+
+
 def test_every_subset_of_a_size_is_dropped_alike():
     length, num = 4, 30_000
     examples = [

@@ -125,13 +125,16 @@ def _with_generation_options(model: PreTrainedModel, cfg: DictConfig) -> PreTrai
     return model
 
 
-def build_collator(cfg: DictConfig, kind: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Callable:
-    """The family's collator of a kind, e.g. `seq2seq` or `seq2seq_prediction`."""
+def build_collator(
+    cfg: DictConfig, kind: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, **options: Any
+) -> Callable:
+    """The family's collator of a kind, e.g. `seq2seq` or `seq2seq_prediction`; `options` are set beside the config's."""
     if kind not in cfg.collators:
         raise ValueError(f"Family {cfg.family!r} has no collator {kind!r}: {did_you_mean(kind, list(cfg.collators))}")
-    return hydra.utils.instantiate(
-        cfg.collators[kind], tokenizer=tokenizer, max_length=model.config.max_position_embeddings, seed=cfg.seed
-    )
+    known = list(inspect.signature(hydra.utils.get_class(cfg.collators[kind]._target_)).parameters)
+    check_options(f"The collator {kind!r}", options, known)
+    options = {"max_length": model.config.max_position_embeddings, "seed": cfg.seed, **options}
+    return hydra.utils.instantiate(cfg.collators[kind], tokenizer=tokenizer, **options)
 
 
 def build_evaluation_sets(cfg: DictConfig, task: Task, model: PreTrainedModel, loss: Any) -> list[EvaluationSet]:
@@ -176,7 +179,7 @@ def build_trainer(cfg: DictConfig, task: Task, model: PreTrainedModel, output_di
         model=model,
         args=arguments,
         loss=loss,
-        data_collator=build_collator(cfg, task.kind, task.tokenizer, model),
+        data_collator=build_collator(cfg, task.kind, task.tokenizer, model, **plain(cfg.train_collator)),
         train_dataset=task.splits["train"],
         evaluation_sets=build_evaluation_sets(cfg, task, model, loss),
         processing_class=task.tokenizer,

@@ -12,7 +12,7 @@ from xlm_hf.commands.common import build_model, build_task, build_trainer, plain
 from xlm_hf.hub import export_model
 
 # What makes two runs different runs; the rest (steps, logging, generation) may change when a run is resumed.
-_IDENTITY = ("family", "task", "model", "loss", "collators", "seed")
+_IDENTITY = ("family", "task", "model", "loss", "collators", "train_collator", "seed")
 
 
 def run(cfg: DictConfig) -> dict[str, float]:
