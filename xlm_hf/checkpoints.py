@@ -1,8 +1,10 @@
 """Checkpoints that are whole or not there: written beside and renamed, verified before they are read."""
 
 import contextlib
+import errno
 import json
 import logging
+import os
 import re
 import shutil
 import zipfile
@@ -36,19 +38,28 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     try:
         yield staging
         if folder.exists():
-            shutil.rmtree(folder)
-        staging.rename(folder)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        # torch and safetensors report a full disk as errors of their own kinds.
-        shutil.rmtree(staging, ignore_errors=True)
-        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            previous = folder.with_name(folder.name + ".previous")
+            folder.rename(previous)
+            staging.rename(folder)
+            shutil.rmtree(previous)
+        else:
+            staging.rename(folder)
+    except Exception as error:
+        if not _is_failed_write(error):
+            raise
+        cause = str(error).strip().splitlines()[0]
         raise OSError(
-            f"{folder} could not be written ({cause}); what was saved before is intact: free disk space or choose "
-            "another output_dir, and start the same command again."
+            f"{folder} could not be written ({cause}); what was saved before is intact: free disk space or name "
+            "another folder, and start the same command again."
         ) from error
-    except BaseException:
+    finally:
         shutil.rmtree(staging, ignore_errors=True)
-        raise
+
+
+def _is_failed_write(error: Exception) -> bool:
+    # torch, safetensors and tokenizers report a full disk as errors of their own kinds.
+    signs = ("inline_container", "PytorchStreamWriter", os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
+    return isinstance(error, (OSError, SafetensorError)) or any(sign in str(error) for sign in signs)
 
 
 def write_text(file: Path, text: str) -> None:

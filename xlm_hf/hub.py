@@ -6,10 +6,8 @@ files that the model needs, so that the folder loads by `trust_remote_code=True`
 
 import ast
 import copy
-import errno
 import os
 import re
-import shutil
 import sys
 import warnings
 from collections.abc import Sequence
@@ -24,6 +22,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
+from xlm_hf.checkpoints import replaced_folder
 from xlm_hf.modules.messages import did_you_mean
 
 _MODULES = Path(__file__).resolve().parent / "modules"
@@ -202,32 +201,18 @@ def export_model(
 
     Raises:
         ValueError: if the model's family is not registered, or `directory` holds something other than an export.
-        OSError: if the disk is full; what `directory` held before is intact.
+        OSError: if the folder cannot be written; what `directory` held before is intact.
     """
     target = Path(directory).resolve()
     model_type = model.config.model_type
     if model_type not in _FAMILIES:
         raise ValueError(f"{model_type!r} is not a registered family: call xlm_hf.register_family before exporting it.")
     _check_replaceable(target)
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     variables = {"model_id": target.name, "parameters": model.num_parameters(), **(card_variables or {})}
-    try:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        (partial / "README.md").write_text(render_card(_FAMILIES[model_type], variables), encoding="utf-8")
-        _swap_in(partial, target)
-    except Exception as error:
-        # The writers of weights and tokenizers pass the system's message on in exception classes of their own.
-        if any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
-            earlier = "the earlier export there is intact" if target.exists() else "nothing is left there"
-            raise OSError(
-                f"The disk is full: {target} could not be written and {earlier}; free some space or name a folder on "
-                "another disk."
-            ) from error
-        raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with replaced_folder(target) as staging:
+        model.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+        (staging / "README.md").write_text(render_card(_FAMILIES[model_type], variables), encoding="utf-8")
     return Path(directory)
 
 
@@ -239,15 +224,6 @@ def _check_replaceable(target: Path) -> None:
     if foreign or (names and not {"config.json", "README.md"} <= names):
         what = f"{foreign[0]!r}" if foreign else "files but no exported model"
         raise ValueError(f"{target} holds {what}, which an export would delete: name a new or an empty folder.")
-
-
-def _swap_in(partial: Path, target: Path) -> None:
-    previous = target.with_name(f".{target.name}.previous")
-    shutil.rmtree(previous, ignore_errors=True)
-    if target.exists():
-        target.rename(previous)
-    partial.rename(target)
-    shutil.rmtree(previous, ignore_errors=True)
 
 
 def render_card(family: Family, variables: dict[str, Any]) -> str:

@@ -124,9 +124,9 @@ class ILMCollatorForSeq2Seq(_ILMCollator):
     """Training batches for prompt and target: `[CLS] prompt [BOS] target` with a part of the target dropped.
 
     For a target of L tokens, n = floor(r (L + 1)) of them are dropped, r ~ Beta(drop_beta, 1), every n-subset alike.
-    With drop_beta = 1 that is n ~ U{0..L} (arXiv 2505.05755, section 3.2); a larger one shows emptier sequences, in which
-    fewer tokens can be copied from their neighbours. It changes how often each n is trained, not what is optimal at it.
-    All draws are functions of (seed, epoch, example_id, position) alone.
+    With drop_beta = 1 that is n ~ U{0..L} (arXiv 2505.05755, section 3.2); a larger one shows emptier sequences, in
+    which fewer tokens can be copied from their neighbours. It changes how often each n is trained, not what is optimal
+    at it. All draws are functions of (seed, epoch, example_id, position) alone.
 
     Args:
         tokenizer: names the special tokens.

@@ -128,7 +128,7 @@ def _with_generation_options(model: PreTrainedModel, cfg: DictConfig) -> PreTrai
 def build_collator(
     cfg: DictConfig, kind: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, **options: Any
 ) -> Callable:
-    """The family's collator of a kind, e.g. `seq2seq` or `seq2seq_prediction`; `options` are set beside the config's."""
+    """The family's collator of a kind, e.g. `seq2seq_prediction`, with `options` beside those of the config."""
     if kind not in cfg.collators:
         raise ValueError(f"Family {cfg.family!r} has no collator {kind!r}: {did_you_mean(kind, list(cfg.collators))}")
     known = list(inspect.signature(hydra.utils.get_class(cfg.collators[kind]._target_)).parameters)

@@ -75,11 +75,14 @@ def _say_summary(trainer, cfg: DictConfig, output_dir: Path, checkpoint: Path | 
 
 def _card_variables(cfg: DictConfig, metrics: dict[str, float], predictions: dict[str, list[dict]]) -> dict:
     decodes = next(iter(predictions.values()), [])[:5]
+    # Where the run lies on this machine is nobody's business.
+    public = {name: value for name, value in plain(cfg).items() if name not in ("output_dir", "checkpoint", "prompts")}
     return {
         "experiment": cfg.experiment,
         "task": cfg.task.name,
         "seed": cfg.seed,
-        "config": OmegaConf.to_yaml(cfg, resolve=True),
+        "steps": metrics["steps"],
+        "config": OmegaConf.to_yaml(OmegaConf.create(public)),
         "metrics": metrics,
         "samples": [{name: record[name] for name in ("prompt", "prediction", "reference")} for record in decodes],
     }
