@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 logger = logging.getLogger(__name__)
 
@@ -99,8 +98,8 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     """The checkpoint folders of a run, oldest first."""
     found = [
         (int(match[1]), folder)
-        for folder in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if (match := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", folder.name))
+        for folder in output_dir.glob("checkpoint-*")
+        if (match := re.fullmatch(r"checkpoint-(\d+)", folder.name))
     ]
     return [folder for _, folder in sorted(found)]
 
