@@ -111,7 +111,7 @@ def run(name: str, overrides: list[str]) -> None:
         "curve": watch.curve,
     }
     folder = RESULTS / "star_easy"
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -101,16 +101,14 @@ def check_generation(case: FamilyCase, tmp_path: Path) -> None:
         collator, seeds = case.collator(kind, model), [5, 1, 4, 2, 3, 9]
         batch = collator(case.examples())
         together = _written(model, batch, seeds)
-        prompt = batch["input_ids"]
-        output = model.generate(
-            prompt, attention_mask=batch["attention_mask"], seed=torch.tensor(seeds), max_new_tokens=8
-        )
+        prompt, inputs = batch["input_ids"], {name: batch[name] for name in batch if name != "example_id"}
+        output = model.generate(**inputs, seed=torch.tensor(seeds), max_new_tokens=8)
         assert torch.equal(output.sequences[:, : prompt.shape[1]], prompt)
         assert output.nfe.shape == (len(prompt),)
         assert set(output.finish_reason) <= {"stop", "length"}
         order = batch["attention_mask"].logical_not().long().argsort(dim=-1, stable=True)
         right = {name: batch[name].gather(-1, order) for name in ("input_ids", "attention_mask")}
-        assert _written(model, right, seeds) == together
+        assert _written(model, {**batch, **right}, seeds) == together
         for number, example in enumerate(case.examples()):
             assert _written(model, collator([example]), seeds[number : number + 1]) == together[number : number + 1]
 

@@ -170,14 +170,9 @@ class ARLMGenerationMixin(NonAutoregressiveGenerationMixin, GenerationMixin):  #
         config.update(max_new_tokens=int(room.max()), max_length=None, return_dict_in_generate=True)
         if self.config.conv_kernel_size:
             config.use_cache = False
-        returned = config.num_return_sequences or 1
-        seeds = row_seeds(seed, len(prompt), prompt.device)
-        if returned > 1:
-            seeds = random_bits(seeds[:, None], torch.arange(returned, device=seeds.device)).flatten()
-        width = prompt.shape[1]
-        draw = [_SeededDraw(seeds, width)] if config.do_sample else []
+        returned, width, device = config.num_return_sequences or 1, prompt.shape[1], prompt.device
+        draw = [_SeededDraw(self._sequence_seeds(seed, prompt, returned), width)] if config.do_sample else []
         # transformers draws from what _SeededDraw leaves it, which is no choice but moves the global generator.
-        device = prompt.device
         devices = [] if device.type == "cpu" else [device]
         with torch.random.fork_rng(devices, enabled=bool(draw), device_type=device.type):
             output: Any = super().generate(  # type: ignore[misc]
@@ -193,6 +188,12 @@ class ARLMGenerationMixin(NonAutoregressiveGenerationMixin, GenerationMixin):  #
             output["scores"] = tuple(draw[0].scores)
         result = self._output(output, prompt.repeat_interleave(returned, 0), room.repeat_interleave(returned), config)
         return result if return_dict else result.sequences
+
+    def _sequence_seeds(self, seed, prompt: torch.Tensor, returned: int) -> torch.Tensor:
+        seeds = row_seeds(seed, len(prompt), prompt.device)
+        if returned == 1:
+            return seeds
+        return random_bits(seeds[:, None], torch.arange(returned, device=seeds.device)).flatten()
 
     def resolve_generation_config(self, generation_config: GenerationConfig | None, overrides: dict[str, Any]) -> Any:
         """Options of one call: `overrides` over what `generation_config` sets over the model's own."""

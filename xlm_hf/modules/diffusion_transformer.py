@@ -31,7 +31,7 @@ class DiffusionTransformerConfig(RotaryTransformerConfig):
         conditioning_size: width of the embedding of the time.
         timestep_frequencies: number of frequencies in that embedding.
         legacy_modulated_residual: whether the attention block is added to its normalised and modulated input instead of
-            to the residual stream. Checkpoints of xlm-core need it; neither DiT nor the published MDLM does this.
+            to the residual stream. Checkpoints of xlm-core need it; the diffusion transformer of the papers does not do this.
     """
 
     conditioning_size: int = 128
@@ -64,7 +64,7 @@ class AdaptiveModulation(nn.Linear):
         super().__init__(config.conditioning_size, num_parts * config.hidden_size)
         self.num_parts = num_parts
 
-    def forward(self, conditioning: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(self, conditioning: torch.Tensor) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
         """Map (B, conditioning_size) to `num_parts` tensors (B, 1, hidden_size)."""
         return super().forward(conditioning)[:, None].chunk(self.num_parts, dim=-1)
 
