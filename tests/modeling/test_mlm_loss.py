@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from tests.modeling.mlm_helpers import CLS, EOS, MASK, PAD, SpecialIds, V, make_examples, make_model, slow_loss
-from xlm_hf.modeling.mlm import MLMCollatorForInfilling, MLMCollatorForSeq2Seq, MLMLoss
+from xlm_hf.modeling.mlm import MLMCollatorForInfilling, MLMCollatorForSeq2Seq, MLMConfig, MLMLoss
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -68,6 +68,7 @@ def test_what_is_never_written_has_no_probability():
     model = make_model()
     logits = model(torch.tensor([[8, MASK, 9]])).logits
     assert model.config.suppress_tokens == [1, 2, 4, 5]
+    assert MLMConfig().suppress_tokens == [MASK]
     assert logits[..., [CLS, MASK]].isneginf().all()
     assert logits[..., [PAD, EOS, 7]].isfinite().all()
     indexed = model(torch.tensor([[8, MASK, 9], [7, 7, MASK]]), logits_index=torch.tensor([5, 1])).logits
