@@ -171,7 +171,8 @@ class ARLMGenerationMixin(NonAutoregressiveGenerationMixin, GenerationMixin):  #
         if self.config.conv_kernel_size:
             config.use_cache = False
         returned, width, device = config.num_return_sequences or 1, prompt.shape[1], prompt.device
-        draw = [_SeededDraw(self._sequence_seeds(seed, prompt, returned), width)] if config.do_sample else []
+        seeds = self._sequence_seeds(seed, prompt, returned)
+        draw = [_SeededDraw(seeds, width)] if config.do_sample else []
         # transformers draws from what _SeededDraw leaves it, which is no choice but moves the global generator.
         devices = [] if device.type == "cpu" else [device]
         with torch.random.fork_rng(devices, enabled=bool(draw), device_type=device.type):

@@ -31,7 +31,7 @@ class DiffusionTransformerConfig(RotaryTransformerConfig):
         conditioning_size: width of the embedding of the time.
         timestep_frequencies: number of frequencies in that embedding.
         legacy_modulated_residual: whether the attention block is added to its normalised and modulated input instead of
-            to the residual stream. Checkpoints of xlm-core need it; the diffusion transformer of the papers does not do this.
+            to the residual stream. Checkpoints of xlm-core need it; the papers' diffusion transformer does not.
     """
 
     conditioning_size: int = 128
