@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from importlib.resources import files
 
+import datasets
 import hydra
 import transformers
 from huggingface_hub.errors import StrictDataclassError
@@ -32,6 +33,7 @@ def main() -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     logging.getLogger("xlm_hf").setLevel(logging.INFO)
     transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
     # Hydra then raises instead of printing errors of its own.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     sys.argv[1:] = [open_override(argument) for argument in sys.argv[1:]]

@@ -145,8 +145,8 @@ class ILMGenerationMixin(NonAutoregressiveGenerationMixin):
             return input_ids, mask
         if wrapped.any() or starts.any():
             raise ValueError(
-                f"A prompt reads either [CLS] ... [BOS] (ids {cls_id} and {bos_id}) or holds neither, alike in all rows: "
-                "wrap all of them or none."
+                f"A prompt reads [CLS] ... [BOS] (ids {cls_id} and {bos_id}) or holds neither, alike in all rows: wrap "
+                "all of them or none."
             )
         column = torch.ones_like(input_ids[:, :1])
         input_ids = torch.cat((column * cls_id, input_ids, column * bos_id), dim=1)
