@@ -12,6 +12,7 @@ from importlib.resources import files
 
 import datasets
 import hydra
+import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from hydra.core.hydra_config import HydraConfig
@@ -59,6 +60,8 @@ def run_job(cfg: DictConfig) -> None:
     # Within Hydra, which otherwise reports a failing job in words of its own.
     with _one_sentence():
         cfg.experiment = cfg.experiment or HydraConfig.get().job.config_name
+        if cfg.num_threads is not None:
+            torch.set_num_threads(cfg.num_threads)
         modules = pkgutil.iter_modules(xlm_hf.commands.__path__)
         jobs = sorted(module.name for module in modules if module.name != "common")
         if cfg.job not in jobs:

@@ -1,5 +1,6 @@
 """Generation from left to right: transformers' own loop and caches, with this library's seeds and output."""
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,6 +126,11 @@ class _SeededDraw(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
 
 
+def _kept_generators(device: torch.device) -> AbstractContextManager:
+    """Restore torch's global generators, of the CPU and of `device`, on leaving."""
+    return torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type)
+
+
 class ARLMGenerationMixin(NonAutoregressiveGenerationMixin, GenerationMixin):  # type: ignore[misc]
     """Adds `generate` to the left-to-right language model."""
 
@@ -144,9 +150,8 @@ class ARLMGenerationMixin(NonAutoregressiveGenerationMixin, GenerationMixin):  #
         """Write sequences from left to right by transformers' `GenerationMixin`, greedily, by sampling or beam search.
 
         Args:
-            input_ids: (B, P) prompts, `prompt [BOS]` or the bare prompt, to which `[BOS]` is then added; what follows
-                `[BOS]` is continued. Ragged prompts are padded on either side. None writes one sequence from an empty
-                prompt.
+            input_ids: (B, P) prompts, `prompt [BOS]`, `[BOS] beginning`, or bare, to which `[BOS]` is then added; ragged
+                prompts are padded on either side. None writes one sequence from an empty prompt.
             attention_mask: (B, P), 1 for tokens; by default everything but `pad_token_id`.
             generation_config: options; what it leaves open is the model's own.
             streamer: a `TextStreamer` or its like; gets the prompt and the token of every step by `put`.
@@ -170,31 +175,28 @@ class ARLMGenerationMixin(NonAutoregressiveGenerationMixin, GenerationMixin):  #
         config.update(max_new_tokens=int(room.max()), max_length=None, return_dict_in_generate=True)
         if self.config.conv_kernel_size:
             config.use_cache = False
-        returned, width, device = config.num_return_sequences or 1, prompt.shape[1], prompt.device
-        seeds = self._sequence_seeds(seed, prompt, returned)
-        draw = [_SeededDraw(seeds, width)] if config.do_sample else []
+        returned = config.num_return_sequences or 1
+        seeds = row_seeds(seed, len(prompt), prompt.device)
+        if returned > 1:
+            seeds = random_bits(seeds[:, None], torch.arange(returned, device=seeds.device)).flatten()
+        draw = [_SeededDraw(seeds, prompt.shape[1])] if config.do_sample else []
         # transformers draws from what _SeededDraw leaves it, which is no choice but moves the global generator.
-        devices = [] if device.type == "cpu" else [device]
-        with torch.random.fork_rng(devices, enabled=bool(draw), device_type=device.type):
+        with _kept_generators(prompt.device):
             output: Any = super().generate(  # type: ignore[misc]
                 prompt,
                 attention_mask=mask.long(),
                 generation_config=config,
                 streamer=streamer,
                 logits_processor=LogitsProcessorList([*(logits_processor or []), *draw]),
-                stopping_criteria=StoppingCriteriaList([*(stopping_criteria or []), _RoomCriteria(room, width)]),
+                stopping_criteria=StoppingCriteriaList(
+                    [*(stopping_criteria or []), _RoomCriteria(room, mask.shape[1])]
+                ),
                 tokenizer=tokenizer,
             )
         if draw and config.output_scores:
             output["scores"] = tuple(draw[0].scores)
         result = self._output(output, prompt.repeat_interleave(returned, 0), room.repeat_interleave(returned), config)
         return result if return_dict else result.sequences
-
-    def _sequence_seeds(self, seed, prompt: torch.Tensor, returned: int) -> torch.Tensor:
-        seeds = row_seeds(seed, len(prompt), prompt.device)
-        if returned == 1:
-            return seeds
-        return random_bits(seeds[:, None], torch.arange(returned, device=seeds.device)).flatten()
 
     def resolve_generation_config(self, generation_config: GenerationConfig | None, overrides: dict[str, Any]) -> Any:
         """Options of one call: `overrides` over what `generation_config` sets over the model's own."""
