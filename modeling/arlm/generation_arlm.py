@@ -115,8 +115,10 @@ class _SeededDraw(LogitsProcessor):
     transformers draws a batch from one generator, so that a row would depend on its neighbours.
     """
 
-    def __init__(self, seeds: torch.Tensor, prompt_width: int):
+    def __init__(self, seeds: torch.Tensor, samples_per_row: int, prompt_width: int):
         self.seeds = seeds
+        if samples_per_row > 1:
+            self.seeds = random_bits(seeds[:, None], torch.arange(samples_per_row, device=seeds.device)).flatten()
         self.prompt_width = prompt_width
         self.scores: list[torch.Tensor] = []
 
@@ -150,8 +152,8 @@ class ARLMGenerationMixin(NonAutoregressiveGenerationMixin, GenerationMixin):  #
         """Write sequences from left to right by transformers' `GenerationMixin`, greedily, by sampling or beam search.
 
         Args:
-            input_ids: (B, P) prompts, `prompt [BOS]`, `[BOS] beginning`, or bare, to which `[BOS]` is then added; ragged
-                prompts are padded on either side. None writes one sequence from an empty prompt.
+            input_ids: (B, P) prompts, `prompt [BOS]` or `[BOS] beginning`; a bare prompt gets its `[BOS]` at the end.
+                Ragged prompts are padded on either side. None writes one sequence from an empty prompt.
             attention_mask: (B, P), 1 for tokens; by default everything but `pad_token_id`.
             generation_config: options; what it leaves open is the model's own.
             streamer: a `TextStreamer` or its like; gets the prompt and the token of every step by `put`.
@@ -177,9 +179,7 @@ class ARLMGenerationMixin(NonAutoregressiveGenerationMixin, GenerationMixin):  #
             config.use_cache = False
         returned = config.num_return_sequences or 1
         seeds = row_seeds(seed, len(prompt), prompt.device)
-        if returned > 1:
-            seeds = random_bits(seeds[:, None], torch.arange(returned, device=seeds.device)).flatten()
-        draw = [_SeededDraw(seeds, prompt.shape[1])] if config.do_sample else []
+        draw = [_SeededDraw(seeds, returned, prompt.shape[1])] if config.do_sample else []
         # transformers draws from what _SeededDraw leaves it, which is no choice but moves the global generator.
         with _kept_generators(prompt.device):
             output: Any = super().generate(  # type: ignore[misc]
