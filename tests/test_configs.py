@@ -95,3 +95,10 @@ def test_the_tokenizer_decides_the_vocabulary(tmp_path):
     assert model.config.suppress_tokens == [0, 1, 2, 3, 4, 5]
     assert model.generation_config.max_new_tokens == 28
     assert model.generation_config.pad_token_id == task.tokenizer.pad_token_id
+
+
+def test_a_group_has_the_last_word_over_the_base():
+    assert composed("ilm_star").num_threads == 1
+    assert composed("ilm_star", "size=base").num_threads is None
+    assert composed("ilm_star").train_collator.drop_beta == 2.0
+    assert composed("ilm_star", "num_threads=2").num_threads == 2
