@@ -86,7 +86,8 @@ def test_end_of_sequence_is_learnt_even_where_all_special_ids_are_suppressed():
     assert logits.isneginf().any(dim=0).any(dim=0).nonzero().squeeze(-1).tolist() == [0, 1, 2, BOS, 5]
 
 
-def test_loss_is_float32_under_autocast():
-    model = make_model(V)
+def test_loss_is_float32_whatever_the_type_of_the_model():
+    batch = collate(make_examples(3, V))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert ARLMLoss()(model, collate(make_examples(3, V))).loss_sum.dtype == torch.float32
+        assert ARLMLoss()(make_model(V), batch).loss_sum.dtype == torch.float32
+    assert ARLMLoss()(make_model(V).bfloat16(), batch).loss_sum.dtype == torch.float32
