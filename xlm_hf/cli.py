@@ -59,7 +59,8 @@ def run_job(cfg: DictConfig) -> None:
     """Run the job that the config names."""
     # Within Hydra, which otherwise reports a failing job in words of its own.
     with _one_sentence():
-        cfg.experiment = cfg.experiment or HydraConfig.get().job.config_name
+        name = HydraConfig.get().job.config_name
+        cfg.experiment = cfg.experiment or (f"{cfg.family}_{cfg.task.name}" if name == "config" else name)
         if cfg.num_threads is not None:
             torch.set_num_threads(cfg.num_threads)
         modules = pkgutil.iter_modules(xlm_hf.commands.__path__)

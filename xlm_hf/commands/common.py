@@ -3,6 +3,7 @@
 import inspect
 import json
 import logging
+import shlex
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import fields
@@ -193,6 +194,13 @@ def write_results(output_dir: Path, metrics: dict[str, float], predictions: dict
         lines = "".join(json.dumps(record) + "\n" for record in records)
         write_text(output_dir / "predictions" / f"{name}.jsonl", lines)
     write_text(output_dir / "metrics.json", json.dumps(metrics, indent=2, sort_keys=True) + "\n")
+
+
+def next_command(*overrides: str) -> str:
+    """The command line of this process with other `overrides`, to be shown to the user."""
+    replaced = ("job", "output_dir", "checkpoint", "num_samples", "prompts")
+    kept = [argument.removeprefix("++") for argument in sys.argv[1:] if argument.split("=")[0] not in replaced]
+    return shlex.join(["python", sys.argv[0], *kept, *overrides])
 
 
 def say(text: str) -> None:

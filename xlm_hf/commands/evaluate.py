@@ -3,7 +3,15 @@
 from omegaconf import DictConfig
 
 from xlm_hf.callbacks.progress import format_metrics
-from xlm_hf.commands.common import build_task, build_trainer, load_model, run_directory, say, write_results
+from xlm_hf.commands.common import (
+    build_task,
+    build_trainer,
+    load_model,
+    next_command,
+    run_directory,
+    say,
+    write_results,
+)
 
 
 def run(cfg: DictConfig) -> dict[str, float]:
@@ -17,5 +25,5 @@ def run(cfg: DictConfig) -> dict[str, float]:
         write_results(output_dir, metrics, trainer.predictions)
         say(f"\n{format_metrics(metrics)}\n")
         say(f"Metrics and predictions: {output_dir}/metrics.json, {output_dir}/predictions/")
-        say(f"Next: look at single decodes with job=generate checkpoint={cfg.checkpoint}")
+        say(f"Next: {next_command('job=generate', f'checkpoint={cfg.checkpoint}')}")
     return metrics

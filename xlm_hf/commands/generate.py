@@ -12,6 +12,7 @@ from xlm_hf.commands.common import (
     build_task,
     load_model,
     load_tokenizer,
+    next_command,
     run_directory,
     say,
     write_results,
@@ -55,6 +56,7 @@ def run(cfg: DictConfig) -> list[dict[str, Any]]:
             say(render(records[-1], tokenizer) + "\n")
     write_results(output_dir, {"samples": len(records)}, {"generate": records})
     say(f"Decodes: {output_dir}/predictions/generate.jsonl")
+    say(f"Next: {next_command('job=evaluate', f'checkpoint={cfg.checkpoint}')}")
     return records
 
 

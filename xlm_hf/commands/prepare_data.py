@@ -2,7 +2,7 @@
 
 from omegaconf import DictConfig
 
-from xlm_hf.commands.common import build_task, say
+from xlm_hf.commands.common import build_task, next_command, say
 
 
 def run(cfg: DictConfig) -> dict[str, int]:
@@ -17,5 +17,5 @@ def run(cfg: DictConfig) -> dict[str, int]:
     for column in ("prompt_ids", "target_ids", "input_ids"):
         if column in example:
             say(f"  {column.removesuffix('_ids')}: {task.tokenizer.decode(example[column])}")
-    say(f"Next: python examples/run_xlm.py --config-name {cfg.experiment}")
+    say(f"Next: {next_command()}")
     return sizes

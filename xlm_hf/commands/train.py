@@ -8,7 +8,16 @@ from omegaconf import DictConfig, OmegaConf
 
 from xlm_hf.callbacks.progress import format_metrics
 from xlm_hf.checkpoints import last_sound_checkpoint, write_text
-from xlm_hf.commands.common import build_model, build_task, build_trainer, plain, run_directory, say, write_results
+from xlm_hf.commands.common import (
+    build_model,
+    build_task,
+    build_trainer,
+    next_command,
+    plain,
+    run_directory,
+    say,
+    write_results,
+)
 from xlm_hf.hub import export_model
 
 # What makes two runs different runs; the rest (steps, logging, generation) may change when a run is resumed.
@@ -38,7 +47,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
         say(f"\n{format_metrics(metrics)}\n")
         say(f"Metrics and predictions: {output_dir}/metrics.json, {output_dir}/predictions/")
         say(f"Model, ready for the Hub: {output_dir}/model")
-        say(f"Next: python examples/run_xlm.py --config-name {cfg.experiment} job=generate checkpoint={output_dir}")
+        say(f"Next: {next_command('job=generate', f'checkpoint={output_dir}')}")
     return metrics
 
 
