@@ -1,0 +1,31 @@
+"""The masked diffusion language model (MDLM, arXiv 2406.07524)."""
+
+from xlm_hf import register_family
+
+from .collator_mdlm import (
+    MDLMCollatorForInfilling,
+    MDLMCollatorForInfillingPrediction,
+    MDLMCollatorForLanguageModeling,
+    MDLMCollatorForLanguageModelingPrediction,
+    MDLMCollatorForSeq2Seq,
+    MDLMCollatorForSeq2SeqPrediction,
+)
+from .configuration_mdlm import MDLMConfig
+from .generation_mdlm import MDLMGenerationConfig
+from .loss_mdlm import MDLMLoss
+from .modeling_mdlm import MDLMForMaskedDiffusion
+
+register_family(MDLMConfig, MDLMForMaskedDiffusion, auto_classes=("AutoModel", "AutoModelForMaskedLM"))
+
+__all__ = [
+    "MDLMCollatorForInfilling",
+    "MDLMCollatorForInfillingPrediction",
+    "MDLMCollatorForLanguageModeling",
+    "MDLMCollatorForLanguageModelingPrediction",
+    "MDLMCollatorForSeq2Seq",
+    "MDLMCollatorForSeq2SeqPrediction",
+    "MDLMConfig",
+    "MDLMForMaskedDiffusion",
+    "MDLMGenerationConfig",
+    "MDLMLoss",
+]

@@ -1,0 +1,57 @@
+"""Configuration of the masked diffusion language model (MDLM)."""
+
+from transformers.configuration_utils import strict
+
+from xlm_hf.modules.diffusion_transformer import DiffusionTransformerConfig
+
+BACKBONES = ("rotary", "dit")
+
+
+@strict
+class MDLMConfig(DiffusionTransformerConfig):
+    """Architecture of a masked diffusion language model: a bidirectional backbone and a vocabulary head.
+
+    A sequence reads `prompt [BOS] canvas`, the canvas being what is masked and written: the text, `[EOS]`, and then
+    `[PAD]` up to its end. A canvas has a fixed number of places, so where the text ends is itself something to write.
+
+    Attributes:
+        backbone: "rotary", the shared transformer, which is not told the time (the masks say it); "dit", the
+            transformer conditioned on the total noise sigma, as in the published code.
+        noise_eps: the time-conditioned backbone is told sigma = -log(noise_eps + (1 - noise_eps) alpha_t).
+        pad_token_id: fills the canvas after the text, where it is content like any other; and fills ragged rows,
+            where it is never seen.
+        mask_token_id: stands for what is to be written.
+        bos_token_id: stands between the prompt and the canvas.
+        eos_token_id: ends the text on the canvas.
+        suppress_tokens: ids that are never written; their logits are -inf in training and in generation. `[EOS]` and
+            `[PAD]` are exempt, since a canvas holds them, and `[MASK]` is added.
+
+    Raises:
+        ValueError: for an unknown backbone.
+    """
+
+    model_type = "mdlm"
+
+    backbone: str = "rotary"
+    noise_eps: float = 1e-3
+    pad_token_id: int | None = 0
+    mask_token_id: int = 2
+    bos_token_id: int | None = 4
+    eos_token_id: int | None = 3
+    suppress_tokens: list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.backbone not in BACKBONES:
+            raise ValueError(f"backbone must be one of {', '.join(BACKBONES)} and is {self.backbone!r}.")
+        super().__post_init__(**kwargs)
+
+    @property
+    def time_conditioning(self) -> bool:
+        """Whether the network is told the time."""
+        return self.backbone == "dit"
+
+    @property
+    def never_written(self) -> list[int]:
+        """The ids whose logits are -inf."""
+        content = {self.eos_token_id, self.pad_token_id}
+        return sorted({*(self.suppress_tokens or ()), self.mask_token_id} - content)

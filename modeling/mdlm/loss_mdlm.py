@@ -1,0 +1,59 @@
+"""The training objective of the masked diffusion language model: the bound on the negative log-likelihood."""
+
+import torch
+from torch import nn
+
+from xlm_hf.modules.loss_output import LossOutput
+
+
+class MDLMLoss:
+    """Weighted cross-entropy of the masked tokens, whose mean per canvas token is a bound in nats.
+
+    For a canvas x of L tokens (arXiv 2406.07524, equation 10),
+
+        -log p(x | prompt) <= NELBO = E_t[ -alpha'_t / (1 - alpha_t) x sum over masked l of -log p(x_l | x_t, prompt) ].
+
+    The collator draws t and the masks and gives the weight of each row, so that the sum here is an unbiased estimate of
+    the NELBO of the batch; divided by the number of all canvas tokens, masked or not, it is nats per token. (The number
+    of masked tokens would be the wrong divisor: it is random, and correlated with the sum.)
+    """
+
+    def num_items(self, batch: dict[str, torch.Tensor]) -> int:
+        """Number of canvas tokens in the batch."""
+        return int(batch["canvas_lengths"].sum())
+
+    def __call__(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> LossOutput:
+        """Sum the loss over the batch of an `MDLMCollator...` (see there for its tensors).
+
+        Returns:
+            `LossOutput` whose items are canvas tokens. Its metrics:
+                masked_cross_entropy, masked_accuracy: over the masked tokens, without weights.
+                sequence_nelbo: nats per sequence.
+                sequence_nelbo_squared: its square. With n sequences, sqrt((sequence_nelbo_squared -
+                    sequence_nelbo^2) / (n - 1)) is the standard error of `sequence_nelbo`, that of the masks (one draw
+                    a sequence) and that of the choice of sequences in one; times loss / sequence_nelbo, that of the
+                    loss.
+        """
+        logits_index, target_ids = batch["logits_index"], batch["target_ids"]
+        outputs = model(
+            batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            alpha=batch["alpha"],
+            logits_index=logits_index,
+        )
+        logits = outputs.logits.float()
+        losses = nn.functional.cross_entropy(logits, target_ids, reduction="none")
+        rows = logits_index // batch["input_ids"].shape[1]
+        weights = batch["weights"]
+        nelbo = torch.zeros_like(weights).index_add(0, rows, weights[rows] * losses)
+        detached, num_masked = nelbo.detach(), len(target_ids)
+        return LossOutput(
+            loss_sum=nelbo.sum(),
+            num_items=self.num_items(batch),
+            metrics={
+                "masked_cross_entropy": (losses.detach().sum(), num_masked),
+                "masked_accuracy": ((logits.detach().argmax(dim=-1) == target_ids).sum(), num_masked),
+                "sequence_nelbo": (detached.sum(), len(weights)),
+                "sequence_nelbo_squared": (detached.double().square().sum(), len(weights)),
+            },
+        )

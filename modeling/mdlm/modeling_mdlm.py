@@ -1,0 +1,76 @@
+"""The masked diffusion language model (MDLM, arXiv 2406.07524): what stands behind each mask."""
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import MaskedLMOutput
+from transformers.utils.generic import can_return_tuple
+
+from xlm_hf.modules.diffusion_transformer import DiffusionTransformer, DiffusionTransformerPreTrainedModel
+from xlm_hf.modules.noise_schedules import total_noise
+from xlm_hf.modules.rotary_transformer import RotaryTransformer
+
+from .configuration_mdlm import MDLMConfig
+from .generation_mdlm import MDLMGenerationConfig, MDLMGenerationMixin
+
+
+class MDLMPreTrainedModel(DiffusionTransformerPreTrainedModel):
+    """Ties the family to its configuration."""
+
+    config: MDLMConfig
+
+
+class MDLMForMaskedDiffusion(MDLMPreTrainedModel, MDLMGenerationMixin):
+    """Masked diffusion: p(x_l | x_t) for every masked l, a bidirectional backbone and a vocabulary head.
+
+    This is the SUBS parameterisation of arXiv 2406.07524, section 3.2.3: a mask has probability 0, and a token that is
+    not masked stays (neither the loss nor the samplers ever ask for its logits).
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    generation_config_class = MDLMGenerationConfig
+
+    def __init__(self, config: MDLMConfig):
+        super().__init__(config)
+        self.model = DiffusionTransformer(config) if config.time_conditioning else RotaryTransformer(config)
+        # On the canvas padding is content, so its embedding learns.
+        self.model.embed_tokens.padding_idx = None
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        alpha: torch.Tensor | None = None,
+        logits_index: torch.Tensor | None = None,
+        **kwargs,
+    ) -> MaskedLMOutput:
+        """Score every token at every position.
+
+        Args:
+            input_ids: (B, L) token ids, `mask_token_id` where a token is to be written.
+            attention_mask: (B, L), 1 for tokens, those of the canvas included, and 0 for padding on either side.
+            position_ids: (B, L) rotary positions; by default each row counts its own tokens.
+            alpha: (B,) the share alpha_t of the canvas that is clean at the time of each row, 1 meaning all of it;
+                needed by the time-conditioned backbone, ignored by the other.
+            logits_index: (S,) indices into the flattened (B x L) tokens whose logits are wanted; None means all.
+            **kwargs: `segment_ids` of packed rows, `output_hidden_states`, `output_attentions`.
+
+        Returns:
+            `MaskedLMOutput` with `logits` (B, L, V), or (S, V) with `logits_index`; those of the ids that are never
+            written are -inf.
+
+        Raises:
+            ValueError: if the time-conditioned backbone is not told `alpha`.
+        """
+        if self.config.time_conditioning:
+            if alpha is None:
+                raise ValueError("The backbone 'dit' is conditioned on the time: pass alpha, one number for each row.")
+            kwargs["timesteps"] = total_noise(alpha.float(), self.config.noise_eps)
+        outputs = self.model(input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
+        hidden_states = outputs.last_hidden_state
+        logits = self.lm_head(hidden_states if logits_index is None else hidden_states.flatten(0, 1)[logits_index])
+        logits[..., self.config.never_written] = -torch.inf
+        return MaskedLMOutput(logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
