@@ -255,7 +255,7 @@ def render_card(family: Family, variables: dict[str, Any]) -> str:
         library_name="transformers",
         pipeline_tag="text-generation",
         license="apache-2.0",
-        tags=["xlm-hf", "non-autoregressive", model_type],
+        tags=["xlm-hf", *(family.model_class.model_tags or ["non-autoregressive"]), model_type],
         model_name=variables.get("model_id", model_type) if results else None,
         eval_results=results or None,
     )

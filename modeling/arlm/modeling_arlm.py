@@ -24,6 +24,7 @@ class ARLMForCausalLM(ARLMPreTrainedModel, ARLMGenerationMixin):  # type: ignore
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     generation_config_class = ARLMGenerationConfig
+    model_tags = ["autoregressive"]
 
     def __init__(self, config: ARLMConfig):
         super().__init__(config)

@@ -1,0 +1,41 @@
+"""Trains and evaluates under torchrun; run by test_distributed.py."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from safetensors.torch import save_file
+
+from tests.test_trainer import evaluation_sets, make_trainer, weights
+
+
+def main(output_dir: Path, batch_size: int) -> None:
+    trainer = make_trainer(
+        output_dir,
+        batch_size,
+        evaluation_sets=evaluation_sets(11),
+        save_strategy="steps",
+        save_steps=4,
+        ddp_backend="gloo",
+        num_train_epochs=1,
+        dataloader_drop_last=True,
+    )
+    for module in trainer.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    trainer.model.config.attention_dropout = 0.0
+    trainer.train()
+    metrics = trainer.evaluate(metric_key_prefix="test")
+    state = PartialState()
+    (output_dir / f"seen_{state.process_index}.json").write_text(json.dumps(trainer.loss.seen))
+    if state.is_main_process:
+        save_file(weights(trainer), output_dir / "final.safetensors")
+        logs = [log for log in trainer.state.log_history if "loss" in log]
+        results = {"metrics": metrics, "logs": logs, "records": trainer.predictions["test"]}
+        (output_dir / "results.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))

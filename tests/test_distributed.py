@@ -1,0 +1,48 @@
+"""Two processes for real: the same gradients, each example once, whole checkpoints."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.test_trainer import assert_same_weights
+from xlm_hf.checkpoints import fault, list_checkpoints
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(output_dir, batch_size, processes):
+    output_dir.mkdir()
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [*launch, "-m", "tests.distributed_run", str(output_dir), str(batch_size)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return json.loads((output_dir / "results.json").read_text())
+
+
+def test_two_ranks_of_four_equal_one_of_eight(tmp_path):
+    one, two = run(tmp_path / "one", 8, 1), run(tmp_path / "two", 4, 2)
+    seen = [json.loads(file.read_text()) for file in sorted((tmp_path / "two").glob("seen_*.json"))]
+    whole = json.loads((tmp_path / "one" / "seen_0.json").read_text())
+    assert sorted(map(str, seen[0] + seen[1])) == sorted(map(str, whole))
+    assert not {str(row) for row in seen[0]} & {str(row) for row in seen[1]}
+    assert_same_weights(
+        load_file(tmp_path / "two" / "final.safetensors"),
+        load_file(tmp_path / "one" / "final.safetensors"),
+        rtol=1e-4,
+        atol=2e-5,
+    )
+    for log, expected in zip(two["logs"], one["logs"], strict=True):
+        for name in ("loss", "token_loss", "stop_loss", "stop_accuracy", "grad_norm"):
+            assert log[name] == pytest.approx(expected[name], rel=2e-3)
+    assert [record["example_id"] for record in two["records"]] == list(range(1000, 1011))
+    for name in ("test/loss", "test/token_loss", "test/samples"):
+        assert two["metrics"][name] == pytest.approx(one["metrics"][name], rel=1e-4)
+    checkpoints = list_checkpoints(tmp_path / "two")
+    assert [folder.name for folder in checkpoints] == ["checkpoint-4", "checkpoint-5"]
+    for checkpoint in checkpoints:
+        assert fault(checkpoint) is None
+        assert {"rng_state_0.pth", "rng_state_1.pth"} <= {file.name for file in checkpoint.iterdir()}
