@@ -107,7 +107,8 @@ class TableModel(nn.Module, MDLMGenerationMixin):
             if row not in rows:
                 ids = input_ids[row].tolist()
                 start = ids.index(BOS) + 1
-                rows[row] = start, np.log(self.table(tuple(ids[start:]), float(alpha[row])))
+                with np.errstate(divide="ignore"):
+                    rows[row] = start, np.log(self.table(tuple(ids[start:]), float(alpha[row])))
             start, table = rows[row]
             logits[index, list(WORDS)] = torch.from_numpy(table[index % L - start]).float()
         return MaskedLMOutput(logits=logits[logits_index])

@@ -1,0 +1,384 @@
+import itertools
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chisquare
+
+from tests.modeling.mdlm_helpers import (
+    BOS,
+    EOS,
+    FIRST_WORD,
+    MASK,
+    PAD,
+    WORDS,
+    TableModel,
+    fill,
+    gauss,
+    make_model,
+    process_law,
+    random_joint,
+    random_order_law,
+)
+from xlm_hf.modeling.mdlm import MDLMConfig, MDLMForMaskedDiffusion, MDLMGenerationConfig
+
+PROMPTS = [[8, 9, 10], [11], [12, 13, 14, 15, 16, 17], []]
+
+
+def batch_of(prompts, side="left", end=(BOS,)):
+    rows = [[*prompt, *end] for prompt in prompts]
+    width = max(map(len, rows))
+    padded = [[PAD] * (width - len(r)) + r if side == "left" else r + [PAD] * (width - len(r)) for r in rows]
+    return torch.tensor(padded)
+
+
+def check_law(model, law, length, num=6000, **options):
+    """Whole decodes against an enumerated law; cells with few expected draws are pooled, as the test asks."""
+    assert sum(law.values()) == pytest.approx(1.0)
+    output = model.generate(
+        torch.full((num, 1), BOS), seed=11, do_sample=True, max_new_tokens=length, return_history=True, **options
+    )
+    counts = Counter(tuple(row) for row in output.sequences[:, 1:].tolist())
+    assert set(counts) <= {x for x, p in law.items() if p > 0}
+    common = [x for x, p in law.items() if p * num >= 8]
+    observed = [counts[x] for x in common] + [num - sum(counts[x] for x in common)]
+    expected = [law[x] * num for x in common] + [num * (1 - sum(law[x] for x in common))]
+    if expected[-1] < 5:
+        observed[-2:], expected[-2:] = [sum(observed[-2:])], [sum(expected[-2:])]
+    assert chisquare(observed, expected, sum_check=False).pvalue > 1e-4
+    return output
+
+
+@pytest.mark.parametrize("uses_time", [False, True])
+@pytest.mark.parametrize(
+    ("num_steps", "schedule"), [(1, "log_linear"), (2, "cosine"), (3, "log_linear"), (9, "cosine")]
+)
+def test_ancestral_samples_follow_the_law_of_their_steps(num_steps, schedule, uses_time):
+    model = TableModel(uses_time=uses_time)
+    law = process_law(model, 3, num_steps, schedule)
+    output = check_law(model, law, 3, num_steps=num_steps, noise_schedule=schedule)
+    steps = torch.where(output.history >= 0, output.history, 0)[:, 1:]
+    assert steps.max() == num_steps - 1
+    if uses_time:
+        # One call a step, from the first until the last mask is gone.
+        assert torch.equal(output.nfe, steps.amax(dim=-1) + 1)
+    else:
+        # One call for each step in which something was written.
+        assert output.nfe.tolist() == [len(set(row)) for row in steps.tolist()]
+
+
+@pytest.mark.parametrize("uses_time", [False, True])
+def test_blocks_are_finished_one_after_the_other(uses_time):
+    model = TableModel(uses_time=uses_time)
+    law = process_law(model, 3, 2, blocks=[(0, 1), (2,)])
+    output = check_law(model, law, 3, num_steps=4, block_length=2)
+    assert (output.history[:, 3:] > output.history[:, 1:3].amax(dim=-1, keepdim=True)).all()
+
+
+REMASKING = {
+    "cap": lambda s, t, eta: min(eta, (1 - s) / t if t > 0 else 1.0, 1.0),
+    "rescale": lambda s, t, eta: eta * min((1 - s) / t if t > 0 else 1.0, 1.0),
+}
+
+
+@pytest.mark.parametrize("remasking", REMASKING)
+@pytest.mark.parametrize("uses_time", [False, True])
+def test_remasking_follows_its_law(remasking, uses_time):
+    model, eta = TableModel(uses_time=uses_time), 0.5
+    law = process_law(model, 2, 4, sigma=lambda s, t: REMASKING[remasking](s, t, eta))
+    output = check_law(model, law, 2, sampler="remask", num_steps=4, remasking=remasking, eta=eta)
+    assert len({tuple(law.items()), tuple(process_law(model, 2, 4).items())}) == 2
+    assert output.nfe.max() > 2
+
+
+@pytest.mark.parametrize("remasking", REMASKING)
+def test_remasking_keeps_the_share_of_masks_and_the_joint_law_at_the_exact_conditionals(remasking):
+    """At every step the masks are Bernoulli(1 - alpha_s) and what is written has the law of the data."""
+    joint, num, num_steps = random_joint(1, seed=4), 8000, 5
+    joint = {(a, b): p * q for ((a,), p), ((b,), q) in itertools.product(joint.items(), repeat=2)}
+    drafts = []
+
+    class Streamer:
+        put = end = staticmethod(lambda *value: None)
+        put_draft = staticmethod(lambda value: drafts.append(value.clone()))
+
+    options = {"sampler": "remask", "remasking": remasking, "eta": 0.4, "num_steps": num_steps, "do_sample": True}
+    TableModel(joint).generate(torch.full((num, 1), BOS), seed=3, streamer=Streamer(), max_new_tokens=2, **options)
+    back = 0
+    for step, (before, draft) in enumerate(itertools.pairwise([torch.full((num, 2), MASK), *drafts])):
+        m = 1 - (step + 1) / num_steps
+        back += ((before != MASK) & (draft == MASK)).sum()
+        counts = Counter(tuple(row) for row in draft.tolist())
+        marginal = {w: (1 - m) * sum(p for x, p in joint.items() if x[0] == w) for w in WORDS}
+        marginal[MASK] = m
+        cells = [c for c in itertools.product(marginal, repeat=2) if marginal[c[0]] * marginal[c[1]] > 0]
+        expected = [marginal[a] * marginal[b] * num for a, b in cells]
+        assert chisquare([counts[c] for c in cells], expected, sum_check=False).pvalue > 1e-4
+    assert back > num / 10
+
+
+def test_confidence_remasking_takes_back_what_was_least_probable():
+    model, num = TableModel(random_joint(3, seed=2)), 4000
+    options = {"sampler": "remask", "remasking": "conf", "eta": 1.0, "num_steps": 12, "do_sample": True}
+    drafts = []
+
+    class Streamer:
+        put = end = staticmethod(lambda *value: None)
+        put_draft = staticmethod(lambda value: drafts.append(value.clone()))
+
+    output = model.generate(torch.full((num, 1), BOS), seed=3, streamer=Streamer(), max_new_tokens=3, **options)
+    assert set(output.sequences[:, 1:].unique().tolist()) == set(WORDS)
+    # Two tokens written by one step, from an empty canvas: the less probable one is taken back more often, by the law
+    # sigma_l = sigma_max exp(-p_l) / sum of exp(-p).
+    table = model.table((MASK,) * 3)
+    observed = expected = variance = 0.0
+    for step in range(1, 12):
+        before, now = drafts[step - 1], drafts[step]
+        empty = torch.full_like(before, MASK) if step == 1 else drafts[step - 2]
+        for first, old, new in zip(empty.tolist(), before.tolist(), now.tolist(), strict=True):
+            written = [i for i in range(3) if old[i] != MASK]
+            if first != [MASK] * 3 or len(written) != 2:
+                continue
+            t, s = 1 - step / 12, 1 - (step + 1) / 12
+            p = [table[i, WORDS.index(old[i])] for i in written]
+            sigma = min(s / (1 - t), 1.0) * math.exp(-p[0]) / sum(math.exp(-q) for q in p)
+            expected, variance = expected + sigma, variance + sigma * (1 - sigma)
+            observed += new[written[0]] == MASK
+    assert expected > 50
+    assert abs(observed - expected) < 4 * math.sqrt(variance)
+
+
+def test_first_hitting_is_the_limit_of_infinitely_many_steps():
+    model = TableModel()
+    law = random_order_law(model, 3)
+    fine = process_law(model, 3, 400)
+    assert sum(abs(law[x] - fine[x]) for x in law) < 0.02
+    output = check_law(model, law, 3, sampler="first_hitting")
+    assert set(output.nfe.tolist()) == {3}
+    assert set(map(tuple, output.history[:, 1:].tolist())) == set(itertools.permutations(range(3)))
+
+
+def test_first_hitting_tells_the_network_the_times_of_the_hits():
+    """The two masks go at times r1 > r2, the order statistics of two uniforms: density 2 on r1 > r2."""
+    model, law = TableModel(uses_time=True), {}
+    for r1, w1 in zip(*gauss(24), strict=True):
+        for r2, w2 in zip(*gauss(24, 0.0, r1), strict=True):
+            for first, second in ((0, 1), (1, 0)):
+                for canvas, p in fill((MASK, MASK), [first], model.table((MASK, MASK), 1 - r1)):
+                    for x, q in fill(canvas, [second], model.table(canvas, 1 - r2)):
+                        law[x] = law.get(x, 0.0) + w1 * w2 * p * q
+    check_law(model, law, 2, sampler="first_hitting")
+    fine = process_law(model, 2, 1000)
+    assert sum(abs(law[x] - fine[x]) for x in law) < 0.02
+
+
+def rule_law(model, length, sizes, order):
+    """Law of committing by a rule `sizes[i]` places in step i; the network is told the share that is masked."""
+    law = {(MASK,) * length: 1.0}
+    for block, k in sizes:
+        new: dict = {}
+        for canvas, p in law.items():
+            table = model.table(canvas, 1 - canvas.count(MASK) / length)
+            top = np.sort(table, axis=-1)
+            scores = {
+                "confidence": top[:, -1],
+                "margin": top[:, -1] - top[:, -2],
+                "entropy": (table * np.log(table)).sum(-1),
+            }[order]
+            masked = sorted((i for i in block if canvas[i] == MASK), key=lambda i: -scores[i])
+            for x, q in fill(canvas, masked[:k], table):
+                new[x] = new.get(x, 0.0) + p * q
+        law = new
+    return law
+
+
+@pytest.mark.parametrize("order", ["confidence", "margin", "entropy"])
+@pytest.mark.parametrize("uses_time", [False, True])
+def test_rules_follow_their_law_on_a_budget_of_steps_and_in_blocks(order, uses_time):
+    model, options = TableModel(uses_time=uses_time), {"sampler": "rule", "order": order}
+    whole = (0, 1, 2)
+    check_law(model, rule_law(model, 3, [(whole, 1)] * 3, order), 3, **options)
+    check_law(model, rule_law(model, 3, [(whole, 2), (whole, 1)], order), 3, num_steps=2, **options)
+    blocks = [((0, 1), 2), ((2,), 1)]
+    check_law(model, rule_law(model, 3, blocks, order), 3, num_steps=2, block_length=2, **options)
+
+
+def test_sampling_filters_apply_to_the_tokens():
+    model = TableModel()
+    law = process_law(model, 2, 2)
+    assert len([p for p in law.values() if p > 0]) == 9
+    output = model.generate(torch.full((500, 1), BOS), seed=1, do_sample=True, top_k=1, max_new_tokens=2, num_steps=1)
+    best = [WORDS[i] for i in model.table((MASK, MASK)).argmax(-1)]
+    assert output.sequences[:, 1:].unique(dim=0).tolist() == [best]
+    greedy = model.generate(torch.full((500, 1), BOS), seed=1, max_new_tokens=2, num_steps=1)
+    assert torch.equal(greedy.sequences, output.sequences)
+
+
+def test_many_steps_cost_no_more_than_one_call_a_token():
+    model = TableModel()
+    output = model.generate(torch.tensor([[BOS]] * 3), seed=0, do_sample=True, max_new_tokens=4, num_steps=5000)
+    assert (output.nfe <= 4).all()
+    assert model.calls <= 12
+    timed = TableModel(uses_time=True)
+    output = timed.generate(torch.tensor([[BOS]]), seed=0, max_new_tokens=4, num_steps=50, return_history=True)
+    assert timed.calls == int(output.nfe) == int(output.history.max()) + 1
+
+
+OPTIONS = {
+    "ancestral": {"num_steps": 5},
+    "one step a place": {},
+    "first_hitting": {"sampler": "first_hitting"},
+    "remask": {"sampler": "remask", "num_steps": 9, "eta": 0.3},
+    "remask, conf": {"sampler": "remask", "remasking": "conf", "eta": 1.0},
+    "blocks": {"block_length": 3, "num_steps": 8},
+    "rule": {"sampler": "rule", "order": "entropy", "num_steps": 4},
+    "rule, threshold": {"sampler": "rule", "confidence_threshold": 0.3, "block_length": 4},
+    "rule, bound": {"sampler": "rule", "order": "random", "entropy_bound": 2.0},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("backbone", ["rotary", "dit"])
+def test_a_row_decodes_alike_in_any_batch_and_the_prompt_stays(backbone, name):
+    model = make_model(backbone=backbone)
+    # Without max_new_tokens every row has a canvas of its own length.
+    for room in ({"max_new_tokens": 9}, {"max_length": 14}):
+        options = {"do_sample": True, "return_history": True, **OPTIONS[name], **room}
+        seeds = [3, 1, 4, 1]
+        together = model.generate(batch_of(PROMPTS), seed=seeds, **options)
+        width = batch_of(PROMPTS).shape[1]
+        torch.testing.assert_close(together.sequences[:, :width], batch_of(PROMPTS))
+        written = together.sequences[:, width:]
+        assert MASK not in written
+        assert set(written.unique().tolist()) <= {PAD, EOS, *range(FIRST_WORD, 20)}
+        right = model.generate(batch_of(PROMPTS, side="right"), seed=seeds, **options)
+        torch.testing.assert_close(together.sequences, right.sequences)
+        for row, prompt in enumerate(PROMPTS):
+            alone = model.generate(batch_of([prompt]), seed=[seeds[row]], **options)
+            length = alone.sequences.shape[1] - len(prompt) - 1
+            assert alone.sequences[0, len(prompt) + 1 :].tolist() == written[row, :length].tolist()
+            assert (written[row, length:] == PAD).all()
+            assert alone.history[0, len(prompt) + 1 :].tolist() == together.history[row, width:][:length].tolist()
+            assert alone.nfe[0] == together.nfe[row]
+            assert alone.finish_reason[0] == together.finish_reason[row]
+            assert (alone.finish_reason[0] == "stop") == (EOS in alone.sequences[0, len(prompt) + 1 :])
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_blanks_are_filled_in_place(name):
+    model = make_model()
+    rows = [[8, MASK, 10, MASK], [MASK, MASK, 11], [12, MASK]]
+    ids = batch_of(rows, end=())
+    output = model.generate(ids, seed=[1, 2, 3], do_sample=True, return_history=True, **OPTIONS[name])
+    assert output.sequences.shape == ids.shape
+    assert (output.sequences[ids != MASK] == ids[ids != MASK]).all()
+    assert MASK not in output.sequences
+    assert torch.equal(output.history >= 0, ids == MASK)
+    alone = model.generate(torch.tensor([rows[2]]), seed=[3], do_sample=True, **OPTIONS[name])
+    assert alone.sequences[0].tolist() == output.sequences[2, 2:].tolist()
+
+
+def test_nothing_is_written_after_a_block_with_the_end():
+    class Ends(TableModel):
+        def table(self, canvas, alpha=None):
+            return np.array([[0.98, 0.01, 0.01]] * len(canvas))
+
+    model = Ends()
+    model.config.eos_token_id = WORDS[0]
+    options = {"max_new_tokens": 6, "seed": 0, "return_history": True}
+    for sampler in ("ancestral", "remask"):
+        output = model.generate(torch.tensor([[BOS]]), block_length=2, sampler=sampler, num_steps=6, **options)
+        assert output.sequences[0, 1:].tolist() == [WORDS[0]]
+        assert output.finish_reason == ["stop"]
+        assert output.nfe <= 2
+        assert model.generate(torch.tensor([[BOS]]), sampler=sampler, **options).nfe > 2
+
+
+def test_same_seed_same_tokens_and_bare_prompts_are_wrapped():
+    model, options = make_model(), {"max_new_tokens": 6, "do_sample": True}
+    first = model.generate(batch_of(PROMPTS[:2]), seed=5, **options).sequences
+    torch.testing.assert_close(first, model.generate(batch_of(PROMPTS[:2]), seed=5, **options).sequences)
+    assert not torch.equal(first, model.generate(batch_of(PROMPTS[:2]), seed=6, **options).sequences)
+    bare = model.generate(torch.tensor([[8, 9, 10], [PAD, PAD, 11]]), seed=5, **options).sequences
+    torch.testing.assert_close(bare, first)
+    assert model.generate(seed=1, **options).sequences[0, 0] == BOS
+
+
+def test_streamer_and_logits_processor_see_every_step_and_suppressed_ids_are_never_written():
+    class Streamer:
+        drafts, final = [], []
+
+        def put(self, value):
+            self.final.append(value.tolist())
+
+        def put_draft(self, value):
+            self.drafts.append(value.tolist()[0])
+
+        def end(self):
+            self.final.append("end")
+
+    from transformers import LogitsProcessor, LogitsProcessorList
+
+    class NoTens(LogitsProcessor):
+        steps = []
+
+        def __call__(self, input_ids, scores, cur_step):
+            assert len(input_ids) == len(scores)
+            assert (input_ids == MASK).any(dim=-1).all()
+            self.steps.append(cur_step)
+            scores[:, 10:] = -torch.inf
+            return scores
+
+    model, streamer, processor = make_model(), Streamer(), NoTens()
+    output = model.generate(
+        batch_of(PROMPTS[:1]),
+        seed=0,
+        streamer=streamer,
+        logits_processor=LogitsProcessorList([processor]),
+        suppress_tokens=[PAD, EOS, 8, 9],
+        sampler="first_hitting",
+        max_new_tokens=3,
+    )
+    assert output.sequences[0, -3:].tolist() == [7, 7, 7]
+    assert [draft.count(MASK) for draft in streamer.drafts] == [2, 1, 0]
+    assert streamer.final == [batch_of(PROMPTS[:1]).tolist(), [[7, 7, 7]], "end"]
+    assert processor.steps == [0, 1, 2]
+    torch.testing.assert_close(output.tokens_per_forward, torch.ones(1))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"temprature": 1.0}, "no option 'temprature': did you mean 'temperature'"),
+        ({"sampler": "ancestry"}, "sampler must be one of ancestral, first_hitting, remask, rule and is 'ancestry'"),
+        ({"noise_schedule": "linear"}, "noise_schedule must be one of log_linear, cosine and is 'linear'"),
+        ({"remasking": "none"}, "remasking must be one of cap, rescale, conf and is 'none'"),
+        ({"num_steps": 0}, "num_steps must be greater than 0"),
+        ({"block_length": -1}, "block_length must be greater than 0"),
+        ({"eta": 1.5}, r"eta must be in \(0, 1\] and is 1.5"),
+        ({"sampler": "first_hitting", "num_steps": 4}, "num_steps is 4, but first_hitting makes one step"),
+        ({"entropy_bound": 0.5}, "entropy_bound is 0.5, which only sampler='rule' knows"),
+        ({"max_new_tokens": 30}, "max_new_tokens is 30, but after a prompt of 4 tokens the model has 20 of its 24"),
+        ({"seed": [1, 2]}, "seed has 2 entries for 1 rows"),
+        ({"input_ids": torch.tensor([[20, BOS]])}, "Token id 20 is outside the model's vocabulary of 20"),
+    ],
+)
+def test_bad_calls_are_refused_in_one_sentence(call, message):
+    with pytest.raises(ValueError, match=message):
+        make_model().generate(**{"input_ids": batch_of(PROMPTS[:1]), **call})
+
+
+@pytest.mark.parametrize("backbone", ["rotary", "dit"])
+def test_model_and_options_survive_saving(backbone, tmp_path):
+    model = make_model(backbone=backbone)
+    model.generation_config = MDLMGenerationConfig(sampler="remask", eta=0.1, num_steps=6, max_new_tokens=7)
+    model.save_pretrained(tmp_path)
+    loaded = MDLMForMaskedDiffusion.from_pretrained(tmp_path)
+    assert {n: getattr(loaded.generation_config, n) for n in MDLMGenerationConfig.option_names()} == {
+        n: getattr(model.generation_config, n) for n in MDLMGenerationConfig.option_names()
+    }
+    assert loaded.config.backbone == backbone
+    torch.testing.assert_close(loaded.generate(seed=3).sequences, model.generate(seed=3).sequences)
+    assert MDLMConfig.from_pretrained(tmp_path).never_written == [1, 2, 4, 5, 6]
