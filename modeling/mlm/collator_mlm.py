@@ -24,7 +24,9 @@ def _column(examples: list[dict[str, Any]], name: str) -> torch.Tensor:
 class _MLMCollator:
     """What all collators of the family share: special ids, the checks on what comes in, and masking."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, seed: int = 0):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, seed: int = 0, mask_beta: float = 1.0):
+        if mask_beta <= 0:
+            raise ValueError(f"mask_beta must be greater than 0 and is {mask_beta}.")
         self.pad_token_id = tokenizer.pad_token_id
         self.mask_token_id = tokenizer.mask_token_id
         self.bos_token_id = tokenizer.bos_token_id
@@ -34,6 +36,7 @@ class _MLMCollator:
         self.vocab_size = len(tokenizer)
         self.max_length = max_length
         self.seed = seed
+        self.mask_beta = mask_beta
 
     def _check_ids(self, prompt_ids: torch.Tensor, target_ids: torch.Tensor) -> None:
         """Raise ValueError for an id outside the vocabulary, or a special token where none belongs."""
@@ -63,9 +66,9 @@ class _MLMCollator:
     def _mask(
         self, examples: list[dict[str, Any]], ids: torch.Tensor, attention_mask: torch.Tensor, maskable: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        """Mask each maskable token of a row with probability t ~ U(0, 1), t evenly spread over the epoch."""
+        """Mask each maskable token of a row with probability t ~ Beta(mask_beta, 1), evenly spread over the epoch."""
         epoch, position, example_id = (_column(examples, name) for name in ("epoch", "position", "example_id"))
-        t = low_discrepancy(self.seed, epoch, position)
+        t = low_discrepancy(self.seed, epoch, position) ** (1 / self.mask_beta)
         columns = torch.arange(ids.shape[1])
         draws = uniform(self.seed, epoch[:, None], example_id[:, None], columns)
         masked = maskable & (draws < t[:, None])
@@ -97,9 +100,10 @@ class _MLMCanvasCollator(_MLMCollator):
         tokenizer: PreTrainedTokenizerBase,
         max_length: int,
         seed: int = 0,
+        mask_beta: float = 1.0,
         canvas_length: int | None = None,
     ):
-        super().__init__(tokenizer, max_length, seed)
+        super().__init__(tokenizer, max_length, seed, mask_beta)
         self.canvas_length = canvas_length
 
     def _training(
@@ -143,13 +147,16 @@ class _MLMCanvasCollator(_MLMCollator):
 class MLMCollatorForSeq2Seq(_MLMCanvasCollator):
     """Training batches for prompt and target: `prompt [BOS] target [EOS]` with a part of what follows `[BOS]` masked.
 
-    For each sequence t ~ U(0, 1), and each token of its canvas - what follows `[BOS]` - is masked with probability t
-    independently. Both draws are functions of (seed, epoch, example_id, position) alone.
+    For each sequence t ~ Beta(mask_beta, 1), and each token of its canvas - what follows `[BOS]` - is masked with
+    probability t independently. With mask_beta = 1 that is t ~ U(0, 1) (arXiv 2505.05755); a larger one shows emptier
+    canvases, in which fewer tokens can be copied from their neighbours. It changes how often each t is trained, not
+    what is optimal at it. All draws are functions of (seed, epoch, example_id, position) alone.
 
     Args:
         tokenizer: names the special tokens.
         max_length: positions of the model; a longer sequence is refused.
         seed: of the corruption.
+        mask_beta: skews the masking rate, as above.
         canvas_length: how the length of a sequence is modelled. A number is the length of every canvas: padding up to
             it is content, seen, masked and predicted like any other token, and so the model learns to write
             `[EOS] [PAD] ...` after a sequence. None takes the length as given: a canvas is the target and `[EOS]`, and

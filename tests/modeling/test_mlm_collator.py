@@ -86,10 +86,11 @@ def test_every_pattern_of_masks_has_its_probability():
     assert float(shares.std()) < 0.75 * (1 / 12 / 50 + 1 / 6 / 50 / n) ** 0.5
 
 
-def test_the_masked_share_is_uniform():
+@pytest.mark.parametrize("mask_beta", [1.0, 3.0])
+def test_the_masked_share_follows_its_law(mask_beta):
     examples = [{"input_ids": [9] * 400, "example_id": i, "epoch": 0, "position": i} for i in range(500)]
-    batch = MLMCollatorForLanguageModeling(SpecialIds(), max_length=500)(examples)
-    assert kstest((batch["input_ids"] == MASK).float().sum(-1).numpy() / 401, "uniform").pvalue > 0.5
+    batch = MLMCollatorForLanguageModeling(SpecialIds(), max_length=500, mask_beta=mask_beta)(examples)
+    assert kstest((batch["input_ids"] == MASK).float().sum(-1).numpy() / 401, "beta", (mask_beta, 1)).pvalue > 0.5
 
 
 def test_infilling_masks_only_what_the_input_leaves_open():
@@ -153,6 +154,11 @@ def test_bad_examples_are_refused_in_one_sentence(change, message):
     canvas_length = 12 if len(example["target_ids"]) > 1 else None
     with pytest.raises(ValueError, match=message):
         MLMCollatorForSeq2Seq(SpecialIds(), max_length=24, canvas_length=canvas_length)([example])
+
+
+def test_a_skew_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="mask_beta must be greater than 0 and is 0.0"):
+        MLMCollatorForSeq2Seq(SpecialIds(), max_length=24, mask_beta=0.0)
 
 
 def test_an_input_to_fill_in_is_as_long_as_its_solution():
