@@ -157,7 +157,7 @@ def test_bad_examples_are_refused_in_one_sentence(change, message):
 
 
 def test_a_skew_that_is_none_is_refused():
-    with pytest.raises(ValueError, match="mask_beta must be greater than 0 and is 0.0"):
+    with pytest.raises(ValueError, match=r"mask_beta must be greater than 0 and is 0\.0"):
         MLMCollatorForSeq2Seq(SpecialIds(), max_length=24, mask_beta=0.0)
 
 
