@@ -119,11 +119,10 @@ def _loss_metrics(model, loss, batches) -> dict[str, float]:
     return reduce_sums(sums, model.device)
 
 
-def strip_special(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Cut generated ids at the end-of-sequence token and drop padding."""
-    if tokenizer.eos_token_id in ids:
-        ids = ids[: ids.index(tokenizer.eos_token_id)]
-    return [token for token in ids if token != tokenizer.pad_token_id]
+def content_places(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Where the content of generated ids stands: before the end-of-sequence token, and not padding."""
+    end = ids.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in ids else len(ids)
+    return [place for place in range(end) if ids[place] != tokenizer.pad_token_id]
 
 
 def _decode(model, batches, dataset, indices, tokenizer, seed) -> list[dict[str, Any]]:
@@ -137,7 +136,7 @@ def _decode(model, batches, dataset, indices, tokenizer, seed) -> list[dict[str,
             record = {
                 "example_id": example["example_id"],
                 "prompt_ids": example.get("prompt_ids", []),
-                "prediction_ids": strip_special(ids, tokenizer),
+                "prediction_ids": [ids[place] for place in content_places(ids, tokenizer)],
                 "reference_ids": example.get("target_ids", example.get("input_ids")),
                 "nfe": int(output.nfe[number]),
                 "finish_reason": output.finish_reason[number],

@@ -135,10 +135,7 @@ def slow_choices(laws: dict[int, dict], config: MLMGenerationConfig, step: int) 
         size = 1
         if config.num_steps:
             size = math.ceil(len(order) / (config.num_steps - step))
-        for bound, cost in (
-            (config.entropy_bound, entropy),
-            (config.error_bound, {i: 1 - p for i, p in p1.items()}),
-        ):
+        for bound, cost in ((config.entropy_bound, entropy), (config.error_bound, {i: 1 - p for i, p in p1.items()})):
             if bound is not None:
                 costs = [[cost[i] for i in order[:n]] for n in range(1, len(order) + 1)]
                 size = max(n for n, c in enumerate(costs, 1) if sum(c) - max(c) <= bound)

@@ -138,11 +138,7 @@ def test_a_sequence_fed_in_pieces_gives_the_same_logits(attention, padded):
     whole = model(input_ids, attention_mask=attention_mask).logits
     cache = DynamicCache(config=model.config)
     for start, end in itertools.pairwise((0, 5, 6, 10, 11)):
-        piece = model(
-            input_ids[:, start:end],
-            attention_mask=mask[:, :end] if padded else None,
-            past_key_values=cache,
-        )
+        piece = model(input_ids[:, start:end], attention_mask=mask[:, :end] if padded else None, past_key_values=cache)
         visible = mask[:, start:end].bool()
         torch.testing.assert_close(piece.logits[visible], whole[:, start:end][visible])
     assert cache.get_seq_length() == 11

@@ -120,34 +120,36 @@ def test_remasking_keeps_the_share_of_masks_and_the_joint_law_at_the_exact_condi
 
 
 def test_confidence_remasking_takes_back_what_was_least_probable():
-    model, num = TableModel(random_joint(3, seed=2)), 4000
-    options = {"sampler": "remask", "remasking": "conf", "eta": 1.0, "num_steps": 12, "do_sample": True}
-    drafts = []
+    """From two written tokens sigma_l = eta sigma_max exp(-p_l) / sum of exp(-p), p being what each had when written."""
+
+    class Sure(TableModel):
+        def table(self, canvas, alpha=None):
+            return np.array([[0.9, 0.05, 0.05], [0.3, 0.4, 0.3]])
+
+    drafts, num, eta = [], 12_000, 0.9
 
     class Streamer:
         put = end = staticmethod(lambda *value: None)
         put_draft = staticmethod(lambda value: drafts.append(value.clone()))
 
-    output = model.generate(torch.full((num, 1), BOS), seed=3, streamer=Streamer(), max_new_tokens=3, **options)
+    options = {"sampler": "remask", "remasking": "conf", "eta": eta, "num_steps": 4, "do_sample": True}
+    output = Sure().generate(torch.full((num, 1), BOS), seed=3, streamer=Streamer(), max_new_tokens=2, **options)
     assert set(output.sequences[:, 1:].unique().tolist()) == set(WORDS)
-    # Two tokens written by one step, from an empty canvas: the less probable one is taken back more often, by the law
-    # sigma_l = sigma_max exp(-p_l) / sum of exp(-p).
-    table = model.table((MASK,) * 3)
-    observed = expected = variance = 0.0
-    for step in range(1, 12):
-        before, now = drafts[step - 1], drafts[step]
-        empty = torch.full_like(before, MASK) if step == 1 else drafts[step - 2]
-        for first, old, new in zip(empty.tolist(), before.tolist(), now.tolist(), strict=True):
-            written = [i for i in range(3) if old[i] != MASK]
-            if first != [MASK] * 3 or len(written) != 2:
-                continue
-            t, s = 1 - step / 12, 1 - (step + 1) / 12
-            p = [table[i, WORDS.index(old[i])] for i in written]
-            sigma = min(s / (1 - t), 1.0) * math.exp(-p[0]) / sum(math.exp(-q) for q in p)
-            expected, variance = expected + sigma, variance + sigma * (1 - sigma)
-            observed += new[written[0]] == MASK
-    assert expected > 50
-    assert abs(observed - expected) < 4 * math.sqrt(variance)
+    table = Sure().table(())
+    for words in itertools.product(range(3), repeat=2):
+        rows = (drafts[0] == torch.tensor([WORDS[i] for i in words])).all(dim=-1)
+        p = [table[place, word] for place, word in enumerate(words)]
+        for place in range(2):
+            # t = 3/4 and s = 1/2, so sigma_max is 1.
+            sigma = eta * math.exp(-p[place]) / sum(math.exp(-q) for q in p)
+            observed, n = int((drafts[1][rows, place] == MASK).sum()), int(rows.sum())
+            assert abs(observed - sigma * n) < 4 * math.sqrt(n * sigma * (1 - sigma))
+    # From one written token sigma is eta, and an empty place next to it is filled as without remasking.
+    rows = (drafts[0][:, 0] != MASK) & (drafts[0][:, 1] == MASK)
+    n = int(rows.sum())
+    for place, probability in ((0, eta), (1, 2 / 3)):
+        observed = int((drafts[1][rows, place] == MASK).sum())
+        assert abs(observed - probability * n) < 4 * math.sqrt(n * probability * (1 - probability))
 
 
 def test_first_hitting_is_the_limit_of_infinitely_many_steps():
@@ -172,6 +174,15 @@ def test_first_hitting_tells_the_network_the_times_of_the_hits():
     check_law(model, law, 2, sampler="first_hitting")
     fine = process_law(model, 2, 1000)
     assert sum(abs(law[x] - fine[x]) for x in law) < 0.02
+
+
+def test_first_hitting_starts_anew_in_every_block():
+    model, law = TableModel(uses_time=True), {}
+    for (r1, w1), (r2, w2) in itertools.product(zip(*gauss(24), strict=True), repeat=2):
+        for canvas, p in fill((MASK, MASK), [0], model.table((MASK, MASK), 1 - (r1 + 1) / 2)):
+            for x, q in fill(canvas, [1], model.table(canvas, 1 - r2 / 2)):
+                law[x] = law.get(x, 0.0) + w1 * w2 * p * q
+    check_law(model, law, 2, num=20_000, sampler="first_hitting", block_length=1)
 
 
 def rule_law(model, length, sizes, order):

@@ -176,10 +176,7 @@ def test_fullgraph_compile_gives_the_same(variant):
 def test_initialisations_have_their_scales():
     wide = {"hidden_size": 256, "num_hidden_layers": 3, "vocab_size": 500, "learned_positions": True}
     normal, fan_in = (make_model(initialization=name, **wide) for name in ("normal", "fan_in"))
-    for model, embedding, inner, output in (
-        (normal, 0.3, 0.3, 0.3),
-        (fan_in, 1.0, 256**-0.5, 256**-0.5 * 6**-0.5),
-    ):
+    for model, embedding, inner, output in ((normal, 0.3, 0.3, 0.3), (fan_in, 1.0, 256**-0.5, 256**-0.5 * 6**-0.5)):
         assert model.embed_positions.weight.std().item() == pytest.approx(embedding, rel=0.03)
         assert model.embed_tokens.weight[1:].std().item() == pytest.approx(embedding, rel=0.03)
         assert model.layers[1].self_attn.qkv_proj.weight.std().item() == pytest.approx(inner, rel=0.03)

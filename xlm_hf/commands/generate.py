@@ -17,7 +17,7 @@ from xlm_hf.commands.common import (
     say,
     write_results,
 )
-from xlm_hf.evaluation import strip_special
+from xlm_hf.evaluation import content_places
 
 
 def run(cfg: DictConfig) -> list[dict[str, Any]]:
@@ -41,14 +41,16 @@ def run(cfg: DictConfig) -> list[dict[str, Any]]:
         output = model.generate(**batch, seed=seeds, return_history=True)
         width = batch["input_ids"].shape[1]
         for row, example in enumerate(examples[start : start + batch_size]):
-            ids = strip_special(output.sequences[row, width:].tolist(), tokenizer)
+            written, steps = output.sequences[row, width:].tolist(), output.history[row, width:].tolist()
+            places = content_places(written, tokenizer)
+            ids = [written[place] for place in places]
             records.append(
                 {
                     **example,
                     "prediction_ids": ids,
                     "prompt": tokenizer.decode(example["prompt_ids"]),
                     "prediction": tokenizer.decode(ids),
-                    "steps": output.history[row, width : width + len(ids)].tolist(),
+                    "steps": [steps[place] for place in places],
                     "nfe": int(output.nfe[row]),
                     "finish_reason": output.finish_reason[row],
                 }

@@ -111,14 +111,7 @@ class MaskedCanvas:
         return self.masked.any(dim=-1).nonzero().squeeze(-1)
 
     def commit(self, rows: torch.Tensor, chosen: torch.Tensor, tokens: torch.Tensor, step: int) -> None:
-        """Write tokens.
-
-        Args:
-            rows: (R,) indices.
-            chosen: (R, L) bool, where in those rows.
-            tokens: (S,) ids for the chosen positions in reading order.
-            step: number of the step, from 0.
-        """
+        """Write `tokens` (S,), in reading order, where `chosen` (R, L) in the rows of indices `rows` (R,)."""
         self.ids[rows] = self.ids[rows].masked_scatter(chosen, tokens)
         self._steps[rows] = self._steps[rows].masked_fill(chosen, step)
         self.masked[rows] &= ~chosen
@@ -242,15 +235,10 @@ class MaskedGenerationMixin(NonAutoregressiveGenerationMixin):
         step: int,
         **model_inputs,
     ) -> torch.Tensor:
-        """One forward pass over `rows`: (S, V) float32 logits of their masked positions in reading order.
+        """One forward pass over `rows` (R,): (S, V) float32 logits of their masked positions in reading order.
 
-        Args:
-            canvas: whose `nfe` it counts.
-            rows: (R,) indices.
-            generation_config: whose `suppress_tokens` are set to -inf.
-            logits_processor: called with (S, L) ids, (S, V) logits and `cur_step`.
-            step: number of the step, from 0.
-            **model_inputs: passed on to the model.
+        Counts the `nfe` of `canvas`; sets `generation_config.suppress_tokens` to -inf; `logits_processor` is called
+        with (S, L) ids, (S, V) logits and `cur_step`.
         """
         ids = canvas.ids[rows]
         index = canvas.masked[rows].flatten().nonzero().squeeze(-1)
@@ -272,18 +260,10 @@ def choose_positions(
     step: int,
     config: UnmaskingGenerationConfig,
 ) -> torch.Tensor:
-    """The positions that a step commits, by the rule of `config`; at least one in each row that has any.
+    """The positions (R, L) bool that a step commits, by the rule of `config`; at least one in each row that has any.
 
-    Args:
-        logits: (S, V) of the masked positions in reading order, before temperature, top-k and top-p.
-        masked: (R, L) bool.
-        positions: (R, L) place of each token in its own row.
-        seeds: (R,) seeds of the rows.
-        step: number of the step, from 0.
-        config: the options.
-
-    Returns:
-        (R, L) bool.
+    `logits` (S, V) are those of the `masked` (R, L) positions in reading order, before temperature, top-k and top-p;
+    `positions` (R, L) say the place of each token in its own row, `seeds` (R,) are those of the rows.
     """
     statistics = TokenStatistics.of_logits(logits).spread(masked)
     # A random order is drawn anew in each step: how far a bound lets one go tells something about the rest of it.
