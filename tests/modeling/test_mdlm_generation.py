@@ -120,7 +120,7 @@ def test_remasking_keeps_the_share_of_masks_and_the_joint_law_at_the_exact_condi
 
 
 def test_confidence_remasking_takes_back_what_was_least_probable():
-    """From two written tokens sigma_l = eta sigma_max exp(-p_l) / sum of exp(-p), p being what each had when written."""
+    """Of two written tokens sigma_l = eta sigma_max exp(-p_l) / sum of exp(-p), p being what each had when written."""
 
     class Sure(TableModel):
         def table(self, canvas, alpha=None):
