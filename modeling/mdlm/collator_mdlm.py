@@ -57,11 +57,7 @@ class _MDLMCollator:
 
     def _prompts(self, examples: list[dict[str, Any]], rows: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
         input_ids, attention_mask = self._pad(rows, "left")
-        return {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "example_id": _column(examples, "example_id"),
-        }
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "example_id": _column(examples, "example_id")}
 
 
 class _MDLMTrainingCollator(_MDLMCollator):

@@ -36,10 +36,7 @@ class MDLMLoss:
         """
         logits_index, target_ids = batch["logits_index"], batch["target_ids"]
         outputs = model(
-            batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            alpha=batch["alpha"],
-            logits_index=logits_index,
+            batch["input_ids"], attention_mask=batch["attention_mask"], alpha=batch["alpha"], logits_index=logits_index
         )
         logits = outputs.logits.float()
         losses = nn.functional.cross_entropy(logits, target_ids, reduction="none")
