@@ -127,7 +127,7 @@ def plot() -> None:
         result = json.loads(file.read_text())
         minutes = [point["cpu_minutes"] for point in result["curve"]]
         preset = not [o for o in result["overrides"] if not o.startswith("seed=")]
-        style = {"color": "C0", "linewidth": 2} if preset else {"linestyle": "--"}
+        style = {"color": "black", "linewidth": 2} if preset else {"linestyle": "--"}
         left.plot(minutes, [point["exact_match"] for point in result["curve"]], label=result["name"], **style)
         right.plot(minutes, [point["loss_by_dropped"]["8"] for point in result["curve"]], **style)
     left.axhline(0.98, color="gray", linewidth=0.5)
