@@ -144,6 +144,15 @@ def test_a_killed_run_resumes_to_the_same_weights(trained, tmp_path):
     }
 
 
+def test_a_finished_run_started_again_stays_as_it_is(trained):
+    output_dir, _ = trained
+    before = json.loads((output_dir / "metrics.json").read_text())
+    run(f"output_dir={output_dir}", cwd=output_dir.parent)
+    after = json.loads((output_dir / "metrics.json").read_text())
+    assert after["steps"] == before["steps"] == 20
+    assert after["test/loss"] == before["test/loss"]
+
+
 def test_a_full_disk_stops_with_a_sentence_and_keeps_the_earlier_checkpoint(tmp_path):
     """The file size limit makes real writes fail in the middle, as a full disk does."""
     run("output_dir=run", "trainer.max_steps=10", cwd=tmp_path)

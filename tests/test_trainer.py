@@ -150,6 +150,18 @@ def test_an_interrupted_run_ends_where_the_other_does(uninterrupted, tmp_path, s
     assert losses(resumed) == losses(uninterrupted)
 
 
+def test_a_finished_run_is_not_trained_on(uninterrupted, tmp_path):
+    finished = make_trainer(tmp_path, save_strategy="steps", save_steps=6)
+    finished.train()
+    again = make_trainer(tmp_path, save_strategy="steps", save_steps=6)
+    assert again.train(resume_from_checkpoint=str(last_sound_checkpoint(tmp_path))).global_step == 12
+    assert again.loss.seen == []
+    assert_same_weights(weights(again), weights(uninterrupted), **EXACT)
+    longer = make_trainer(tmp_path, save_strategy="no", num_train_epochs=3)
+    longer.train(resume_from_checkpoint=str(last_sound_checkpoint(tmp_path)))
+    assert longer.state.global_step == 18
+
+
 def test_accumulation_changes_nothing_but_rounding(tmp_path):
     runs = {}
     for batch_size, accumulation in ((8, 1), (4, 2), (2, 4)):

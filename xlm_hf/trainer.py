@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback, TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 
 from xlm_hf.callbacks import ProgressBar
 from xlm_hf.checkpoints import INCOMPLETE_SUFFIX, replaced_folder
@@ -96,6 +96,19 @@ class XLMTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         self._metric_sums: dict[str, tuple[torch.Tensor, torch.Tensor | int]] = {}
 
+    def train(self, resume_from_checkpoint: Any = None, **kwargs) -> TrainOutput:
+        """Train, from a checkpoint if one is given; nothing is trained on if that one is already at the last step."""
+        if resume_from_checkpoint is not None:
+            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / "trainer_state.json"))
+            *_, max_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
+            if state.global_step >= max_steps:
+                # The parent would train one step more.
+                best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
+                self._load_from_checkpoint(best or resume_from_checkpoint)
+                self.state = state
+                return TrainOutput(state.global_step, 0.0, {})
+        return super().train(resume_from_checkpoint, **kwargs)
+
     def get_train_dataloader(self) -> DataLoader:
         """Batches of the training set in an order, and with a corruption, that (seed, epoch) alone determine."""
         args = self.args
@@ -147,14 +160,8 @@ class XLMTrainer(Trainer):
     def compute_loss(self, model: nn.Module, inputs, return_outputs: bool = False, num_items_in_batch=None):
         """This micro-batch's share of the loss of the whole optimiser step, loss_sum / num_items_in_batch.
 
-        Args:
-            model: the model, as wrapped for training.
-            inputs: a batch of the training collator.
-            return_outputs: must be False; the loss object keeps the outputs to itself.
-            num_items_in_batch: items of the whole optimiser step over all ranks.
-
-        Returns:
-            a scalar, multiplied by the number of ranks because their gradients are averaged, not summed.
+        It is multiplied by the number of ranks because their gradients are averaged, not summed. `return_outputs` must
+        be False: the loss object keeps the outputs to itself.
         """
         output = self.loss(model, inputs)
         for name, (total, count) in output.metrics.items():
@@ -172,12 +179,7 @@ class XLMTrainer(Trainer):
     def evaluate(
         self, eval_dataset=None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "validation"
     ) -> dict[str, float]:
-        """Run the evaluation sets of a stage.
-
-        Args:
-            eval_dataset: unused, kept for the signature of `Trainer.evaluate`; the evaluation sets hold their data.
-            ignore_keys: unused, likewise.
-            metric_key_prefix: the stage.
+        """Run the evaluation sets of the stage `metric_key_prefix`; the other arguments of `Trainer` are unused.
 
         Returns:
             flat metrics, `<set>/<metric>`; the decoded examples are kept in `self.predictions[<set>]`.
