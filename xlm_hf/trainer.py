@@ -96,9 +96,9 @@ class XLMTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         self._metric_sums: dict[str, tuple[torch.Tensor, torch.Tensor | int]] = {}
 
-    def train(self, resume_from_checkpoint: Any = None, **kwargs) -> TrainOutput:
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train, from a checkpoint if one is given; nothing is trained on if that one is already at the last step."""
-        if resume_from_checkpoint is not None:
+        if isinstance(resume_from_checkpoint, (str, Path)):
             state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / "trainer_state.json"))
             *_, max_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
             if state.global_step >= max_steps:
@@ -107,7 +107,7 @@ class XLMTrainer(Trainer):
                 self._load_from_checkpoint(best or resume_from_checkpoint)
                 self.state = state
                 return TrainOutput(state.global_step, 0.0, {})
-        return super().train(resume_from_checkpoint, **kwargs)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches of the training set in an order, and with a corruption, that (seed, epoch) alone determine."""
