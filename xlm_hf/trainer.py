@@ -104,7 +104,7 @@ class XLMTrainer(Trainer):
             if state.global_step >= max_steps:
                 # The parent would train one step more.
                 best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
-                self._load_from_checkpoint(best or resume_from_checkpoint)
+                self._load_from_checkpoint(str(best or resume_from_checkpoint))
                 self.state = state
                 return TrainOutput(state.global_step, 0.0, {})
         return super().train(resume_from_checkpoint, *args, **kwargs)
