@@ -309,3 +309,11 @@ def test_mistakes_are_refused_before_any_work(tmp_path):
 def test_saved_weights_are_those_in_memory(uninterrupted, tmp_path):
     uninterrupted.save_model(str(tmp_path))
     assert_same_weights(load_file(tmp_path / "model.safetensors"), weights(uninterrupted), **EXACT)
+
+
+def test_two_results_of_one_name_are_refused(tmp_path):
+    sets = evaluation_sets(3)
+    sets[1].metrics[0].compute = lambda predictions, references: {"stop_loss": 1.0}
+    trainer = make_trainer(tmp_path, evaluation_sets=sets)
+    with pytest.raises(ValueError, match="Two evaluation sets report 'test/stop_loss'"):
+        trainer.evaluate(metric_key_prefix="test")

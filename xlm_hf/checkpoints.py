@@ -22,14 +22,8 @@ INCOMPLETE_SUFFIX = ".incomplete"
 def replaced_folder(folder: Path) -> Iterator[Path]:
     """Write a folder beside its final place and move it there once it is complete.
 
-    Args:
-        folder: where it shall be; an earlier folder of that name is kept until the new one is complete.
-
-    Yields:
-        the temporary folder to write into; it is removed if the block raises.
-
-    Raises:
-        OSError: one sentence with the cause and the remedy, if writing failed.
+    Yields the temporary folder to write into, which is removed if the block raises; an earlier `folder` is kept until
+    the new one is complete. Raises OSError, one sentence with the cause and the remedy, if writing failed.
     """
     staging = folder.with_name(folder.name + INCOMPLETE_SUFFIX)
     shutil.rmtree(staging, ignore_errors=True)
@@ -46,7 +40,8 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     except Exception as error:
         if not _is_failed_write(error):
             raise
-        cause = str(error).strip().splitlines()[0]
+        full = shutil.disk_usage(staging.parent).free < 2**20
+        cause = os.strerror(errno.ENOSPC) if full else str(error).strip().splitlines()[0]
         raise OSError(
             f"{folder} could not be written ({cause}); what was saved before is intact: free disk space or name "
             "another folder, and start the same command again."

@@ -193,7 +193,10 @@ class XLMTrainer(Trainer):
             )
             seconds = f"{evaluation_set.name}/seconds"
             results["seconds"] += metrics.get(seconds, 0.0)
-            metrics.update({f"{evaluation_set.name}/{name}": value for name, value in results.items()})
+            named = {f"{evaluation_set.name}/{name}": value for name, value in results.items()}
+            if clash := (named.keys() & metrics.keys()) - {seconds, f"{evaluation_set.name}/samples"}:
+                raise ValueError(f"Two evaluation sets report {min(clash)!r}: give one of them another name.")
+            metrics.update(named)
             if records:
                 self.predictions[evaluation_set.name] = records
         self.log(dict(metrics))
