@@ -187,17 +187,8 @@ def export_model(
 ) -> Path:
     """Write a folder that is ready for the Hub: weights, configurations, tokenizer, code and model card.
 
-    It is written beside `directory` and takes its place once it is complete, so that an earlier export is whole until
-    the new one is.
-
-    Args:
-        model: of a registered family.
-        tokenizer: its tokenizer.
-        directory: new, empty, or an earlier export.
-        card_variables: see `render_card`; `model_id` is by default the name of the folder.
-
-    Returns:
-        the path of the folder.
+    It is written beside `directory` - new, empty, or an earlier export - and takes its place once it is complete. For
+    `card_variables` see `render_card`; `model_id` is by default the name of the folder. Returns the path of the folder.
 
     Raises:
         ValueError: if the model's family is not registered, or `directory` holds something other than an export.

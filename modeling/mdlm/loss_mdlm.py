@@ -29,10 +29,9 @@ class MDLMLoss:
             `LossOutput` whose items are canvas tokens. Its metrics:
                 masked_cross_entropy, masked_accuracy: over the masked tokens, without weights.
                 sequence_nelbo: nats per sequence.
-                sequence_nelbo_squared: its square. With n sequences, sqrt((sequence_nelbo_squared -
-                    sequence_nelbo^2) / (n - 1)) is the standard error of `sequence_nelbo`, that of the masks (one draw
-                    a sequence) and that of the choice of sequences in one; times loss / sequence_nelbo, that of the
-                    loss.
+                sequence_nelbo_squared: its square, from which the evaluation reports sequence_nelbo_standard_error:
+                    that of the masks (one draw a sequence) and of the choice of sequences in one; times loss /
+                    sequence_nelbo, it is that of the loss.
         """
         logits_index, target_ids = batch["logits_index"], batch["target_ids"]
         outputs = model(
