@@ -41,7 +41,7 @@ class ILMLoss:
         num_dropped = batch["num_dropped"]
         token_losses = self._token_losses(outputs.logits, batch)
         missing = (num_dropped > 0).long()
-        stop_logits = outputs.stop_logits.float()
+        stop_logits = _at_least_float32(outputs.stop_logits)
         weight = None if self.stop_class_weights is None else stop_logits.new_tensor(self.stop_class_weights)
         stop_losses = nn.functional.cross_entropy(stop_logits, missing, weight=weight, reduction="none")
         num_items = self.num_items(batch)
@@ -56,9 +56,9 @@ class ILMLoss:
         )
 
     def _token_losses(self, logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """First term of the loss for each sequence, (B,) float32; `logits` is (S, V)."""
+        """First term of the loss for each sequence, (B,), at least in float32; `logits` is (S, V)."""
         num_dropped, slot_rows = batch["num_dropped"], batch["slot_index"] // batch["input_ids"].shape[1]
-        logits = logits.float()
+        logits = _at_least_float32(logits)
         # Slots of one sequence side by side: (B, most slots), so that the second logsumexp runs along a row.
         slots = logits.new_full((len(num_dropped), batch["input_ids"].shape[1]), -torch.inf)
         slots[slot_rows, batch["slot_index"] % batch["input_ids"].shape[1]] = logits.logsumexp(dim=-1)
@@ -68,3 +68,7 @@ class ILMLoss:
         target_logits = logits[batch["target_slots"], batch["target_ids"]]
         mean_logits = torch.zeros_like(normaliser).index_add(0, target_rows, target_logits / num_dropped[target_rows])
         return torch.where(has_target, normaliser - mean_logits, 0.0)
+
+
+def _at_least_float32(logits: torch.Tensor) -> torch.Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

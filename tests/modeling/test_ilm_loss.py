@@ -38,10 +38,11 @@ def test_loss_and_gradients_equal_a_double_loop(seed, stop_loss_weight):
     expected_gradients = torch.autograd.grad(expected, list(model.parameters()))
 
     assert output.num_items == len(examples)
-    # The loss is computed in float32 whatever the model's type.
-    torch.testing.assert_close(output.loss_sum.double(), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(output.loss_sum, expected, rtol=1e-9, atol=1e-9)
     for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
-        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=1e-9)
+    # In half precision the model is rounded, the loss is not.
+    assert ILMLoss(stop_loss_weight)(model.bfloat16(), batch).loss_sum.dtype == torch.float32
 
 
 def test_loss_is_a_sum_over_sequences():
