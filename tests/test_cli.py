@@ -214,6 +214,12 @@ def test_a_mistake_ends_in_one_sentence(arguments, sentence, capsys, monkeypatch
     assert "\n" not in code
 
 
+def test_a_mistaken_config_lays_no_claim_to_the_folder(capsys, monkeypatch, tmp_path):
+    for wrong in ("model.hidden_size=33", "trainer.lerning_rate=1", "loss.stop_weight=1"):
+        mistake(capsys, monkeypatch, tmp_path, *TINY, "output_dir=run", wrong)
+        assert not (tmp_path / "run" / "config.yaml").exists()
+
+
 def test_damaged_and_foreign_checkpoints_are_named(trained, capsys, monkeypatch, tmp_path):
     output_dir, _ = trained
     damaged = tmp_path / "damaged"

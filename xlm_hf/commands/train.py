@@ -32,10 +32,13 @@ def run(cfg: DictConfig) -> dict[str, float]:
     """
     _use_offline_wandb(cfg)
     output_dir = run_directory(cfg)
-    _claim(output_dir, cfg)
+    _check_same_run(output_dir / "config.yaml", cfg)
     task = build_task(cfg)
     model = build_model(cfg, task.tokenizer)
     trainer = build_trainer(cfg, task, model, output_dir)
+    # Only now is the config known to make a run; a mistaken one must not lay claim to the folder.
+    if trainer.is_world_process_zero():
+        write_text(output_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     checkpoint = last_sound_checkpoint(output_dir)
     _say_summary(trainer, cfg, output_dir, checkpoint)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -56,19 +59,17 @@ def _use_offline_wandb(cfg: DictConfig) -> None:
         os.environ.setdefault("WANDB_MODE", "offline")
 
 
-def _claim(output_dir: Path, cfg: DictConfig) -> None:
-    """Write the composed config into a fresh run, or make sure that the run which is there is this one."""
-    file = output_dir / "config.yaml"
+def _check_same_run(file: Path, cfg: DictConfig) -> None:
+    """Raise ValueError if `file` is the config of another run than `cfg` is."""
     wanted = plain(cfg)
     if file.exists():
         found = yaml.safe_load(file.read_text())
         for key in _IDENTITY:
             if found.get(key) != wanted[key]:
                 raise ValueError(
-                    f"{output_dir} holds another run, whose {key} is {found.get(key)} and not {wanted[key]}: choose "
+                    f"{file.parent} holds another run, whose {key} is {found.get(key)} and not {wanted[key]}: choose "
                     "another output_dir."
                 )
-    write_text(file, OmegaConf.to_yaml(cfg, resolve=True))
 
 
 def _say_summary(trainer, cfg: DictConfig, output_dir: Path, checkpoint: Path | None) -> None:
