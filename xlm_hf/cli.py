@@ -26,6 +26,8 @@ from xlm_hf.modules.messages import did_you_mean
 # Nodes whose keys are those of an object: what the YAML does not list may be given all the same, and is checked when
 # the object is built.
 _OPEN_NODES = ("trainer", "model", "generation", "task", "loss", "train_collator")
+# Commands with arguments of their own, `xlm-hf NAME ...`, beside the jobs of a config.
+_TOOLS = ("scaffold",)
 _MISTAKES = (ValueError, OSError, HydraException, OmegaConfBaseException, StrictDataclassError)
 
 
@@ -35,6 +37,9 @@ def main() -> None:
     logging.getLogger("xlm_hf").setLevel(logging.INFO)
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    if sys.argv[1:2] and sys.argv[1] in _TOOLS:
+        with _one_sentence():
+            return importlib.import_module(f"xlm_hf.commands.{sys.argv[1]}").main(sys.argv[2:])
     # Hydra then raises instead of printing errors of its own.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     sys.argv[1:] = [open_override(argument) for argument in sys.argv[1:]]
@@ -64,7 +69,7 @@ def run_job(cfg: DictConfig) -> None:
         if cfg.num_threads is not None:
             torch.set_num_threads(cfg.num_threads)
         modules = pkgutil.iter_modules(xlm_hf.commands.__path__)
-        jobs = sorted(module.name for module in modules if module.name != "common")
+        jobs = sorted(module.name for module in modules if module.name not in ("common", *_TOOLS))
         if cfg.job not in jobs:
             raise ValueError(f"There is no job {cfg.job!r}: {did_you_mean(cfg.job, jobs)}")
         importlib.import_module(f"xlm_hf.commands.{cfg.job}").run(cfg)

@@ -6,6 +6,7 @@ files that the model needs, so that the folder loads by `trust_remote_code=True`
 
 import ast
 import copy
+import inspect
 import os
 import re
 import sys
@@ -218,7 +219,7 @@ def _check_replaceable(target: Path) -> None:
 
 
 def render_card(family: Family, variables: dict[str, Any]) -> str:
-    """Fill the model card of a family: `hub_cards/<model_type>.md`, or `hub_cards/_base.md` where it has none.
+    """Fill the model card of a family: `hub_card.md` beside its configuration, or else its own in `hub_cards/`.
 
     Args:
         family: a registered family.
@@ -250,8 +251,13 @@ def render_card(family: Family, variables: dict[str, Any]) -> str:
         model_name=variables.get("model_id", model_type) if results else None,
         eval_results=results or None,
     )
+    own = Path(inspect.getfile(family.config_class)).with_name("hub_card.md")
+    external = {f"{model_type}.md": own.read_text(encoding="utf-8")} if own.exists() else {}
     environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(_card_template), trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+        loader=jinja2.ChoiceLoader([jinja2.DictLoader(external), jinja2.FunctionLoader(_card_template)]),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
     return environment.select_template([f"{model_type}.md", "_base.md"]).render(
         card_data=card_data.to_yaml(),
