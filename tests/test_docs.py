@@ -1,0 +1,102 @@
+"""What the README and the pages of the documentation say is what happens.
+
+The blocks of a page run in their order, in one folder and one Python namespace: Python as written, commands of the
+library with the smallest sizes in place of the page's. A block with a title is a file of that name; one under
+`<!-- not run: WHY -->` is left out.
+"""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_module
+
+from xlm_hf.cli import main
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "modeling").glob("*/README.md"))]
+BLOCK = re.compile(r"^(<!-- not run: .+? -->\n)?```(\w+)(?: title=\"(.+?)\")?\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+SMALLEST = {
+    "size": "tiny",
+    "trainer.max_steps": "2",
+    "trainer.per_device_train_batch_size": "4",
+    "trainer.eval_steps": "2",
+    "trainer.save_steps": "2",
+}
+FEW_GRAPHS = {"task.num_train": "40", "task.num_validation": "4", "task.num_test": "8"}
+
+
+def blocks(page):
+    return [match.groups() for match in BLOCK.finditer(page.read_text())]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Where a page's blocks run: the entry point, and a small corpus."""
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    (tmp_path / "corpus.txt").write_text("".join(f"line {i} says {i % 7} and {i % 5}\n" for i in range(200)))
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "1 2 2 3 1 3"}\n')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
+def run_command(line, monkeypatch):
+    words = shlex.split(line, comments=True)
+    start = next(i for i, word in enumerate(words) if word.endswith(("run_xlm.py", "xlm-hf")))
+    program, arguments = words[start], words[start + 1 :]
+    if not any(argument.startswith("--cfg") for argument in arguments) and arguments[0] not in ("scaffold", "convert"):
+        arguments = with_smallest_sizes(arguments)
+    monkeypatch.setattr(sys, "argv", [program, *arguments])
+    main()
+
+
+def with_smallest_sizes(arguments):
+    name = arguments[arguments.index("--config-name") + 1] if "--config-name" in arguments else "config"
+    with initialize_config_module("xlm_hf.configs", version_base="1.3"):
+        cfg = compose(name, [a for a in arguments if "=" in a and not a.startswith(("-", "~"))])
+    wanted = {**SMALLEST, **(FEW_GRAPHS if "num_train" in cfg.task else {})}
+    return [a for a in arguments if a.split("=")[0] not in wanted] + [f"{key}={value}" for key, value in wanted.items()]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_blocks_of_a_page_run(page, folder, monkeypatch):
+    namespace = {}
+    for not_run, language, title, text in blocks(page):
+        if title is not None:
+            Path(title).parent.mkdir(parents=True, exist_ok=True)
+            Path(title).write_text(text)
+        elif not_run is not None:
+            continue
+        elif language == "python":
+            exec(compile(text, str(page), "exec"), namespace)
+        elif language == "bash":
+            for line in filter(None, text.replace("\\\n", " ").splitlines()):
+                assert "run_xlm.py" in line or "xlm-hf" in line, f"{page.name}: {line!r}: say why it is not run"
+                run_command(line, monkeypatch)
+        else:
+            assert language in ("text", "yaml", "json", "toml"), f"{page.name}: {language}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_files_that_it_names_exist(page):
+    for path in re.findall(r"`((?:configs|xlm_hf|modeling|docs|examples|benchmarks)/[\w/.]+)`", page.read_text()):
+        assert (ROOT / path).exists(), path
+
+
+def test_ci_runs_the_test_command_of_the_readme():
+    section = (ROOT / "README.md").read_text().split("## Tests")[1].split("\n## ")[0]
+    assert re.search(r"```bash\n(.*?)\n```", section)[1] == 'pip install -e ".[test]" && python -m pytest'
+    assert "## Tests" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_site_is_built_without_a_warning(tmp_path):
+    pytest.importorskip("mkdocs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path / "site"]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    reference = (tmp_path / "site" / "reference" / "core" / "index.html").read_text()
+    assert 'id="xlm_hf.trainer.XLMTrainer.compute_loss"' in reference
