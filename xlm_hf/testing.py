@@ -70,9 +70,9 @@ class FamilyCase:
         ]
         return [{**row, "input_ids": row["target_ids"], "epoch": 0, "position": i} for i, row in enumerate(cut)]
 
-    def collator(self, kind: str, model: Any) -> Any:
+    def collator(self, kind: str, model: Any, **options: Any) -> Any:
         """The family's collator of a kind."""
-        return build_collator(self.cfg, kind, self.task.tokenizer, model)
+        return build_collator(self.cfg, kind, self.task.tokenizer, model, **options)
 
 
 def _written(model: Any, batch: dict[str, torch.Tensor], seeds: list[int], **options) -> list[list[int]]:
@@ -125,6 +125,56 @@ def check_attention_implementations(case: FamilyCase, tmp_path: Path) -> None:
         results.append([output.loss_sum.detach(), *gradients])
     for eager, sdpa in zip(*results, strict=True):
         torch.testing.assert_close(eager, sdpa, rtol=1e-3, atol=1e-4)
+
+
+def _separated(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A packed batch with every document in a row of its own; flat places (`..._index`) move along with their tokens."""
+    real = batch["attention_mask"]
+    L = real.shape[1]
+    documents = torch.arange(len(real))[:, None] * L + batch["segment_ids"]
+    row = documents[real].unique(return_inverse=True)[1]
+    place = batch["position_ids"][real]
+    separate = {name: tensor for name, tensor in batch.items() if name not in ("segment_ids", "position_ids")}
+    for name, tensor in batch.items():
+        if name.endswith("_index"):
+            moved = torch.zeros(real.numel(), dtype=torch.int64)
+            moved[real.flatten()] = row * L + place
+            separate[name] = moved[tensor]
+        elif name in separate and tensor.shape == real.shape:
+            separate[name] = torch.zeros(int(row.max()) + 1, L, dtype=tensor.dtype)
+            separate[name][row, place] = tensor[real]
+            if tensor.is_floating_point():
+                # What a document's tokens share is one number for its row.
+                separate[name] = separate[name][:, 0]
+    return separate
+
+
+def _loss_and_gradients(model: Any, loss: Any, batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    model.zero_grad()
+    output = loss(model, batch)
+    output.loss_sum.backward()
+    metrics = [torch.as_tensor(x).float() for name in sorted(output.metrics) for x in output.metrics[name]]
+    gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    return [output.loss_sum.detach(), torch.as_tensor(output.num_items), *metrics, *gradients]
+
+
+def check_packing(case: FamilyCase, tmp_path: Path) -> None:
+    """Documents in one row have the loss, the metrics and the gradients that they have in rows of their own."""
+    loss = case.trainer(tmp_path).loss
+    examples = case.examples()
+    # Some examples hold several documents, as rows of a chunked corpus do.
+    several = [{**e, "segment_ids": [min(i // 3, 1) for i in range(len(e["input_ids"]))]} for e in examples[:3]]
+    for attention, kind, rows in (("eager", "lm", several + examples[3:]), ("sdpa", "seq2seq", examples)):
+        model = case.model()
+        model.set_attn_implementation(attention)
+        packed = case.collator(kind, model, packing=True)(rows)
+        apart = case.collator(kind, model)(rows)
+        assert len(packed["input_ids"]) < len(apart["input_ids"]) and "segment_ids" in packed
+        assert ("segment_ids" in apart) == (kind == "lm")
+        expected = _loss_and_gradients(model, loss, _separated(packed))
+        for batch in (packed, apart):
+            for value, reference in zip(_loss_and_gradients(model, loss, batch), expected, strict=True):
+                torch.testing.assert_close(value, reference, rtol=1e-3, atol=1e-4)
 
 
 def check_saving_and_loading(case: FamilyCase, tmp_path: Path) -> None:
@@ -193,6 +243,7 @@ CHECKS = [
     check_batch_composition,
     check_generation,
     check_attention_implementations,
+    check_packing,
     check_saving_and_loading,
     check_training_and_resume,
     check_remote_code,

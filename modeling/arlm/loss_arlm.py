@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from xlm_hf.modules.loss_output import LossOutput
+from xlm_hf.modules.loss_output import LossOutput, model_inputs
 
 
 class ARLMLoss:
@@ -28,7 +28,7 @@ class ARLMLoss:
             `LossOutput` whose items are predicted tokens, so that loss_sum / num_items is nats per token; its metric is
             `next_token_accuracy`, the share of tokens that are the most probable one.
         """
-        outputs = model(batch["input_ids"], attention_mask=batch["attention_mask"], logits_index=batch["logits_index"])
+        outputs = model(**model_inputs(batch), logits_index=batch["logits_index"])
         logits, targets = outputs.logits.float(), batch["target_ids"]
         num_items = self.num_items(batch)
         return LossOutput(

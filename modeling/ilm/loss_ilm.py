@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from xlm_hf.modules.loss_output import LossOutput
+from xlm_hf.modules.loss_output import LossOutput, model_inputs
 
 
 class ILMLoss:
@@ -28,7 +28,7 @@ class ILMLoss:
 
     def num_items(self, batch: dict[str, torch.Tensor]) -> int:
         """Number of sequences in the batch."""
-        return len(batch["input_ids"])
+        return len(batch["num_dropped"])
 
     def __call__(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> LossOutput:
         """Sum the loss over the batch of an `ILMCollator...` (see there for its tensors).
@@ -37,7 +37,7 @@ class ILMLoss:
             `LossOutput` whose items are sequences; its metrics are `token_loss` (mean over the sequences with a
             dropped token), `stop_loss` and `stop_accuracy`.
         """
-        outputs = model(batch["input_ids"], attention_mask=batch["attention_mask"], slot_index=batch["slot_index"])
+        outputs = model(**model_inputs(batch), slot_index=batch["slot_index"], cls_index=batch["cls_index"])
         num_dropped = batch["num_dropped"]
         token_losses = self._token_losses(outputs.logits, batch)
         missing = (num_dropped > 0).long()
@@ -57,16 +57,19 @@ class ILMLoss:
 
     def _token_losses(self, logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """First term of the loss for each sequence, (B,), at least in float32; `logits` is (S, V)."""
-        num_dropped, slot_rows = batch["num_dropped"], batch["slot_index"] // batch["input_ids"].shape[1]
+        num_dropped, documents = batch["num_dropped"], batch["slot_documents"]
         logits = _at_least_float32(logits)
-        # Slots of one sequence side by side: (B, most slots), so that the second logsumexp runs along a row.
+        # Slots of one sequence side by side: (D, most slots), so that the second logsumexp runs along a row.
         slots = logits.new_full((len(num_dropped), batch["input_ids"].shape[1]), -torch.inf)
-        slots[slot_rows, batch["slot_index"] % batch["input_ids"].shape[1]] = logits.logsumexp(dim=-1)
+        # Each slot stands in the column of its token, of which a sequence has no two.
+        slots[documents, batch["slot_index"] % batch["input_ids"].shape[1]] = logits.logsumexp(dim=-1)
         has_target = num_dropped > 0
         normaliser = slots.masked_fill(~has_target[:, None], 0.0).logsumexp(dim=-1)
-        target_rows = slot_rows[batch["target_slots"]]
+        target_documents = documents[batch["target_slots"]]
         target_logits = logits[batch["target_slots"], batch["target_ids"]]
-        mean_logits = torch.zeros_like(normaliser).index_add(0, target_rows, target_logits / num_dropped[target_rows])
+        mean_logits = torch.zeros_like(normaliser).index_add(
+            0, target_documents, target_logits / num_dropped[target_documents]
+        )
         return torch.where(has_target, normaliser - mean_logits, 0.0)
 
 

@@ -19,7 +19,7 @@ class ILMOutput(ModelOutput):
 
     Attributes:
         logits: (B, L, V), or (S, V) with `slot_index`. Entry (i, v) scores the insertion of token v right of token i.
-        stop_logits: (B, 2); class 0 says that the sequence is complete, class 1 that something is missing.
+        stop_logits: (B, 2), or (D, 2) with `cls_index`; class 0 says that the sequence is complete, class 1 that something is missing.
         hidden_states: per layer (B, L, hidden_size), with `output_hidden_states=True`.
         attentions: per layer (B, heads, L, L), with `output_attentions=True` and eager attention.
     """
@@ -72,6 +72,7 @@ class ILMForInsertionLM(ILMPreTrainedModel, ILMGenerationMixin):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         slot_index: torch.Tensor | None = None,
+        cls_index: torch.Tensor | None = None,
         **kwargs,
     ) -> ILMOutput:
         """Score every insertion.
@@ -82,21 +83,26 @@ class ILMForInsertionLM(ILMPreTrainedModel, ILMGenerationMixin):
             position_ids: (B, L) rotary positions; by default each row counts its own tokens.
             slot_index: (S,) indices into the flattened (B x L) tokens whose logits are wanted; None means all. The
                 vocabulary head is the largest product of a small model, and few of its rows matter.
+            cls_index: (D,) likewise `[CLS]` of each document of packed rows; by default each row's first token.
+            **kwargs: `segment_ids` of packed rows, `output_hidden_states`, `output_attentions`.
 
         Returns:
             `ILMOutput`; the logits of `config.suppress_tokens` are -inf.
         """
         outputs = self.model(input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
         hidden_states = outputs.last_hidden_state
-        rows = torch.arange(len(input_ids), device=input_ids.device)
-        first_token = 0 if attention_mask is None else attention_mask.long().argmax(dim=-1)
-        selected = hidden_states if slot_index is None else hidden_states.flatten(0, 1)[slot_index]
+        if cls_index is None:
+            cls_index = torch.arange(len(input_ids), device=input_ids.device) * input_ids.shape[1]
+            if attention_mask is not None:
+                cls_index = cls_index + attention_mask.long().argmax(dim=-1)
+        flat = hidden_states.flatten(0, 1)
+        selected = hidden_states if slot_index is None else flat[slot_index]
         logits = self.lm_head(selected)
         if self.config.suppress_tokens:
             logits[..., self.config.suppress_tokens] = -torch.inf
         return ILMOutput(
             logits=logits,
-            stop_logits=self.stop_head(hidden_states[rows, first_token]),
+            stop_logits=self.stop_head(flat[cls_index]),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from xlm_hf.modules.loss_output import LossOutput
+from xlm_hf.modules.loss_output import LossOutput, model_inputs
 
 
 class MDLMLoss:
@@ -13,7 +13,7 @@ class MDLMLoss:
 
         -log p(x | prompt) <= NELBO = E_t[ -alpha'_t / (1 - alpha_t) x sum over masked l of -log p(x_l | x_t, prompt) ].
 
-    The collator draws t and the masks and gives the weight of each row, so that the sum here is an unbiased estimate of
+    The collator draws t and the masks and gives the weight of each document, so that the sum here is an unbiased estimate of
     the NELBO of the batch; divided by the number of all canvas tokens, masked or not, it is nats per token. (The number
     of masked tokens would be the wrong divisor: it is random, and correlated with the sum.)
     """
@@ -33,15 +33,12 @@ class MDLMLoss:
                     that of the masks (one draw a sequence) and of the choice of sequences in one; times loss /
                     sequence_nelbo, it is that of the loss.
         """
-        logits_index, target_ids = batch["logits_index"], batch["target_ids"]
-        outputs = model(
-            batch["input_ids"], attention_mask=batch["attention_mask"], alpha=batch["alpha"], logits_index=logits_index
-        )
+        target_ids, documents = batch["target_ids"], batch["target_documents"]
+        outputs = model(**model_inputs(batch), alpha=batch["alpha"], logits_index=batch["logits_index"])
         logits = outputs.logits.float()
         losses = nn.functional.cross_entropy(logits, target_ids, reduction="none")
-        rows = logits_index // batch["input_ids"].shape[1]
         weights = batch["weights"]
-        nelbo = torch.zeros_like(weights).index_add(0, rows, weights[rows] * losses)
+        nelbo = torch.zeros_like(weights).index_add(0, documents, weights[documents] * losses)
         detached, num_masked = nelbo.detach(), len(target_ids)
         return LossOutput(
             loss_sum=nelbo.sum(),

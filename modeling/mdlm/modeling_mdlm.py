@@ -53,8 +53,8 @@ class MDLMForMaskedDiffusion(MDLMPreTrainedModel, MDLMGenerationMixin):
             input_ids: (B, L) token ids, `mask_token_id` where a token is to be written.
             attention_mask: (B, L), 1 for tokens, those of the canvas included, and 0 for padding on either side.
             position_ids: (B, L) rotary positions; by default each row counts its own tokens.
-            alpha: (B,) the share alpha_t of the canvas that is clean at the time of each row, 1 meaning all of it;
-                needed by the time-conditioned backbone, ignored by the other.
+            alpha: (B,), or (B, L) for packed rows: the share alpha_t of the canvas that is clean at the time of each
+                row or token, 1 meaning all of it; needed by the time-conditioned backbone, ignored by the other.
             logits_index: (S,) indices into the flattened (B x L) tokens whose logits are wanted; None means all.
             **kwargs: `segment_ids` of packed rows, `output_hidden_states`, `output_attentions`.
 

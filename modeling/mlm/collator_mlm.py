@@ -1,52 +1,40 @@
 """From examples to batches for the masked language model: which tokens are masked."""
 
-from itertools import chain
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from xlm_hf.modules.counter_random import low_discrepancy, uniform
+from xlm_hf.modules.collation import Collator, Documents, Rows, counted, ragged, starts_of
+from xlm_hf.modules.counter_random import uniform
+
+_EXTRAS = "its special tokens and padding content"
 
 
-def _ragged(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Concatenate lists of ids: the values (sum of lengths,) and the lengths (B,), both int64."""
-    lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
-    values = np.fromiter(chain.from_iterable(rows), dtype=np.int64, count=lengths.sum())
-    return torch.from_numpy(values), torch.from_numpy(lengths)
+class _MLMCollator(Collator):
+    """What all collators of the family share: special ids, the checks on them, and masking."""
 
-
-def _column(examples: list[dict[str, Any]], name: str) -> torch.Tensor:
-    return torch.from_numpy(np.fromiter((example[name] for example in examples), dtype=np.int64, count=len(examples)))
-
-
-class _MLMCollator:
-    """What all collators of the family share: special ids, the checks on what comes in, and masking."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, seed: int = 0, mask_beta: float = 1.0):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        seed: int = 0,
+        mask_beta: float = 1.0,
+        packing: bool = False,
+    ):
+        super().__init__(tokenizer, max_length, seed, packing)
         if mask_beta <= 0:
             raise ValueError(f"mask_beta must be greater than 0 and is {mask_beta}.")
-        self.pad_token_id = tokenizer.pad_token_id
         self.mask_token_id = tokenizer.mask_token_id
         self.bos_token_id = tokenizer.bos_token_id
         self.eos_token_id = tokenizer.eos_token_id
         writable = {tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
         self.never_written = torch.tensor(sorted(set(tokenizer.all_special_ids) - writable))
-        self.vocab_size = len(tokenizer)
-        self.max_length = max_length
-        self.seed = seed
         self.mask_beta = mask_beta
 
-    def _check_ids(self, prompt_ids: torch.Tensor, target_ids: torch.Tensor) -> None:
+    def _check_special(self, prompt_ids: torch.Tensor, target_ids: torch.Tensor) -> None:
         """Raise ValueError for an id outside the vocabulary, or a special token where none belongs."""
-        ids = torch.cat((prompt_ids, target_ids))
-        outside = ids[(ids < 0) | (ids >= self.vocab_size)]
-        if len(outside):
-            raise ValueError(
-                f"Token id {int(outside[0])} is outside the vocabulary of {self.vocab_size}: tokenize the data with "
-                "the tokenizer of this run."
-            )
+        self.check_ids(prompt_ids, target_ids)
         special = torch.cat(
             (prompt_ids[prompt_ids == self.mask_token_id], target_ids[torch.isin(target_ids, self.never_written)])
         )
@@ -56,40 +44,27 @@ class _MLMCollator:
                 "data without special tokens."
             )
 
-    def _check_length(self, longest: int) -> None:
-        if longest > self.max_length:
-            raise ValueError(
-                f"A sequence has {longest} tokens with its special tokens and padding content, and the model has "
-                f"{self.max_length} positions: shorten it or raise max_position_embeddings."
-            )
-
     def _mask(
-        self, examples: list[dict[str, Any]], ids: torch.Tensor, attention_mask: torch.Tensor, maskable: torch.Tensor
+        self,
+        documents: Documents,
+        rows: Rows,
+        starts: torch.Tensor,
+        content: torch.Tensor,
+        lengths: torch.Tensor,
+        maskable: torch.Tensor | bool = True,
     ) -> dict[str, torch.Tensor]:
-        """Mask each maskable token of a row with probability t ~ Beta(mask_beta, 1), evenly spread over the epoch."""
-        epoch, position, example_id = (_column(examples, name) for name in ("epoch", "position", "example_id"))
-        t = low_discrepancy(self.seed, epoch, position) ** (1 / self.mask_beta)
-        columns = torch.arange(ids.shape[1])
-        draws = uniform(self.seed, epoch[:, None], example_id[:, None], columns)
-        masked = maskable & (draws < t[:, None])
-        return {
-            "input_ids": ids.masked_fill(masked, self.mask_token_id),
-            "attention_mask": attention_mask,
-            "target_index": masked.flatten().nonzero().squeeze(-1),
-            "target_ids": ids[masked],
-            "example_id": example_id,
-        }
+        """Write `content`, `lengths` (D,) tokens of each document from its `starts`-th on, with a part of it masked.
 
-    def _left_padded(self, rows: list[list[int]], examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        ids, lengths = _ragged(rows)
-        L = int(lengths.max())
-        self._check_length(L)
-        attention_mask = torch.arange(L) >= (L - lengths)[:, None]
-        return {
-            "input_ids": torch.full(attention_mask.shape, self.pad_token_id).masked_scatter_(attention_mask, ids),
-            "attention_mask": attention_mask,
-            "example_id": _column(examples, "example_id"),
-        }
+        Each maskable token is masked with probability t ~ Beta(mask_beta, 1), evenly spread over the epoch.
+        """
+        t = documents.even_draws(self.seed) ** (1 / self.mask_beta)
+        document, place = counted(lengths)
+        draws = uniform(self.seed, documents.epoch[document], documents.key[document], place + starts[document])
+        masked = maskable & (draws < t[document])
+        index = rows.index(starts, lengths)
+        batch = rows.batch(documents, self.pad_token_id)
+        batch["input_ids"].view(-1)[index] = content.masked_fill(masked, self.mask_token_id)
+        return {**batch, "target_index": index[masked], "target_ids": content[masked]}
 
 
 class _MLMCanvasCollator(_MLMCollator):
@@ -102,16 +77,17 @@ class _MLMCanvasCollator(_MLMCollator):
         seed: int = 0,
         mask_beta: float = 1.0,
         canvas_length: int | None = None,
+        packing: bool = False,
     ):
-        super().__init__(tokenizer, max_length, seed, mask_beta)
+        super().__init__(tokenizer, max_length, seed, mask_beta, packing)
         self.canvas_length = canvas_length
 
     def _training(
         self, examples: list[dict[str, Any]], prompts: list[list[int]], targets: list[list[int]]
     ) -> dict[str, torch.Tensor]:
-        prompt_ids, prompt_lengths = _ragged(prompts)
-        target_ids, target_lengths = _ragged(targets)
-        self._check_ids(prompt_ids, target_ids)
+        documents = Documents(examples, prompts, targets)
+        prompt_lengths, target_lengths = documents.prompt_lengths, documents.target_lengths
+        self._check_special(documents.prompt_ids, documents.target_ids)
         canvas_lengths = target_lengths + 1
         if self.canvas_length is not None:
             if int(canvas_lengths.max()) > self.canvas_length:
@@ -120,25 +96,23 @@ class _MLMCanvasCollator(_MLMCollator):
                     f"{self.canvas_length}: raise it, or shorten the target."
                 )
             canvas_lengths = torch.full_like(canvas_lengths, self.canvas_length)
-        starts = prompt_lengths[:, None] + 1
-        ends = starts + canvas_lengths[:, None]
-        L = int(ends.max())
-        self._check_length(L)
-        columns = torch.arange(L)
-        eos_at = starts + target_lengths[:, None]
-        ids = torch.full((len(examples), L), self.pad_token_id)
-        ids.masked_scatter_(columns < starts - 1, prompt_ids).masked_fill_(columns == starts - 1, self.bos_token_id)
-        ids.masked_scatter_((columns >= starts) & (columns < eos_at), target_ids)
-        ids.masked_fill_(columns == eos_at, self.eos_token_id)
-        in_row = columns < ends
-        return self._mask(examples, ids, in_row, in_row & (columns >= starts))
+        lengths = prompt_lengths + 1 + canvas_lengths
+        self.check_lengths(lengths, "sequence", _EXTRAS)
+        canvas = torch.full((int(canvas_lengths.sum()),), self.pad_token_id)
+        document, place = counted(target_lengths)
+        canvas[starts_of(canvas_lengths)[document] + place] = documents.target_ids
+        canvas[starts_of(canvas_lengths) + target_lengths] = self.eos_token_id
+        rows = Rows(lengths, documents, self.packing)
+        batch = self._mask(documents, rows, prompt_lengths + 1, canvas, canvas_lengths)
+        batch["input_ids"].view(-1)[rows.index(0, prompt_lengths)] = documents.prompt_ids
+        batch["input_ids"].view(-1)[rows.first + prompt_lengths] = self.bos_token_id
+        return batch
 
     def _prediction(
         self, examples: list[dict[str, Any]], prompts: list[list[int]], target_name: str
     ) -> dict[str, torch.Tensor]:
-        prompt_ids, _ = _ragged(prompts)
-        self._check_ids(prompt_ids, prompt_ids[:0])
-        batch = self._left_padded([[*prompt, self.bos_token_id] for prompt in prompts], examples)
+        batch = self.left_padded(examples, [[*prompt, self.bos_token_id] for prompt in prompts], _EXTRAS)
+        self._check_special(batch["input_ids"].flatten(), batch["input_ids"][:0, 0])
         if self.canvas_length is None and all(target_name in example for example in examples):
             batch["canvas_lengths"] = torch.tensor([len(example[target_name]) + 1 for example in examples])
         return batch
@@ -150,7 +124,8 @@ class MLMCollatorForSeq2Seq(_MLMCanvasCollator):
     For each sequence t ~ Beta(mask_beta, 1), and each token of its canvas - what follows `[BOS]` - is masked with
     probability t independently. With mask_beta = 1 that is t ~ U(0, 1) (arXiv 2505.05755); a larger one shows emptier
     canvases, in which fewer tokens can be copied from their neighbours. It changes how often each t is trained, not
-    what is optimal at it. All draws are functions of (seed, epoch, example_id, position) alone.
+    what is optimal at it. All draws are functions of (seed, epoch, example_id, position) and the document's number
+    alone.
 
     Args:
         tokenizer: names the special tokens.
@@ -161,14 +136,16 @@ class MLMCollatorForSeq2Seq(_MLMCanvasCollator):
             it is content, seen, masked and predicted like any other token, and so the model learns to write
             `[EOS] [PAD] ...` after a sequence. None takes the length as given: a canvas is the target and `[EOS]`, and
             what decodes it must name its length.
+        packing: whether a row may hold several examples, up to `max_length` tokens; no token sees another document.
 
     Called with a list of examples - dicts of `prompt_ids`, `target_ids`, `example_id`, `epoch`, `position` - it returns
-    a dict of tensors, for B sequences of at most L tokens, of which S are masked in all:
-        input_ids (B, L): the sequences with their masks, padded on the right.
+    a dict of tensors, for B rows of at most L tokens, of which S are masked in all:
+        input_ids (B, L): the documents with their masks, padded on the right.
         attention_mask (B, L): True for tokens, padding content included.
+        segment_ids, position_ids (B, L): document and position of each token, where a row holds several documents.
         target_index (S,): where the masked tokens are, as indices into the flattened (B x L) tokens.
         target_ids (S,): the masked tokens.
-        example_id (B,): as given.
+        example_id: of the examples, as given.
     """
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -179,7 +156,8 @@ class MLMCollatorForSeq2Seq(_MLMCanvasCollator):
 class MLMCollatorForLanguageModeling(_MLMCanvasCollator):
     """Training batches for plain text: `[BOS] text [EOS]` with a part of the text and `[EOS]` masked.
 
-    The text of an example is `input_ids`; everything else is as in `MLMCollatorForSeq2Seq`.
+    The text of an example is `input_ids`, several documents where its `segment_ids` say so; everything else is as in
+    `MLMCollatorForSeq2Seq`.
     """
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -197,21 +175,20 @@ class MLMCollatorForInfilling(_MLMCollator):
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Build a batch; raises ValueError for an id that does not belong, or lengths that differ or are too long."""
-        input_ids, lengths = _ragged([e["input_ids"] for e in examples])
-        target_ids, target_lengths = _ragged([e["target_ids"] for e in examples])
-        if (lengths != target_lengths).any():
-            row = int((lengths != target_lengths).nonzero()[0])
-            raise ValueError(
-                f"Example {examples[row]['example_id']} has {int(lengths[row])} input_ids and "
-                f"{int(target_lengths[row])} target_ids: to be filled in, an input must be as long as its solution."
-            )
-        is_open = input_ids == self.mask_token_id
-        self._check_ids(input_ids[~is_open], target_ids)
-        L = int(lengths.max())
-        self._check_length(L)
-        in_row = torch.arange(L) < lengths[:, None]
-        ids = torch.full(in_row.shape, self.pad_token_id).masked_scatter_(in_row, target_ids)
-        return self._mask(examples, ids, in_row, torch.zeros_like(in_row).masked_scatter_(in_row, is_open))
+        for example in examples:
+            if len(example["input_ids"]) != len(example["target_ids"]):
+                raise ValueError(
+                    f"Example {example['example_id']} has {len(example['input_ids'])} input_ids and "
+                    f"{len(example['target_ids'])} target_ids: to be filled in, an input must be as long as its "
+                    "solution."
+                )
+        documents = Documents(examples, [[] for _ in examples], [e["target_ids"] for e in examples])
+        input_ids, _ = ragged([e["input_ids"] for e in examples])
+        is_open, lengths = input_ids == self.mask_token_id, documents.target_lengths
+        self._check_special(input_ids[~is_open], documents.target_ids)
+        self.check_lengths(lengths, "sequence", _EXTRAS)
+        rows = Rows(lengths, documents, self.packing)
+        return self._mask(documents, rows, torch.zeros_like(lengths), documents.target_ids, lengths, is_open)
 
 
 class MLMCollatorForSeq2SeqPrediction(_MLMCanvasCollator):
@@ -239,7 +216,5 @@ class MLMCollatorForInfillingPrediction(_MLMCollator):
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Build a batch; raises ValueError for an id outside the vocabulary or an input that is too long."""
-        rows = [e["input_ids"] for e in examples]
-        ids, _ = _ragged(rows)
-        self._check_ids(ids[ids != self.mask_token_id], ids[:0])
-        return {**self._left_padded(rows, examples), "canvas_lengths": torch.zeros(len(rows), dtype=torch.int64)}
+        batch = self.left_padded(examples, [e["input_ids"] for e in examples], _EXTRAS)
+        return {**batch, "canvas_lengths": torch.zeros(len(examples), dtype=torch.int64)}

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from xlm_hf.modules.loss_output import LossOutput
+from xlm_hf.modules.loss_output import LossOutput, model_inputs
 
 
 class MLMLoss:
@@ -28,7 +28,7 @@ class MLMLoss:
             `LossOutput` whose items are masked tokens; its metric is `masked_accuracy`, how often the most
             probable token is the right one.
         """
-        outputs = model(batch["input_ids"], attention_mask=batch["attention_mask"], logits_index=batch["target_index"])
+        outputs = model(**model_inputs(batch), logits_index=batch["target_index"])
         logits, targets = outputs.logits.float(), batch["target_ids"]
         num_items = self.num_items(batch)
         return LossOutput(

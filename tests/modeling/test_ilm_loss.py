@@ -64,7 +64,7 @@ def test_perfect_scores_reach_the_entropy_of_the_target():
     slot_of_target = batch["slot_index"][batch["target_slots"]]
 
     class Perfect(torch.nn.Module):
-        def forward(self, input_ids, attention_mask, slot_index):
+        def forward(self, input_ids, attention_mask, slot_index, cls_index):
             counts = torch.zeros(input_ids.numel(), V)
             counts.index_put_((slot_of_target, batch["target_ids"]), torch.ones(len(slot_of_target)), accumulate=True)
             stop = torch.stack((batch["num_dropped"] == 0, batch["num_dropped"] > 0), -1).float() * 50

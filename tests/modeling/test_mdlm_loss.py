@@ -23,6 +23,7 @@ from tests.modeling.mdlm_helpers import (
     slow_loss,
 )
 from xlm_hf.modeling.mdlm import MDLMCollatorForLanguageModeling, MDLMCollatorForSeq2Seq, MDLMConfig, MDLMLoss
+from xlm_hf.testing import FamilyCase, check_packing
 
 V = 13
 
@@ -155,7 +156,7 @@ def test_loss_is_a_sum_over_sequences_and_metrics_are_pairs():
 def test_a_batch_without_masks_has_a_loss_of_zero_with_a_gradient():
     model = make_model(V, 32)
     batch = MDLMCollatorForSeq2Seq(SpecialIds(V), 32)(make_examples(2, V))
-    batch["logits_index"], batch["target_ids"] = batch["logits_index"][:0], batch["target_ids"][:0]
+    batch |= {name: batch[name][:0] for name in ("logits_index", "target_ids", "target_documents")}
     output = MDLMLoss()(model, batch)
     output.loss_sum.backward()
     assert output.loss_sum.item() == 0.0
@@ -186,3 +187,7 @@ def test_packed_segments_equal_separate_sequences(backbone):
     ).logits[0]
     separate = torch.cat([model(d[None], alpha=alpha).logits[0] for d in documents])
     torch.testing.assert_close(packed, separate)
+
+
+def test_packed_documents_have_times_of_their_own(tmp_path):
+    check_packing(FamilyCase("mdlm", "model.backbone=dit"), tmp_path)

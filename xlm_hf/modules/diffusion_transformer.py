@@ -50,9 +50,9 @@ class TimestepEmbedding(nn.Module):
         self.act = nn.SiLU()
 
     def forward(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """Map (B,) to (B, conditioning_size)."""
+        """Map (B,) or (B, L) to the same shape and conditioning_size."""
         exponents = torch.arange(self.num_frequencies, device=timesteps.device) / self.num_frequencies
-        angles = timesteps[:, None].float() * torch.exp(-math.log(10000.0) * exponents)
+        angles = timesteps[..., None].float() * torch.exp(-math.log(10000.0) * exponents)
         features = torch.cat((angles.cos(), angles.sin()), dim=-1).to(self.up_proj.weight.dtype)
         return self.act(self.down_proj(self.act(self.up_proj(features))))
 
@@ -65,8 +65,8 @@ class AdaptiveModulation(nn.Linear):
         self.num_parts = num_parts
 
     def forward(self, conditioning: torch.Tensor) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
-        """Map (B, conditioning_size) to `num_parts` tensors (B, 1, hidden_size)."""
-        return super().forward(conditioning)[:, None].chunk(self.num_parts, dim=-1)
+        """Map (B, 1 or L, conditioning_size) to `num_parts` tensors (B, 1 or L, hidden_size)."""
+        return super().forward(conditioning).chunk(self.num_parts, dim=-1)
 
 
 class AdaptiveLayerNorm(nn.Module):
@@ -143,13 +143,13 @@ class DiffusionTransformer(DiffusionTransformerPreTrainedModel, RotaryTransforme
 
         Args:
             input_ids: (B, L) token ids.
-            timesteps: (B,) the time or noise of each row.
+            timesteps: the time or noise of each row (B,), or of each token (B, L) where a row holds several documents.
             **kwargs: as for `RotaryTransformer`: `attention_mask`, `position_ids`, `segment_ids`.
 
         Returns:
             `last_hidden_state` (B, L, hidden_size), and `hidden_states` and `attentions` where asked for.
         """
-        conditioning = self.time_embedding(timesteps)
+        conditioning = self.time_embedding(timesteps if timesteps.dim() == 2 else timesteps[:, None])
         outputs = super().forward(input_ids, conditioning=conditioning, **kwargs)
         outputs.last_hidden_state = self.final_norm(outputs.last_hidden_state, conditioning)
         return outputs

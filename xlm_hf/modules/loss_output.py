@@ -19,3 +19,9 @@ class LossOutput:
     loss_sum: torch.Tensor
     num_items: torch.Tensor | int
     metrics: dict[str, tuple[torch.Tensor, torch.Tensor | int]] = field(default_factory=dict)
+
+
+def model_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What every model takes of a batch: the tokens, the mask and, of packed rows, documents and positions."""
+    names = ("input_ids", "attention_mask", "segment_ids", "position_ids")
+    return {name: batch[name] for name in names if name in batch}
