@@ -19,7 +19,8 @@ class ILMOutput(ModelOutput):
 
     Attributes:
         logits: (B, L, V), or (S, V) with `slot_index`. Entry (i, v) scores the insertion of token v right of token i.
-        stop_logits: (B, 2), or (D, 2) with `cls_index`; class 0 says that the sequence is complete, class 1 that something is missing.
+        stop_logits: (B, 2), or (D, 2) with `cls_index`; class 0 says that the sequence is complete, class 1 that
+            something is missing.
         hidden_states: per layer (B, L, hidden_size), with `output_hidden_states=True`.
         attentions: per layer (B, heads, L, L), with `output_attentions=True` and eager attention.
     """

@@ -147,6 +147,7 @@ class _MDLMTrainingCollator(_MDLMCollator):
             "canvas_lengths": lengths,
         }
 
+
 class MDLMCollatorForSeq2Seq(_MDLMTrainingCollator):
     """Training batches for prompt and target: `prompt [BOS] canvas` with a part of the canvas masked.
 

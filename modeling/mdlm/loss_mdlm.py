@@ -13,9 +13,9 @@ class MDLMLoss:
 
         -log p(x | prompt) <= NELBO = E_t[ -alpha'_t / (1 - alpha_t) x sum over masked l of -log p(x_l | x_t, prompt) ].
 
-    The collator draws t and the masks and gives the weight of each document, so that the sum here is an unbiased estimate of
-    the NELBO of the batch; divided by the number of all canvas tokens, masked or not, it is nats per token. (The number
-    of masked tokens would be the wrong divisor: it is random, and correlated with the sum.)
+    The collator draws t and the masks and gives the weight of each document, so that the sum here is an unbiased
+    estimate of the NELBO of the batch; divided by the number of all canvas tokens, masked or not, it is nats per token.
+    (The number of masked tokens would be the wrong divisor: it is random, and correlated with the sum.)
     """
 
     def num_items(self, batch: dict[str, torch.Tensor]) -> int:
