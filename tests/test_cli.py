@@ -1,7 +1,10 @@
 """The command line as a person uses it: whole runs, kills, and mistakes."""
 
+import contextlib
 import json
 import os
+import pty
+import re
 import resource
 import signal
 import subprocess
@@ -110,6 +113,27 @@ def test_generate_prints_and_saves_the_order_of_insertion(trained, tmp_path):
     prompts.write_text(json.dumps({"prompt": decodes[0]["prompt"]}) + "\n")
     run("job=generate", f"checkpoint={output_dir}", f"prompts={prompts}", "output_dir=own", cwd=tmp_path)
     assert records(tmp_path / "own" / "predictions" / "generate.jsonl")[0]["prediction"] == decodes[0]["prediction"]
+
+
+def test_generate_shows_the_decode_live_in_a_terminal_and_leaves_a_page_and_a_film(trained, tmp_path):
+    output_dir, _ = trained
+    terminal, inside = pty.openpty()
+    arguments = command("job=generate", f"checkpoint={output_dir}", "num_samples=2", "output_dir=out")
+    process = subprocess.Popen(arguments, cwd=tmp_path, stdout=inside, stderr=subprocess.STDOUT)
+    os.close(inside)
+    shown = b""
+    with contextlib.suppress(OSError):  # how Linux reports that the other end is closed
+        while part := os.read(terminal, 65536):
+            shown += part
+    assert process.wait() == 0
+    decodes = records(tmp_path / "out" / "predictions" / "generate.jsonl")
+    assert shown.count(b"\033[J") >= max(len(decode["prediction_ids"]) for decode in decodes) - 1
+    page = (tmp_path / "out" / "decodes.html").read_text()
+    rows = json.loads(re.search(r'id="rows">(.*?)</script>', page)[1])["rows"]
+    for decode, frames in zip(decodes, rows, strict=True):
+        assert len(frames) == 1 + len(decode["prediction_ids"])
+        assert " ".join(text for text, event, _ in frames[-1] if event != "prompt") == decode["prediction"]
+    assert (tmp_path / "out" / "decode.gif").stat().st_size > 0
 
 
 def test_prepare_data_shows_the_task(tmp_path):

@@ -148,7 +148,8 @@ class BatchDiffusionStreamer(DraftRecorder):
 
     def put_draft(self, value: torch.Tensor, **_) -> None:
         """Draw what stands after the prompts (B, W) after a step."""
-        before, self._drafts = self._drafts, [value.clone()]
+        before = self._drafts[-1:]
+        super().put_draft(value)
         columns, lines_left = shutil.get_terminal_size()
         text = f"\033[{self._height}A\r\033[J" if self._height else ""
         self._height = 0

@@ -1,12 +1,15 @@
 """job=generate: decode prompts with a checkpoint, showing the order in which the tokens were written."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import is_vision_available
 
+from xlm_hf.checkpoints import write_text
 from xlm_hf.commands.common import (
     build_collator,
     build_task,
@@ -17,11 +20,16 @@ from xlm_hf.commands.common import (
     say,
     write_results,
 )
+from xlm_hf.decode_history import history_html, save_gif
 from xlm_hf.evaluation import content_places
+from xlm_hf.streamers import BatchDiffusionStreamer, DraftRecorder
 
 
 def run(cfg: DictConfig) -> list[dict[str, Any]]:
     """Decode `prompts` (a JSONL file), or the first `num_samples` test examples of the task; print and save them.
+
+    In a terminal the decode is shown while it goes on. `decodes.html` in the run's folder plays it back, and so does
+    `decode.gif`, of the first row, where Pillow is installed.
 
     Returns:
         one record per decode, as written to `predictions/generate.jsonl`: prompt, prediction, the ids of both, nfe,
@@ -33,12 +41,16 @@ def run(cfg: DictConfig) -> list[dict[str, Any]]:
     kind = "seq2seq" if any(example["prompt_ids"] for example in examples) else "lm"
     collator = build_collator(cfg, f"{kind}_prediction", tokenizer, model)
     output_dir = run_directory(cfg)
+    make_streamer = BatchDiffusionStreamer if sys.stdout.isatty() else DraftRecorder
     records: list[dict[str, Any]] = []
+    frames = []
     batch_size = cfg.trainer.per_device_eval_batch_size
     for start in range(0, len(examples), batch_size):
         batch = collator(examples[start : start + batch_size])
         seeds = batch.pop("example_id") + cfg.seed
-        output = model.generate(**batch, seed=seeds, return_history=True)
+        streamer = make_streamer(tokenizer)
+        output = model.generate(**batch, seed=seeds, return_history=True, streamer=streamer)
+        frames += [streamer.frames(row) for row in range(len(seeds))]
         width = batch["input_ids"].shape[1]
         for row, example in enumerate(examples[start : start + batch_size]):
             written, steps = output.sequences[row, width:].tolist(), output.history[row, width:].tolist()
@@ -57,7 +69,10 @@ def run(cfg: DictConfig) -> list[dict[str, Any]]:
             )
             say(render(records[-1], tokenizer) + "\n")
     write_results(output_dir, {"samples": len(records)}, {"generate": records})
-    say(f"Decodes: {output_dir}/predictions/generate.jsonl")
+    write_text(output_dir / "decodes.html", history_html(frames, streamer.separator, cfg.experiment))
+    if is_vision_available():
+        save_gif(frames[0], output_dir / "decode.gif", streamer.separator)
+    say(f"Decodes: {output_dir}/predictions/generate.jsonl; step by step: {output_dir}/decodes.html")
     say(f"Next: {next_command('job=evaluate', f'checkpoint={cfg.checkpoint}')}")
     return records
 
