@@ -5,6 +5,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from tests.modeling.ilm_helpers import SpecialIds, make_examples
+from xlm_hf.arguments import XLMTrainingArguments
 from xlm_hf.checkpoints import last_sound_checkpoint, list_checkpoints
 from xlm_hf.evaluation import EvaluationSet, reduce_sums
 from xlm_hf.modeling.ilm import (
@@ -14,7 +15,7 @@ from xlm_hf.modeling.ilm import (
     ILMForInsertionLM,
     ILMLoss,
 )
-from xlm_hf.trainer import XLMTrainer, XLMTrainingArguments
+from xlm_hf.trainer import XLMTrainer
 
 V, NUM_EXAMPLES = 20, 44
 

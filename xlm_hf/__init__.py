@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "XLMTrainer": "trainer",
-    "XLMTrainingArguments": "trainer",
+    "XLMTrainingArguments": "arguments",
     "LossOutput": "modules.loss_output",
     "EvaluationSet": "evaluation",
     "load_task": "tasks",

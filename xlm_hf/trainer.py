@@ -1,7 +1,8 @@
 """The trainer of every family: transformers' Trainer with a loss object, global normalisation, whole checkpoints."""
 
+import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -9,36 +10,42 @@ import datasets
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 
+from xlm_hf.arguments import XLMTrainingArguments
 from xlm_hf.callbacks import ProgressBar
 from xlm_hf.checkpoints import INCOMPLETE_SUFFIX, replaced_folder
 from xlm_hf.data import EpochSampler, KeyedExamples
+from xlm_hf.ema import EMA_FILE, ExponentialMovingAverage
 from xlm_hf.evaluation import EvaluationSet, check_evaluation_sets, reduce_sums, run_evaluation_set
 from xlm_hf.optimizers import MuonWithAdamW, layer_matrices
 
 
-@dataclass
-class XLMTrainingArguments(TrainingArguments):
-    """`transformers.TrainingArguments` with the defaults that counter-based collators and honest logs need.
+class _AsyncCounts:
+    """Small integers on their way from the device to the host, read without waiting for what was queued after them."""
 
-    Attributes:
-        remove_unused_columns: False, since the collators read the columns that the model does not.
-        logging_nan_inf_filter: False, since a loss that is not a number must be seen.
-        muon_learning_rate: trains the weight matrices of the layers by Muon at this rate, and the rest by AdamW at
-            `learning_rate`; None trains everything by `optim`. Both rates follow the schedule.
-    """
+    def start(self, counts: torch.Tensor) -> None:
+        self.counts = counts.to("cpu", non_blocking=True)
+        self.arrival = None if counts.device.type == "cpu" else torch.Event(counts.device)
+        if self.arrival is not None:
+            self.arrival.record()
 
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Keep the columns that the collators read."})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Show a loss that is not a number."})
-    muon_learning_rate: float | None = field(default=None, metadata={"help": "Muon's rate for the layers' matrices."})
+    def read(self) -> list[int]:
+        if self.arrival is not None:
+            self.arrival.synchronize()
+        return self.counts.tolist()
 
-    def __post_init__(self):
-        super().__post_init__()
-        # Pinned memory speeds up copies to an accelerator; without one torch warns about it at every epoch.
-        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
+
+class _StepEnd(TrainerCallback):
+    """Runs before all other callbacks, so that they see the counts of the step that ends."""
+
+    def __init__(self, trainer: "XLMTrainer"):
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer.finish_step()
 
 
 class XLMTrainer(Trainer):
@@ -89,12 +96,15 @@ class XLMTrainer(Trainer):
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
         self.add_callback(ProgressBar())
+        self.callback_handler.callbacks.insert(0, _StepEnd(self))
         self.loss = loss
         self.evaluation_sets = evaluation_sets
         self.predictions: dict[str, list[dict[str, Any]]] = {}
         # compute_loss divides by the items of the whole optimiser step, so nothing is left to scale.
         self.loss_is_scaled_for_ga = True
         self._metric_sums: dict[str, tuple[torch.Tensor, torch.Tensor | int]] = {}
+        self.ema: ExponentialMovingAverage | None = None
+        self._step_counts = _AsyncCounts()
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train, from a checkpoint if one is given; nothing is trained on if that one is already at the last step."""
@@ -105,6 +115,7 @@ class XLMTrainer(Trainer):
                 # The parent would train one step more.
                 best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
                 self._load_from_checkpoint(str(best or resume_from_checkpoint))
+                self._start_average(Path(best or resume_from_checkpoint))
                 self.state = state
                 return TrainOutput(state.global_step, 0.0, {})
         return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -153,9 +164,39 @@ class XLMTrainer(Trainer):
         )
         return self.optimizer
 
+    def _prepare_for_training(self, max_steps: int, train_dataloader, resume_from_checkpoint: str | None):
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        self._start_average(None if resume_from_checkpoint is None else Path(resume_from_checkpoint))
+        return prepared
+
+    def _start_average(self, checkpoint: Path | None) -> None:
+        if self.args.ema_decay is not None:
+            self.ema = ExponentialMovingAverage(self.model, self.args.ema_decay)
+            if checkpoint is not None and (checkpoint / EMA_FILE).exists():
+                self.ema.load(checkpoint)
+
+    def averaged_weights(self) -> AbstractContextManager[None]:
+        """Within it the model has the averaged weights, if there are any and `use_ema` asks for them."""
+        if self.ema is None or not self.args.use_ema:
+            return contextlib.nullcontext()
+        return self.ema.applied()
+
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor:
-        num_items = torch.tensor(sum(int(self.loss.num_items(batch)) for batch in batch_samples), device=device)
-        return self.accelerator.reduce(num_items, "sum").clamp(min=1)
+        """Items of the coming optimiser step over all ranks, by the one collective call of a step."""
+        counts = [
+            sum(self.loss.num_items(batch) for batch in batch_samples),
+            sum(batch["attention_mask"].sum() for batch in batch_samples),
+        ]
+        total = self.accelerator.reduce(torch.stack([torch.as_tensor(count, device=device) for count in counts]), "sum")
+        self._step_counts.start(total)
+        return total[0].clamp(min=1)
+
+    def finish_step(self) -> None:
+        """Bring the counts and the averaged weights up to the step that ends."""
+        _, num_tokens = self._step_counts.read()
+        self.state.num_input_tokens_seen += num_tokens
+        if self.ema is not None:
+            self.ema.update(self.state.global_step)
 
     def compute_loss(self, model: nn.Module, inputs, return_outputs: bool = False, num_items_in_batch=None):
         """This micro-batch's share of the loss of the whole optimiser step, loss_sum / num_items_in_batch.
@@ -172,6 +213,7 @@ class XLMTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, adding the components of the training loss since the last log, reduced over all ranks."""
         if "loss" in logs:
+            logs["num_input_tokens_seen"] = self.state.num_input_tokens_seen
             logs.update(reduce_sums(self._metric_sums, self.args.device))
             self._metric_sums = {}
         super().log(logs, start_time)
@@ -188,9 +230,10 @@ class XLMTrainer(Trainer):
         for evaluation_set in self.evaluation_sets:
             if metric_key_prefix not in evaluation_set.stages:
                 continue
-            results, records = run_evaluation_set(
-                self.model, evaluation_set, self.processing_class, self.args.eval_batch_size, self.args.seed
-            )
+            with self.averaged_weights():
+                results, records = run_evaluation_set(
+                    self.model, evaluation_set, self.processing_class, self.args.eval_batch_size, self.args.seed
+                )
             seconds = f"{evaluation_set.name}/seconds"
             results["seconds"] += metrics.get(seconds, 0.0)
             named = {f"{evaluation_set.name}/{name}": value for name, value in results.items()}
@@ -233,8 +276,20 @@ class XLMTrainer(Trainer):
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(folder))
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model as it is evaluated: with the averaged weights, if `use_ema` asks for them."""
+        with self.averaged_weights():
+            super().save_model(output_dir, _internal_call)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._start_average(Path(str(self.state.best_model_checkpoint)))
+
     def _write_checkpoint(self, folder: str) -> None:
-        self.save_model(folder, _internal_call=True)
+        # What is trained on, not what is evaluated.
+        super().save_model(folder, _internal_call=True)
+        if self.ema is not None:
+            self.ema.save(Path(folder), self.args.should_save)
         if not self.args.save_only_model:
             self._save_optimizer_and_scheduler(folder)
             self._save_scaler(folder)

@@ -16,12 +16,14 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from xlm_hf.arguments import XLMTrainingArguments
 from xlm_hf.checkpoints import resolve_checkpoint, write_text
+from xlm_hf.ema import load_average
 from xlm_hf.evaluation import EvaluationSet
 from xlm_hf.metrics import load_metric
 from xlm_hf.modules.messages import did_you_mean
 from xlm_hf.tasks import Task, load_task
-from xlm_hf.trainer import XLMTrainer, XLMTrainingArguments
+from xlm_hf.trainer import XLMTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +109,8 @@ def load_model(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase | None = None
             f"{source} has a vocabulary of {model.config.vocab_size} and task {cfg.task.name!r} one of "
             f"{len(tokenizer)}: name the task that it was trained on."
         )
-    logger.info("Loaded %s.", source)
+    averaged = cfg.ema and load_average(model, Path(source))
+    logger.info("Loaded %s%s.", source, ", averaged weights" if averaged else "")
     return _with_generation_options(model, cfg)
 
 
@@ -170,7 +173,13 @@ def build_trainer(cfg: DictConfig, task: Task, model: PreTrainedModel, output_di
         if type(known[name]) in (int, float) and not isinstance(value, (int, float, type(None))):
             raise ValueError(f"trainer.{name} must be a number and is {value!r}.")
     arguments = XLMTrainingArguments(
-        **{"output_dir": str(output_dir), "seed": cfg.seed, "report_to": list(cfg.logger), **options}
+        **{
+            "output_dir": str(output_dir),
+            "seed": cfg.seed,
+            "report_to": list(cfg.logger),
+            "use_ema": cfg.ema,
+            **options,
+        }
     )
     loss_options = options_of(cfg.loss)
     check_options("loss", loss_options, list(inspect.signature(hydra.utils.get_class(cfg.loss._target_)).parameters))

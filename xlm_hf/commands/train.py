@@ -46,7 +46,9 @@ def run(cfg: DictConfig) -> dict[str, float]:
     metrics = {**metrics, "parameters": model.num_parameters(), "steps": trainer.state.global_step}
     if trainer.is_world_process_zero():
         write_results(output_dir, metrics, trainer.predictions)
-        export_model(model, task.tokenizer, output_dir / "model", _card_variables(cfg, metrics, trainer.predictions))
+        card_variables = _card_variables(cfg, metrics, trainer.predictions)
+        with trainer.averaged_weights():
+            export_model(model, task.tokenizer, output_dir / "model", card_variables)
         say(f"\n{format_metrics(metrics)}\n")
         say(f"Metrics and predictions: {output_dir}/metrics.json, {output_dir}/predictions/")
         say(f"Model, ready for the Hub: {output_dir}/model")
