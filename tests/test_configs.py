@@ -16,7 +16,9 @@ GROUPS = {
     for folder in CONFIGS.iterdir()
     if folder.is_dir() and list(folder.glob("*.yaml"))
 }
-EXPERIMENTS = sorted(file.stem for file in CONFIGS.glob("*.yaml") if file.stem != "config")
+EXPERIMENTS = sorted(
+    file.stem for file in CONFIGS.glob("*.yaml") if file.stem != "config" and not file.stem.startswith("compare")
+)
 FEW = ["task.num_train=24", "task.num_validation=4", "task.num_test=4"]
 
 

@@ -21,11 +21,9 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 import xlm_hf.commands
+from xlm_hf.commands.common import open_override
 from xlm_hf.modules.messages import did_you_mean
 
-# Nodes whose keys are those of an object: what the YAML does not list may be given all the same, and is checked when
-# the object is built.
-_OPEN_NODES = ("trainer", "model", "generation", "task", "loss", "train_collator")
 # Commands with arguments of their own, `xlm-hf NAME ...`, beside the jobs of a config.
 _TOOLS = ("scaffold",)
 _MISTAKES = (ValueError, OSError, HydraException, OmegaConfBaseException, StrictDataclassError)
@@ -73,11 +71,6 @@ def run_job(cfg: DictConfig) -> None:
         if cfg.job not in jobs:
             raise ValueError(f"There is no job {cfg.job!r}: {did_you_mean(cfg.job, jobs)}")
         importlib.import_module(f"xlm_hf.commands.{cfg.job}").run(cfg)
-
-
-def open_override(argument: str) -> str:
-    """Let `trainer.NAME=value` and its like set what the YAML does not list, as Hydra's `++` does."""
-    return f"++{argument}" if re.match(rf"({'|'.join(_OPEN_NODES)})\.[\w.]+=", argument) else argument
 
 
 def explain(error: BaseException) -> str:

@@ -107,11 +107,12 @@ class XLMTrainer(Trainer):
         self._step_counts = _AsyncCounts()
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Train, from a checkpoint if one is given; nothing is trained on if that one is already at the last step."""
+        """Train, from a checkpoint if one is given; one that is at its end is not trained on."""
         if isinstance(resume_from_checkpoint, (str, Path)):
             state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / "trainer_state.json"))
             *_, max_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
-            if state.global_step >= max_steps:
+            ends = [callback for callback in self.callback_handler.callbacks if hasattr(callback, "is_finished")]
+            if state.global_step >= max_steps or any(callback.is_finished(state) for callback in ends):
                 # The parent would train one step more.
                 best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
                 self._load_from_checkpoint(str(best or resume_from_checkpoint))

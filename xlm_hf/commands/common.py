@@ -3,6 +3,7 @@
 import inspect
 import json
 import logging
+import re
 import shlex
 import sys
 from collections.abc import Callable, Mapping
@@ -14,9 +15,10 @@ from typing import Any
 import hydra
 import torch
 from omegaconf import DictConfig, OmegaConf
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from xlm_hf.arguments import XLMTrainingArguments
+from xlm_hf.callbacks import Budget, EarlyStopping
 from xlm_hf.checkpoints import resolve_checkpoint, write_text
 from xlm_hf.ema import load_average
 from xlm_hf.evaluation import EvaluationSet
@@ -27,12 +29,29 @@ from xlm_hf.trainer import XLMTrainer
 
 logger = logging.getLogger(__name__)
 
+# Nodes whose keys are those of an object: what the YAML does not list may be given all the same, and is checked when
+# the object is built.
+_OPEN_NODES = ("trainer", "model", "generation", "task", "loss", "train_collator")
+
+# A budget of tokens or seconds decides when a run ends, but the trainer wants a number of steps all the same.
+_MAX_STEPS_OF_A_BUDGET = 10**9
+
 
 def check_options(where: str, options: Mapping[str, Any], known: list[str]) -> None:
     """Raise ValueError, with the closest match, if an option of `where` is not among the `known` ones."""
     for name in options:
         if name not in known:
             raise ValueError(f"{where} has no option {name!r}: {did_you_mean(str(name), known)}")
+
+
+def open_override(argument: str) -> str:
+    """Let `trainer.NAME=value` and its like set what the YAML does not list, as Hydra's `++` does."""
+    return f"++{argument}" if is_open(argument) or argument.startswith(("families.", "nfe_sweep.")) else argument
+
+
+def is_open(override: str) -> bool:
+    """Whether an override sets an option of one of the objects of a run."""
+    return re.match(rf"({'|'.join(_OPEN_NODES)})\.[\w.]+=", override) is not None
 
 
 def run_directory(cfg: DictConfig) -> Path:
@@ -164,6 +183,14 @@ def build_evaluation_sets(cfg: DictConfig, task: Task, model: PreTrainedModel, l
     return sets
 
 
+def build_callbacks(cfg: DictConfig) -> list[TrainerCallback]:
+    """The callbacks that end a run: its budget, and early stopping where a patience is set."""
+    callbacks: list[TrainerCallback] = [Budget(**plain(cfg.budget))]
+    if cfg.early_stopping.patience is not None:
+        callbacks.append(EarlyStopping(**plain(cfg.early_stopping)))
+    return callbacks
+
+
 def build_trainer(cfg: DictConfig, task: Task, model: PreTrainedModel, output_dir: Path) -> XLMTrainer:
     """The trainer of a run, with everything that the config names."""
     options = options_of(cfg.trainer)
@@ -172,6 +199,8 @@ def build_trainer(cfg: DictConfig, task: Task, model: PreTrainedModel, output_di
     for name, value in options.items():
         if type(known[name]) in (int, float) and not isinstance(value, (int, float, type(None))):
             raise ValueError(f"trainer.{name} must be a number and is {value!r}.")
+    if any(limit is not None for limit in plain(cfg.budget).values()):
+        options["max_steps"] = _MAX_STEPS_OF_A_BUDGET
     arguments = XLMTrainingArguments(
         **{
             "output_dir": str(output_dir),
@@ -192,6 +221,7 @@ def build_trainer(cfg: DictConfig, task: Task, model: PreTrainedModel, output_di
         train_dataset=task.splits["train"],
         evaluation_sets=build_evaluation_sets(cfg, task, model, loss),
         processing_class=task.tokenizer,
+        callbacks=build_callbacks(cfg),
     )
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
+from xlm_hf.callbacks.budget import saved_seconds
 from xlm_hf.callbacks.progress import format_metrics
 from xlm_hf.checkpoints import last_sound_checkpoint, write_text
 from xlm_hf.commands.common import (
@@ -43,7 +44,13 @@ def run(cfg: DictConfig) -> dict[str, float]:
     _say_summary(trainer, cfg, output_dir, checkpoint)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     metrics = trainer.evaluate(metric_key_prefix="test")
-    metrics = {**metrics, "parameters": model.num_parameters(), "steps": trainer.state.global_step}
+    metrics = {
+        **metrics,
+        "parameters": model.num_parameters(),
+        "steps": trainer.state.global_step,
+        "tokens": trainer.state.num_input_tokens_seen,
+        "seconds": saved_seconds(trainer.state),
+    }
     if trainer.is_world_process_zero():
         write_results(output_dir, metrics, trainer.predictions)
         card_variables = _card_variables(cfg, metrics, trainer.predictions)
@@ -79,7 +86,10 @@ def _say_summary(trainer, cfg: DictConfig, output_dir: Path, checkpoint: Path | 
         return
     args = trainer.args
     batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    length = f"{args.max_steps:,} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
+    budget = [f"{amount:,} {unit}" for unit, amount in cfg.budget.items() if amount is not None]
+    length = " or ".join(budget) or (
+        f"{args.max_steps:,} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
+    )
     say(f"{cfg.experiment}: {cfg.family} on {cfg.task.name}, {trainer.model.num_parameters():,} parameters")
     say(f"{length} of {batch_size} examples, from {len(trainer.train_dataset):,}; seed {cfg.seed}; {args.device}")
     say(f"Everything goes to {output_dir}" + (f"; resuming from {checkpoint.name}" if checkpoint else ""))
