@@ -14,7 +14,8 @@ class Budget(TrainerCallback, ExportableState):
     """Counts the seconds of training, over resumes, and ends training after the step that spends the budget.
 
     Seconds are those of training steps with their data; evaluating and saving are not counted. With a budget the
-    learning-rate schedule follows the share that is spent: at share s it has the value of step s * max_steps.
+    learning-rate schedule follows the share that is spent: at share s, as counted one step before, it has the value of
+    step s * max_steps.
 
     Args:
         tokens: training tokens without padding, over all ranks; None sets no bound.

@@ -46,7 +46,9 @@ def check_options(where: str, options: Mapping[str, Any], known: list[str]) -> N
 
 def open_override(argument: str) -> str:
     """Let `trainer.NAME=value` and its like set what the YAML does not list, as Hydra's `++` does."""
-    return f"++{argument}" if is_open(argument) or argument.startswith(("families.", "nfe_sweep.")) else argument
+    return (
+        f"++{argument}" if is_open(argument) or argument.startswith(("families.", "tasks.", "nfe_sweep.")) else argument
+    )
 
 
 def is_open(override: str) -> bool:
