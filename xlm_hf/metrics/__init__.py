@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 def load_metric(metric: str | Mapping[str, Any], /, **options: Any) -> EvaluationModule:
     """Load a metric; `metric.features` says which inputs its `compute` wants.
 
+    A metric that is a mean over examples may have a method `per_example`, with the arguments of `compute`, that returns
+    the values of each: they are written beside the predictions, and give a standard error.
+
     Args:
         metric: the name of a shipped metric (a folder of `xlm_hf/metrics`); or the path of a metric's folder or .py
             file; or a mapping with either of these as `name`, or with the dotted name of an `EvaluationModule` class as
@@ -44,7 +47,9 @@ def load_metric(metric: str | Mapping[str, Any], /, **options: Any) -> Evaluatio
         for option in options:
             if option not in known:
                 raise ValueError(f"unknown option {option!r} of metric {label!r}: {did_you_mean(option, known)}")
-    module.compute = functools.partial(module.compute, **options)
+    for method in ("compute", "per_example"):
+        if hasattr(module, method):
+            setattr(module, method, functools.partial(getattr(module, method), **options))
     return module
 
 

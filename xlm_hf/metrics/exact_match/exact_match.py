@@ -28,11 +28,16 @@ class ExactMatch(evaluate.Metric):
             features=datasets.Features({"predictions": tokens, "references": tokens}),
         )
 
-    def _compute(self, predictions, references):
-        if not predictions:
-            raise ValueError("no predictions to score: exact_match needs at least one.")
+    def per_example(self, predictions, references):
+        """1 or 0 for each example."""
         matches = [
             [token for token in prediction if token != PADDING] == [token for token in reference if token != PADDING]
             for prediction, reference in zip(predictions, references, strict=True)
         ]
+        return {"exact_match": [int(match) for match in matches]}
+
+    def _compute(self, predictions, references):
+        if not predictions:
+            raise ValueError("no predictions to score: exact_match needs at least one.")
+        matches = self.per_example(predictions, references)["exact_match"]
         return {"exact_match": sum(matches) / len(matches)}

@@ -35,12 +35,11 @@ class StarPath(evaluate.Metric):
             features=datasets.Features({"predictions": tokens, "prompts": tokens}),
         )
 
-    def _compute(self, predictions, prompts, path_format="edges"):
+    def per_example(self, predictions, prompts, path_format="edges"):
+        """1 or 0 for each example."""
         if path_format not in ("edges", "nodes"):
             raise ValueError(f"unknown path_format {path_format!r}: choose 'edges' or 'nodes'.")
-        if not predictions:
-            raise ValueError("no predictions to score: star_path needs at least one.")
-        num_paths = 0
+        paths = []
         for row, (prediction, prompt) in enumerate(zip(predictions, prompts, strict=True)):
             prediction = [token for token in prediction if token != PADDING]
             prompt = [token for token in prompt if token != PADDING]
@@ -49,8 +48,13 @@ class StarPath(evaluate.Metric):
                     f"prompt {row} has {len(prompt)} tokens: give `u v` of one or more edges, then source and goal."
                 )
             nodes = _nodes_of_edges(prediction) if path_format == "edges" else prediction
-            num_paths += _is_path(nodes, prompt)
-        return {"star_path": num_paths / len(predictions)}
+            paths.append(int(_is_path(nodes, prompt)))
+        return {"star_path": paths}
+
+    def _compute(self, predictions, prompts, path_format="edges"):
+        if not predictions:
+            raise ValueError("no predictions to score: star_path needs at least one.")
+        return {"star_path": sum(self.per_example(predictions, prompts, path_format)["star_path"]) / len(predictions)}
 
 
 def _nodes_of_edges(tokens):

@@ -11,6 +11,8 @@ _INPUTS = """
 Args:
     predictions: lists of token ids; -100 is padding and is dropped.
     references: lists of token ids, none of them empty; -100 is padding and is dropped.
+    blanks: of infilling, where each example was blank: lists of bool as long as its prediction and reference. Only these
+        positions count; by default all do.
 Returns:
     token_accuracy: mean over examples of the share of the reference's positions where the prediction agrees.
 """
@@ -32,14 +34,24 @@ class TokenAccuracy(evaluate.Metric):
             features=datasets.Features({"predictions": tokens, "references": tokens}),
         )
 
-    def _compute(self, predictions, references):
-        if not predictions:
-            raise ValueError("no predictions to score: token_accuracy needs at least one.")
-        total = 0.0
+    def per_example(self, predictions, references, blanks=None):
+        """Accuracy of each example."""
+        accuracies = []
         for row, (prediction, reference) in enumerate(zip(predictions, references, strict=True)):
+            if blanks is not None:
+                prediction, reference = (
+                    [token for token, blank in zip(tokens, blanks[row], strict=True) if blank]
+                    for tokens in (prediction, reference)
+                )
             prediction = [token for token in prediction if token != PADDING]
             reference = [token for token in reference if token != PADDING]
             if not reference:
                 raise ValueError(f"reference {row} has no tokens: token_accuracy needs at least one in each.")
-            total += sum(p == r for p, r in zip(prediction, reference, strict=False)) / len(reference)
-        return {"token_accuracy": total / len(predictions)}
+            accuracies.append(sum(p == r for p, r in zip(prediction, reference, strict=False)) / len(reference))
+        return {"token_accuracy": accuracies}
+
+    def _compute(self, predictions, references, blanks=None):
+        if not predictions:
+            raise ValueError("no predictions to score: token_accuracy needs at least one.")
+        accuracies = self.per_example(predictions, references, blanks)["token_accuracy"]
+        return {"token_accuracy": sum(accuracies) / len(accuracies)}

@@ -1,0 +1,1 @@
+"""Share of n-grams that differ, within samples and across them."""

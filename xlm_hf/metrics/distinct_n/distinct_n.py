@@ -1,0 +1,46 @@
+"""Share of n-grams that differ, within samples and across them."""
+
+import datasets
+import evaluate
+
+PADDING = -100
+
+_DESCRIPTION = "Share of n-grams that differ, across all samples and within each of them."
+
+_INPUTS = """
+Args:
+    predictions: lists of token ids; -100 is padding and is dropped.
+    sizes: the n to report.
+Returns:
+    distinct_<n>: number of different n-grams of all samples / number of n-grams; 0 if there are none.
+    distinct_<n>_within: mean over the samples that have an n-gram of the same within the sample; 0 if none has.
+"""
+
+
+class DistinctN(evaluate.Metric):
+    """distinct_n = different n-grams / n-grams, over all samples together (Li et al., arXiv 1510.03055).
+
+    `distinct_<n>_within` is the mean of the same quotient within each sample that has an n-gram.
+    """
+
+    def _info(self):
+        tokens = datasets.List(datasets.Value("int64"))
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation="",
+            inputs_description=_INPUTS,
+            features=datasets.Features({"predictions": tokens}),
+        )
+
+    def _compute(self, predictions, sizes=(1, 2, 3)):
+        rows = [[token for token in row if token != PADDING] for row in predictions]
+        result = {}
+        for n in sizes:
+            if n < 1:
+                raise ValueError(f"sizes has {n}: an n-gram has at least 1 token.")
+            grams = [list(zip(*(row[start:] for start in range(n)), strict=False)) for row in rows]
+            within = [len(set(row)) / len(row) for row in grams if row]
+            num_grams = sum(map(len, grams))
+            result[f"distinct_{n}"] = len(set().union(*grams)) / max(num_grams, 1)
+            result[f"distinct_{n}_within"] = sum(within) / max(len(within), 1)
+        return result

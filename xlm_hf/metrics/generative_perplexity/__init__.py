@@ -1,0 +1,1 @@
+"""Perplexity of samples under another language model, beside their entropy."""

@@ -1,0 +1,109 @@
+"""Perplexity of samples under another language model, beside their entropy."""
+
+import functools
+import math
+from collections import Counter
+
+import datasets
+import evaluate
+import torch
+from transformers import AutoModelForCausalLM
+from transformers import AutoTokenizer
+
+FIRST_TOKENS = ("unscored", "after_bos")
+
+_DESCRIPTION = "Perplexity of samples under another language model, beside the entropy of the tokens that it scores."
+
+_INPUTS = """
+Args:
+    predictions: texts.
+    eval_model: the model that scores them: the folder or Hub id of a causal language model, or such a model.
+    eval_tokenizer: its tokenizer; by default the one of the same folder or Hub id.
+    first_token: "unscored" leaves the first token of each text out; "after_bos" scores it after the beginning-of-sequence
+        token of the tokenizer.
+    batch_size: texts in a forward pass; the result does not depend on it.
+    max_length: most tokens of a text, the beginning-of-sequence token included; the rest is cut off.
+Returns:
+    generative_tokens: number of scored tokens; if there are none, the next three are left out.
+    generative_nll: nats per scored token of all texts together.
+    generative_perplexity: exp(generative_nll).
+    generative_perplexity_per_sample: mean over texts of exp(nats per scored token of the text).
+    generative_entropy: mean over texts of the entropy in nats of the distribution of the text's scored tokens.
+"""
+
+
+class GenerativePerplexity(evaluate.Metric):
+    """generative_nll = sum of -ln p(x_i | x_<i) over all scored tokens / their number, p being another model.
+
+    generative_perplexity = exp(generative_nll); generative_perplexity_per_sample = mean over the texts of exp(nats of
+    the text / its scored tokens); generative_entropy = mean over the texts of the entropy of their scored tokens.
+    """
+
+    def _info(self):
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation="",
+            inputs_description=_INPUTS,
+            features=datasets.Features({"predictions": datasets.Value("string")}),
+        )
+
+    def _compute(
+        self, predictions, eval_model, eval_tokenizer=None, first_token="unscored", batch_size=8, max_length=1024
+    ):
+        if first_token not in FIRST_TOKENS:
+            raise ValueError(f"unknown first_token {first_token!r}: choose 'unscored' or 'after_bos'.")
+        model = _load(AutoModelForCausalLM, eval_model).eval()
+        tokenizer = _load(AutoTokenizer, eval_model if eval_tokenizer is None else eval_tokenizer)
+        start = [tokenizer.bos_token_id] if first_token == "after_bos" else []
+        if None in start:
+            raise ValueError("the tokenizer of eval_model has no bos_token: use first_token='unscored'.")
+        longest = min(max_length, getattr(model.config, "max_position_embeddings", max_length))
+        rows = [(start + tokenizer.encode(text, add_special_tokens=False))[:longest] for text in predictions]
+        entropies = [_entropy(row[1:]) for row in rows]
+        rows = [row for row in rows if len(row) > 1]
+        nlls, lengths = _nlls(model, rows, batch_size), [len(row) - 1 for row in rows]
+        result = {"generative_tokens": sum(lengths), "generative_entropy": sum(entropies) / max(len(entropies), 1)}
+        if rows:
+            result["generative_nll"] = sum(nlls) / sum(lengths)
+            result["generative_perplexity"] = math.exp(result["generative_nll"])
+            per_sample = [math.exp(nll / length) for nll, length in zip(nlls, lengths, strict=True)]
+            result["generative_perplexity_per_sample"] = sum(per_sample) / len(per_sample)
+        return result
+
+
+@torch.no_grad()
+def _nlls(model, rows, batch_size):
+    """Sum over i >= 1 of -ln p(x_i | x_<i) for each row of ids, in float32."""
+    nlls = []
+    for begin in range(0, len(rows), batch_size):
+        batch = rows[begin : begin + batch_size]
+        lengths = torch.tensor([len(row) for row in batch], device=model.device)
+        width = int(lengths.max())
+        ids = torch.tensor([row + [0] * (width - len(row)) for row in batch], device=model.device)
+        mask = torch.arange(width, device=model.device) < lengths[:, None]
+        logits = model(input_ids=ids, attention_mask=mask.long()).logits[:, :-1].float()
+        losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+        nlls += (losses * mask[:, 1:]).sum(dim=-1).tolist()
+    return nlls
+
+
+def _entropy(tokens):
+    return sum(count / len(tokens) * math.log(len(tokens) / count) for count in Counter(tokens).values())
+
+
+def _load(auto_class, source):
+    """The object itself, or what the folder or Hub id holds."""
+    return _load_once(auto_class, source) if isinstance(source, str) else source
+
+
+@functools.lru_cache(maxsize=2)
+def _load_once(auto_class, source):
+    try:
+        loaded = auto_class.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"eval_model {source!r} cannot be loaded: name the folder or Hub id of a causal language model with its "
+            f"tokenizer ({str(error).splitlines()[0]})"
+        ) from None
+    accelerator = torch.accelerator.current_accelerator()
+    return loaded if accelerator is None or auto_class is AutoTokenizer else loaded.float().to(accelerator)

@@ -1,0 +1,1 @@
+"""Divergence between generated and human text."""

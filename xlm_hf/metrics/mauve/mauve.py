@@ -1,0 +1,74 @@
+"""MAUVE: the divergence between generated and human text, in the features of a language model."""
+
+import importlib.util
+
+import datasets
+import evaluate
+import numpy
+import torch
+from transformers import AutoModel
+from transformers import AutoTokenizer
+
+_DESCRIPTION = "MAUVE: how much generated texts resemble references, as distributions of a language model's features."
+
+_INPUTS = """
+Args:
+    predictions: generated texts.
+    references: human texts, as many; which stands beside which does not matter.
+    feature_model: folder or Hub id of the language model whose last hidden state, at the last token, is the feature.
+    max_length: most tokens of a text; the rest is cut off.
+    batch_size: texts in a forward pass; the result does not depend on it.
+    num_buckets: clusters of the quantised features; "auto" is a tenth of the number of texts.
+    seed: of the clustering.
+Returns:
+    mauve: area under the divergence curve, in (0, 1]; 1 for equal distributions.
+"""
+
+
+class Mauve(evaluate.Metric):
+    """Area under the curve of divergences between generated and human text (Pillutla et al., arXiv 2102.01454).
+
+    The clustering and the curve are those of the library `mauve-text`; the features are computed here, of any model.
+    """
+
+    def _info(self):
+        if importlib.util.find_spec("mauve") is None:
+            raise ImportError("the metric mauve needs the library mauve-text: pip install 'xlm-hf[mauve]'.")
+        text = datasets.Value("string")
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation="",
+            inputs_description=_INPUTS,
+            features=datasets.Features({"predictions": text, "references": text}),
+        )
+
+    def _compute(
+        self, predictions, references, feature_model, max_length=256, batch_size=8, num_buckets="auto", seed=25
+    ):
+        from mauve import compute_mauve
+
+        model, tokenizer = AutoModel.from_pretrained(feature_model).eval(), AutoTokenizer.from_pretrained(feature_model)
+        if accelerator := torch.accelerator.current_accelerator():
+            model = model.to(accelerator)
+        human, generated = (
+            _features(model, tokenizer, texts, max_length, batch_size) for texts in (references, predictions)
+        )
+        result = compute_mauve(human, generated, num_buckets=num_buckets, seed=seed, verbose=False)
+        return {"mauve": float(result.mauve)}
+
+
+@torch.no_grad()
+def _features(model, tokenizer, texts, max_length, batch_size):
+    """The last hidden state at the last token of each text, (texts, hidden size); an empty text is one end token."""
+    rows = [tokenizer.encode(text, add_special_tokens=False)[:max_length] for text in texts]
+    rows = [row or [tokenizer.eos_token_id or 0] for row in rows]
+    features = []
+    for begin in range(0, len(rows), batch_size):
+        batch = rows[begin : begin + batch_size]
+        lengths = torch.tensor([len(row) for row in batch], device=model.device)
+        width = int(lengths.max())
+        ids = torch.tensor([row + [0] * (width - len(row)) for row in batch], device=model.device)
+        mask = torch.arange(width, device=model.device) < lengths[:, None]
+        hidden = model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+        features.append(hidden[torch.arange(len(batch), device=model.device), lengths - 1].float().cpu().numpy())
+    return numpy.concatenate(features)

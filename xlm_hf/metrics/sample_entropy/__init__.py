@@ -1,0 +1,1 @@
+"""Entropy of the tokens within a sample."""

@@ -1,0 +1,45 @@
+"""Entropy of the tokens within a sample, averaged over samples."""
+
+import math
+from collections import Counter
+
+import datasets
+import evaluate
+
+PADDING = -100
+
+_DESCRIPTION = "Entropy in nats of the distribution of tokens within a sample, averaged over samples."
+
+_INPUTS = """
+Args:
+    predictions: lists of token ids; -100 is padding and is dropped.
+Returns:
+    sample_entropy: mean over samples of -sum_v f_v ln f_v, f_v being the share of the sample's tokens that are v.
+"""
+
+
+class SampleEntropy(evaluate.Metric):
+    """sample_entropy = mean over samples of -sum_v f_v ln f_v, f_v = count of v in the sample / its length; in nats."""
+
+    def _info(self):
+        tokens = datasets.List(datasets.Value("int64"))
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation="",
+            inputs_description=_INPUTS,
+            features=datasets.Features({"predictions": tokens}),
+        )
+
+    def per_example(self, predictions):
+        """Entropy of each sample in nats; 0 for an empty one."""
+        return {"sample_entropy": [_entropy([token for token in row if token != PADDING]) for row in predictions]}
+
+    def _compute(self, predictions):
+        if not predictions:
+            raise ValueError("no samples to score: sample_entropy needs at least one.")
+        entropies = self.per_example(predictions)["sample_entropy"]
+        return {"sample_entropy": sum(entropies) / len(entropies)}
+
+
+def _entropy(tokens):
+    return sum(count / len(tokens) * math.log(len(tokens) / count) for count in Counter(tokens).values())
