@@ -1,11 +1,15 @@
 """Named evaluation sets: a dataset, how it is collated, and what is measured on it."""
 
+import inspect
+import math
+import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -14,6 +18,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from xlm_hf.data import KeyedExamples
 from xlm_hf.modules.counter_random import random_bits
+
+RECORD_FIELDS = (
+    *("example_id", "prompt_ids", "prediction_ids", "reference_ids", "prompt", "prediction", "reference"),
+    *("steps", "nfe", "tokens_per_forward", "finish_reason"),
+)
 
 
 @dataclass
@@ -26,10 +35,16 @@ class EvaluationSet:
         dataset: the examples.
         collator: makes batches: a training collator for `loss`, a prediction collator for `generate`.
         stages: when it runs, e.g. `("validation",)`.
-        loss: the family's loss, to report its value and components.
+        loss: the family's loss, to report its value and components; of a likelihood or a bound of one also standard
+            errors and, for text, perplexity and bits per character.
         generate: whether to decode every example and score it.
         metrics: `evaluate` modules for the decoded sequences. Each gets those of `predictions`, `references` and
-            `prompts` (lists of token ids) that its features name.
+            `prompts` that its features name: as text where the feature is a string, as token ids otherwise.
+        kind: "lm", "seq2seq" or "infill". In infilling the whole sequence is the prediction, the input with its blanks
+            the prompt, and a metric whose `_compute` takes `blanks` is told where they were.
+        num_draws: of a loss, how often each example is corrupted; draw d is the corruption of epoch d.
+        prediction_fields: what is kept of a record beside `example_id` and the metrics of the example, from
+            `RECORD_FIELDS`; None keeps all.
     """
 
     name: str
@@ -39,6 +54,9 @@ class EvaluationSet:
     loss: Any = None
     generate: bool = False
     metrics: Sequence[Any] = field(default_factory=tuple)
+    kind: str = "seq2seq"
+    num_draws: int = 1
+    prediction_fields: Sequence[str] | None = None
 
 
 def check_evaluation_sets(sets: Sequence[EvaluationSet]) -> None:
@@ -75,24 +93,37 @@ def run_evaluation_set(
     was_training = model.training
     model.eval()
     start = time.perf_counter()
+    if evaluation_set.loss is not None:
+        metrics, records = _loss_metrics(model, evaluation_set, tokenizer, batch_size), []
+    else:
+        records = _decode(model, evaluation_set, tokenizer, batch_size, seed)
+        metrics = _generation_metrics(records, evaluation_set, tokenizer)
+        kept = evaluation_set.prediction_fields or RECORD_FIELDS
+        dropped = set(RECORD_FIELDS) - {"example_id", *kept}
+        records = [{name: value for name, value in record.items() if name not in dropped} for record in records]
+    model.train(was_training)
+    return {**metrics, "samples": len(evaluation_set.dataset), "seconds": time.perf_counter() - start}, records
+
+
+def _own_indices(evaluation_set: EvaluationSet) -> range:
+    """The examples of this rank."""
     state = PartialState()
-    indices = range(state.process_index, len(evaluation_set.dataset), state.num_processes)
+    return range(state.process_index, len(evaluation_set.dataset), state.num_processes)
+
+
+def _batches(
+    model: PreTrainedModel, evaluation_set: EvaluationSet, batch_size: int, epoch: int = 0
+) -> Iterator[dict[str, torch.Tensor]]:
+    """This rank's batches, corrupted as in `epoch`, an example's index being its position."""
     loader = DataLoader(
         KeyedExamples(evaluation_set.dataset),
         batch_size=batch_size,
-        sampler=[(0, index, index) for index in indices],
+        sampler=[(epoch, index, index) for index in _own_indices(evaluation_set)],
         collate_fn=evaluation_set.collator,
         # Of its own, so that evaluating leaves the training's random numbers alone.
         generator=torch.Generator(),
     )
-    batches = ({name: tensor.to(model.device) for name, tensor in batch.items()} for batch in loader)
-    if evaluation_set.loss is not None:
-        metrics, records = _loss_metrics(model, evaluation_set.loss, batches), []
-    else:
-        records = _decode(model, batches, evaluation_set.dataset, list(indices), tokenizer, seed)
-        metrics = _generation_metrics(records, evaluation_set)
-    model.train(was_training)
-    return {**metrics, "samples": len(evaluation_set.dataset), "seconds": time.perf_counter() - start}, records
+    return ({name: tensor.to(model.device) for name, tensor in batch.items()} for batch in loader)
 
 
 def reduce_sums(sums: dict[str, tuple[Any, Any]], device: torch.device) -> dict[str, float]:
@@ -117,14 +148,71 @@ def reduce_sums(sums: dict[str, tuple[Any, Any]], device: torch.device) -> dict[
     return means
 
 
-def _loss_metrics(model, loss, batches) -> dict[str, float]:
+def _loss_metrics(model, evaluation_set: EvaluationSet, tokenizer, batch_size: int) -> dict[str, float]:
     sums: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-    for batch in batches:
-        output = loss(model, batch)
-        for name, (total, count) in {**output.metrics, "loss": (output.loss_sum, output.num_items)}.items():
-            old = sums.get(name, (0.0, 0))
-            sums[name] = (old[0] + total, old[1] + count)
-    return reduce_sums(sums, model.device)
+    draws: list[list[tuple[float, int]]] = []
+    for draw in range(evaluation_set.num_draws):
+        draws.append([])
+        for batch in _batches(model, evaluation_set, batch_size, epoch=draw):
+            output = evaluation_set.loss(model, batch)
+            for name, (total, count) in {**output.metrics, "loss": (output.loss_sum, output.num_items)}.items():
+                old = sums.get(name, (0.0, 0))
+                sums[name] = (old[0] + total, old[1] + count)
+            if output.sequence_nats is not None:
+                draws[-1] += zip(output.sequence_nats.tolist(), output.sequence_tokens.tolist(), strict=True)
+    metrics = reduce_sums(sums, model.device)
+    sequences = gather_object(list(zip(*draws, strict=True)))
+    if sequences:
+        nats, tokens = np.moveaxis(np.array(sequences), -1, 0)
+        is_text = evaluation_set.kind == "lm"
+        num_characters = sum(gather_object([_num_characters(evaluation_set, tokenizer)])) if is_text else None
+        metrics.update(likelihood_metrics(nats, tokens[:, 0], num_characters))
+    return metrics
+
+
+def likelihood_metrics(nats: np.ndarray, tokens: np.ndarray, num_characters: int | None) -> dict[str, float]:
+    """What a negative log-likelihood of N sequences, or n estimates each of an upper bound of it, amounts to.
+
+    With x_i the mean of the estimates of sequence i, t_i its tokens, T = sum_i t_i and loss = sum_i x_i / T:
+
+        loss_standard_error = sqrt(N / (N - 1) sum_i (x_i - loss t_i)^2) / T, that of a ratio estimate (Cochran, 1977,
+            equation 6.9): of the choice of sequences and of what was drawn for them in one;
+        loss_monte_carlo_standard_error = sqrt(sum_i s_i^2 / n) / T, of the draws alone for these very sequences, from
+            the variance s_i^2 of the n > 1 estimates of each as if they were independent, which evenly spread times
+            only improve on;
+        perplexity = exp(loss), with standard error perplexity x loss_standard_error (delta method);
+        bits_per_character = sum_i x_i / (ln 2 x characters).
+
+    Of a bound they bound the perplexity and the bits from above.
+
+    Args:
+        nats: (N, n).
+        tokens: (N,).
+        num_characters: of all sequences; None leaves out perplexity and bits, as for what is no text.
+    """
+    num_sequences, num_draws = nats.shape
+    means, num_tokens = nats.mean(axis=1), tokens.sum()
+    loss = means.sum() / num_tokens
+    metrics = {}
+    if num_sequences > 1:
+        squares = np.square(means - loss * tokens).sum() * num_sequences / (num_sequences - 1)
+        metrics["loss_standard_error"] = math.sqrt(squares) / num_tokens
+    if num_draws > 1:
+        metrics["loss_monte_carlo_standard_error"] = math.sqrt(nats.var(axis=1, ddof=1).sum() / num_draws) / num_tokens
+    if num_characters is not None:
+        metrics["perplexity"] = np.exp(loss)
+        if num_sequences > 1:
+            metrics["perplexity_standard_error"] = metrics["perplexity"] * metrics["loss_standard_error"]
+        metrics["bits_per_character"] = means.sum() / (math.log(2) * num_characters)
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def _num_characters(evaluation_set: EvaluationSet, tokenizer) -> int:
+    """Characters of this rank's texts: the column `num_characters`, or else those of the decoded ids."""
+    rows = evaluation_set.dataset.select(_own_indices(evaluation_set))
+    if "num_characters" in rows.column_names:
+        return sum(rows["num_characters"])
+    return sum(len(tokenizer.decode(ids, skip_special_tokens=True)) for ids in rows["input_ids"])
 
 
 def content_places(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -133,33 +221,95 @@ def content_places(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[i
     return [place for place in range(end) if ids[place] != tokenizer.pad_token_id]
 
 
-def _decode(model, batches, dataset, indices, tokenizer, seed) -> list[dict[str, Any]]:
+def decode_records(
+    output: Any,
+    batch: dict[str, torch.Tensor],
+    examples: Sequence[dict[str, Any]],
+    kind: str,
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[dict[str, Any]]:
+    """One record for each row of a decode, with the `RECORD_FIELDS`.
+
+    Args:
+        output: what `generate(return_history=True)` returned.
+        batch: what it was given.
+        examples: what the batch was made of: `prompt_ids` if any, `input_ids` with blanks for "infill", and the
+            reference as `reference_ids`, `target_ids` or, for "lm", `input_ids`.
+        kind: of `EvaluationSet`.
+        tokenizer: turns ids into text.
+    """
+    records, width = [], batch["input_ids"].shape[1]
+    for row, example in enumerate(examples):
+        sequence = output.sequences[row].tolist()
+        places = [width + place for place in content_places(sequence[width:], tokenizer)]
+        prompt_ids, reference = example.get("prompt_ids", []), "input_ids"
+        if kind == "infill":
+            places = batch["attention_mask"][row].nonzero().squeeze(-1).tolist()
+            prompt_ids, reference = example["input_ids"], "target_ids"
+        steps = output.history[row].tolist()
+        record = {
+            "example_id": example["example_id"],
+            "prompt_ids": prompt_ids,
+            "prediction_ids": [sequence[place] for place in places],
+            "reference_ids": example.get("reference_ids", example.get("target_ids", example.get(reference, []))),
+            "steps": [steps[place] for place in places],
+            "nfe": int(output.nfe[row]),
+            "tokens_per_forward": float(output.tokens_per_forward[row]),
+            "finish_reason": output.finish_reason[row],
+        }
+        for name in ("prompt", "prediction", "reference"):
+            record[name] = tokenizer.decode(record[f"{name}_ids"])
+        records.append(record)
+    return records
+
+
+def check_blanks(examples: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ValueError for an example of infilling in which nothing is blank."""
+    for example in examples:
+        if tokenizer.mask_token_id not in example["input_ids"]:
+            raise ValueError(
+                f"Example {example['example_id']} has no blank to fill in: put {tokenizer.mask_token} for each token "
+                "that is to be written."
+            )
+
+
+def _decode(model, evaluation_set: EvaluationSet, tokenizer, batch_size: int, seed: int) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = []
-    for batch in batches:
+    indices = _own_indices(evaluation_set)
+    for batch in _batches(model, evaluation_set, batch_size):
         example_id = batch.pop("example_id")
-        output = model.generate(**batch, seed=random_bits(seed, example_id))
-        written = output.sequences[:, batch["input_ids"].shape[1] :].tolist()
-        for number, ids in enumerate(written):
-            example = dataset[indices[len(records)]]
-            record = {
-                "example_id": example["example_id"],
-                "prompt_ids": example.get("prompt_ids", []),
-                "prediction_ids": [ids[place] for place in content_places(ids, tokenizer)],
-                "reference_ids": example.get("target_ids", example.get("input_ids")),
-                "nfe": int(output.nfe[number]),
-                "finish_reason": output.finish_reason[number],
-            }
-            for name in ("prompt", "prediction", "reference"):
-                record[name] = tokenizer.decode(record[f"{name}_ids"])
-            records.append(record)
+        examples = [evaluation_set.dataset[i] for i in indices[len(records) : len(records) + len(example_id)]]
+        if evaluation_set.kind == "infill":
+            check_blanks(examples, tokenizer)
+        output = model.generate(**batch, seed=random_bits(seed, example_id), return_history=True)
+        records += decode_records(output, batch, examples, evaluation_set.kind, tokenizer)
     return sorted(gather_object(records), key=lambda record: record["example_id"])
 
 
-def _generation_metrics(records: list[dict[str, Any]], evaluation_set: EvaluationSet) -> dict[str, float]:
-    columns = {
-        f"{name}s": [record[f"{name}_ids"] for record in records] for name in ("prediction", "reference", "prompt")
-    }
-    metrics = {"nfe": sum(record["nfe"] for record in records) / len(records)}
+def _generation_metrics(records: list[dict[str, Any]], evaluation_set: EvaluationSet, tokenizer) -> dict[str, float]:
+    nfe = sum(record["nfe"] for record in records)
+    written = sum(record["nfe"] * record["tokens_per_forward"] for record in records)
+    metrics = {"nfe": nfe / len(records), "tokens_per_forward": written / max(nfe, 1)}
     for metric in evaluation_set.metrics:
-        metrics.update(metric.compute(**{name: columns[name] for name in metric.features}))
+        inputs = {
+            name: [
+                record[name[:-1] if feature == datasets.Value("string") else f"{name[:-1]}_ids"] for record in records
+            ]
+            for name, feature in metric.features.items()
+        }
+        if evaluation_set.kind == "infill" and "blanks" in inspect.signature(metric._compute).parameters:
+            blanks = [[token == tokenizer.mask_token_id for token in record["prompt_ids"]] for record in records]
+            inputs["blanks"] = blanks
+        results = metric.compute(**inputs)
+        values_of = metric.per_example(**inputs) if hasattr(metric, "per_example") else {}
+        for name, values in values_of.items():
+            for record, value in zip(records, values, strict=True):
+                record[name] = value
+            if len(values) > 1:
+                results[f"{name}_standard_error"] = statistics.stdev(values) / math.sqrt(len(values))
+        if clash := results.keys() & metrics.keys():
+            raise ValueError(
+                f"Two metrics of the evaluation set {evaluation_set.name!r} report {min(clash)!r}: drop one."
+            )
+        metrics.update(results)
     return metrics

@@ -25,14 +25,23 @@ class ARLMLoss:
         """Sum the loss over the batch of an `ARLMCollator...` (see there for its tensors).
 
         Returns:
-            `LossOutput` whose items are predicted tokens, so that loss_sum / num_items is nats per token; its metric is
-            `next_token_accuracy`, the share of tokens that are the most probable one.
+            `LossOutput` whose items are predicted tokens, so that loss_sum / num_items is nats per token. Its metrics:
+                next_token_accuracy: the share of tokens that are the most probable one.
+                sequence_nll: nats per row.
         """
         outputs = model(**model_inputs(batch), logits_index=batch["logits_index"])
         logits, targets = outputs.logits.float(), batch["target_ids"]
         num_items = self.num_items(batch)
+        losses = nn.functional.cross_entropy(logits, targets, reduction="none")
+        rows = batch["logits_index"] // batch["input_ids"].shape[1]
+        nll = losses.new_zeros(len(batch["input_ids"])).index_add(0, rows, losses.detach())
         return LossOutput(
-            loss_sum=nn.functional.cross_entropy(logits, targets, reduction="sum"),
+            loss_sum=losses.sum(),
             num_items=num_items,
-            metrics={"next_token_accuracy": ((logits.detach().argmax(dim=-1) == targets).sum(), num_items)},
+            metrics={
+                "next_token_accuracy": ((logits.detach().argmax(dim=-1) == targets).sum(), num_items),
+                "sequence_nll": (nll.sum(), len(nll)),
+            },
+            sequence_nats=nll,
+            sequence_tokens=torch.bincount(rows, minlength=len(nll)),
         )

@@ -49,4 +49,6 @@ class MDLMLoss:
                 "sequence_nelbo": (detached.sum(), len(weights)),
                 "sequence_nelbo_squared": (detached.double().square().sum(), len(weights)),
             },
+            sequence_nats=detached,
+            sequence_tokens=batch["canvas_lengths"],
         )

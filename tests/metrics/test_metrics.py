@@ -1,12 +1,25 @@
 import inspect
+import math
 import random
 import re
 from pathlib import Path
 
+import datasets
 import evaluate
 import numpy as np
 import pytest
+import torch
 from omegaconf import OmegaConf
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 import xlm_hf.metrics
 from xlm_hf.metrics import load_metric
@@ -20,6 +33,34 @@ README_BLOCKS = [
     for folder in FOLDERS
     for number, block in enumerate(re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL))
 ]
+
+
+def save_judge(folder, architecture="gpt2"):
+    """A random causal language model over words, with a tokenizer, in which everything matters."""
+    words = Tokenizer(models.WordLevel({"<s>": 0, "a": 1, "b": 2, "c": 3, "d": 4}, unk_token="<s>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="<s>").save_pretrained(folder)
+    torch.manual_seed(0)
+    if architecture == "gpt2":
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=5, n_positions=12, n_embd=8, n_layer=2, n_head=2))
+    else:
+        sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=5, max_position_embeddings=12, **sizes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.5 * torch.randn(parameter.shape))
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory):
+    return save_judge(tmp_path_factory.mktemp("judge"))
+
+
+def random_texts(seed, count, longest=10):
+    rng = random.Random(seed)
+    return [" ".join(rng.choices("abcd", [4, 3, 2, 1], k=rng.randint(0, longest))) for _ in range(count)]
 
 
 def random_rows(rng, count):
@@ -137,14 +178,19 @@ def test_arrays_and_batches_are_accepted():
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
-def test_the_folder_works_alone(folder, tmp_path):
+def test_the_folder_works_alone(folder, tmp_path, judge):
     text = (folder / f"{folder.name}.py").read_text()
     assert "xlm_hf" not in text
     copy = tmp_path / folder.name
     copy.mkdir()
     (copy / f"{folder.name}.py").write_text(text)
     ours = load_metric(folder.name)
-    inputs = {name: [PROMPT, PROMPT] for name in ours.features}
+    inputs = {
+        name: ["a b c b", "b c"] * 10 if feature == datasets.Value("string") else [PROMPT, PROMPT]
+        for name, feature in ours.features.items()
+    }
+    models = {"generative_perplexity": {"eval_model": judge}, "mauve": {"feature_model": judge}}
+    inputs.update(models.get(folder.name, {}))
     expected = ours.compute(**inputs)
     for other in (
         evaluate.load(str(copy)),
@@ -212,3 +258,147 @@ def test_bad_inputs_are_refused_and_the_metric_still_works(name, inputs, message
     with pytest.raises(ValueError, match=message):
         metric.compute(**inputs)
     assert metric.compute(**{n: [PROMPT] for n in metric.features}) == {name: 0.0 if name == "star_path" else 1.0}
+
+
+def slow_entropy(tokens):
+    total = 0.0
+    for token in set(tokens):
+        share = sum(other == token for other in tokens) / len(tokens)
+        total -= share * math.log(share)
+    return total
+
+
+def test_sample_entropy_against_loops():
+    predictions, _, padded, _ = random_rows(random.Random(1), 200)
+    expected = np.mean([slow_entropy(row) for row in predictions])
+    assert min(map(len, predictions)) == 0
+    metric = load_metric("sample_entropy")
+    assert metric.compute(predictions=padded)["sample_entropy"] == pytest.approx(expected)
+    assert metric.per_example(predictions=padded)["sample_entropy"] == pytest.approx(
+        list(map(slow_entropy, predictions))
+    )
+
+
+def test_distinct_n_against_loops():
+    predictions, _, padded, _ = random_rows(random.Random(2), 30)
+    result = load_metric("distinct_n").compute(predictions=padded)
+    for n in (1, 2, 3):
+        everything, within = [], []
+        for row in predictions:
+            grams = [tuple(row[start : start + n]) for start in range(len(row) - n + 1)]
+            everything += grams
+            if grams:
+                within.append(len(set(grams)) / len(grams))
+        assert result[f"distinct_{n}"] == pytest.approx(len(set(everything)) / len(everything))
+        assert result[f"distinct_{n}_within"] == pytest.approx(np.mean(within))
+        assert 0 < result[f"distinct_{n}"] < result[f"distinct_{n}_within"]
+
+
+@torch.no_grad()
+def slow_generative_perplexity(folder, texts, first_token, max_length):
+    """One text at a time, one prefix at a time."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    nats, tokens, per_sample, entropies = 0.0, 0, [], []
+    for text in texts:
+        ids = tokenizer(text)["input_ids"]
+        ids = ([0, *ids] if first_token == "after_bos" else ids)[:max_length]
+        own = 0.0
+        for place in range(1, len(ids)):
+            own -= float(model(torch.tensor([ids[:place]])).logits[0, -1].log_softmax(dim=-1)[ids[place]])
+        nats, tokens = nats + own, tokens + max(len(ids) - 1, 0)
+        entropies.append(slow_entropy(ids[1:]))
+        if len(ids) > 1:
+            per_sample.append(math.exp(own / (len(ids) - 1)))
+    return {
+        "generative_tokens": tokens,
+        "generative_nll": nats / tokens,
+        "generative_perplexity": math.exp(nats / tokens),
+        "generative_perplexity_per_sample": np.mean(per_sample),
+        "generative_entropy": np.mean(entropies),
+    }
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+@pytest.mark.parametrize(("first_token", "max_length"), [("unscored", 1024), ("after_bos", 1024), ("after_bos", 5)])
+def test_generative_perplexity_against_a_loop_whatever_the_batch_size(architecture, first_token, max_length, tmp_path):
+    folder, texts = save_judge(tmp_path, architecture), random_texts(3, 12)
+    expected = slow_generative_perplexity(folder, texts, first_token, max_length)
+    assert "" in texts
+    assert expected["generative_perplexity"] != pytest.approx(expected["generative_perplexity_per_sample"], rel=1e-2)
+    options = {"eval_model": folder, "first_token": first_token, "max_length": max_length}
+    for batch_size in (1, 5, 64):
+        result = load_metric("generative_perplexity", **options, batch_size=batch_size).compute(predictions=texts)
+        assert result.keys() == expected.keys()
+        for name, value in expected.items():
+            assert result[name] == pytest.approx(value, rel=1e-5), name
+
+
+def test_a_text_is_cut_at_the_positions_of_the_eval_model(judge):
+    metric = load_metric("generative_perplexity", eval_model=judge)
+    long = " ".join("abcd" * 10)
+    assert metric.compute(predictions=[long]) == metric.compute(predictions=[long[:23]])
+    assert metric.compute(predictions=[long])["generative_tokens"] == 11
+
+
+def test_without_a_scored_token_there_is_no_perplexity(judge):
+    result = load_metric("generative_perplexity", eval_model=judge).compute(predictions=["", "a"])
+    assert result == {"generative_tokens": 0, "generative_entropy": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"first_token": "scored"}, "unknown first_token 'scored'"),
+        ({"eval_model": "no/such/folder"}, "eval_model 'no/such/folder' cannot be loaded: name the folder or Hub id"),
+    ],
+)
+def test_a_generative_perplexity_that_cannot_be_had_is_refused(options, message, judge):
+    with pytest.raises(ValueError, match=message):
+        load_metric("generative_perplexity", **{"eval_model": judge, **options}).compute(predictions=["a b"])
+
+
+def test_mauve_is_the_librarys_on_features_of_one_text_at_a_time(judge):
+    mauve = pytest.importorskip("mauve")
+    model = AutoModelForCausalLM.from_pretrained(judge).transformer.eval()
+    tokenizer = AutoTokenizer.from_pretrained(judge)
+    human, generated = random_texts(5, 40), [text.replace("a", "d") for text in random_texts(6, 40)]
+
+    def features(texts):
+        rows = [tokenizer(text)["input_ids"][:6] or [0] for text in texts]
+        with torch.no_grad():
+            return np.stack([model(torch.tensor([row])).last_hidden_state[0, -1].numpy() for row in rows])
+
+    expected = mauve.compute_mauve(features(human), features(generated), num_buckets=4, verbose=False).mauve
+    assert 0.01 < expected < 0.95
+    for batch_size in (1, 7):
+        metric = load_metric("mauve", feature_model=judge, num_buckets=4, batch_size=batch_size, max_length=6)
+        assert metric.compute(predictions=generated, references=human)["mauve"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_without_its_library_mauve_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install 'xlm-hf\[mauve\]'"):
+        load_metric("mauve")
+
+
+def test_token_accuracy_counts_the_blanks_alone():
+    predictions, references = [[1, 2, 3, 4], [5, 6]], [[1, 9, 3, 9], [5, 7]]
+    blanks = [[True, True, False, True], [True, False]]
+    metric = load_metric("token_accuracy")
+    assert metric.compute(predictions=predictions, references=references, blanks=blanks) == {
+        "token_accuracy": (1 / 3 + 1) / 2
+    }
+    with pytest.raises(ValueError, match="reference 0 has no tokens"):
+        metric.compute(predictions=[[1]], references=[[1]], blanks=[[False]])
+
+
+@pytest.mark.parametrize("name", ["exact_match", "token_accuracy", "star_path", "sample_entropy"])
+def test_the_values_of_the_examples_average_to_the_metric(name):
+    predictions, references, _, _ = random_rows(random.Random(4), 50)
+    metric = load_metric(name)
+    columns = {"predictions": [[1, 2, 2, 3, 3, 4], [1], *predictions], "references": [[1], [1], *references]}
+    columns["prompts"] = [PROMPT] * len(columns["predictions"])
+    inputs = {name: columns[name] for name in metric.features}
+    values = metric.per_example(**inputs)[name]
+    assert len(set(values)) > 1
+    assert metric.compute(**inputs)[name] == pytest.approx(np.mean(values))

@@ -20,20 +20,25 @@ def test_loss_and_gradients_equal_a_double_loop(seed):
     output = ARLMLoss()(model, collate(examples))
     gradients = torch.autograd.grad(output.loss_sum, list(model.parameters()))
 
-    expected, right = 0.0, 0
+    expected, right, nats = 0.0, 0, []
     for example in examples:
+        before = expected
         row = [*example["prompt_ids"], BOS, *example["target_ids"], EOS]
         for place in range(len(example["prompt_ids"]), len(row) - 1):
             # Only what stands before it: nothing later, no padding, no other row.
             scores = model(torch.tensor([row[: place + 1]])).logits[0, -1]
             expected = expected - scores.log_softmax(dim=-1)[row[place + 1]]
             right += int(scores.argmax()) == row[place + 1]
+        nats.append(float(expected - before))
     expected_gradients = torch.autograd.grad(expected, list(model.parameters()))
 
     assert (
         output.num_items == ARLMLoss().num_items(collate(examples)) == sum(len(e["target_ids"]) + 1 for e in examples)
     )
-    assert output.metrics == {"next_token_accuracy": (right, output.num_items)}
+    assert output.metrics["next_token_accuracy"] == (right, output.num_items)
+    assert output.sequence_tokens.tolist() == [len(e["target_ids"]) + 1 for e in examples]
+    assert output.sequence_nats.tolist() == pytest.approx(nats, rel=1e-5)
+    assert output.metrics["sequence_nll"] == (output.sequence_nats.sum(), 7)
     # The loss is computed in float32 whatever the model's type.
     torch.testing.assert_close(output.loss_sum.double(), expected, rtol=1e-6, atol=1e-6)
     for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
@@ -47,7 +52,7 @@ def test_loss_is_a_sum_over_sequences():
     parts = [ARLMLoss()(model, collate([example])) for example in examples]
     torch.testing.assert_close(whole.loss_sum, sum(part.loss_sum for part in parts))
     for name, (total, count) in whole.metrics.items():
-        assert int(total) == sum(int(part.metrics[name][0]) for part in parts)
+        assert float(total) == pytest.approx(sum(float(part.metrics[name][0]) for part in parts), rel=1e-5)
         assert int(count) == sum(int(part.metrics[name][1]) for part in parts)
 
 

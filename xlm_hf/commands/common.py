@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import datasets
 import hydra
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -21,7 +22,7 @@ from xlm_hf.arguments import XLMTrainingArguments
 from xlm_hf.callbacks import Budget, EarlyStopping
 from xlm_hf.checkpoints import resolve_checkpoint, write_text
 from xlm_hf.ema import load_average
-from xlm_hf.evaluation import EvaluationSet
+from xlm_hf.evaluation import RECORD_FIELDS, EvaluationSet
 from xlm_hf.metrics import load_metric
 from xlm_hf.modules.messages import did_you_mean
 from xlm_hf.tasks import Task, load_task
@@ -163,25 +164,27 @@ def build_collator(
 
 def build_evaluation_sets(cfg: DictConfig, task: Task, model: PreTrainedModel, loss: Any) -> list[EvaluationSet]:
     """The task's `evaluation` list as objects."""
-    known = ["name", "split", "collator", "loss", "generate", "metrics", "stages"]
+    known = [field.name for field in fields(EvaluationSet) if field.name not in ("dataset", "kind")]
     sets = []
     for entry in plain(cfg.task.evaluation):
-        check_options("An entry of task.evaluation", entry, known)
-        if entry["split"] not in task.splits:
+        check_options("An entry of task.evaluation", entry, [*known, "split", "num_samples"])
+        if entry.get("split") not in [*task.splits, *([None] if "num_samples" in entry else [])]:
             raise ValueError(
-                f"Task {task.name!r} has no split {entry['split']!r}: {did_you_mean(entry['split'], list(task.splits))}"
+                f"Task {task.name!r} has no split {entry.get('split')!r}: "
+                f"{did_you_mean(str(entry.get('split')), list(task.splits))}"
             )
-        sets.append(
-            EvaluationSet(
-                name=entry["name"],
-                dataset=task.splits[entry["split"]],
-                collator=build_collator(cfg, entry["collator"], task.tokenizer, model),
-                stages=entry["stages"],
-                loss=loss if entry.get("loss") else None,
-                generate=entry.get("generate", False),
-                metrics=[load_metric(metric) for metric in entry.get("metrics", [])],
-            )
+        for name in entry.get("prediction_fields") or ():
+            if name not in RECORD_FIELDS:
+                raise ValueError(f"prediction_fields has no {name!r}: {did_you_mean(name, RECORD_FIELDS)}")
+        options = {name: value for name, value in entry.items() if name not in ("split", "num_samples")}
+        options.update(
+            dataset=_unconditional(entry, task) if "num_samples" in entry else task.splits[entry["split"]],
+            collator=build_collator(cfg, entry["collator"], task.tokenizer, model),
+            kind=entry["collator"].removesuffix("_prediction"),
+            loss=loss if entry.get("loss") else None,
+            metrics=_build_metrics(entry),
         )
+        sets.append(EvaluationSet(**options))
     return sets
 
 
@@ -191,6 +194,43 @@ def build_callbacks(cfg: DictConfig) -> list[TrainerCallback]:
     if cfg.early_stopping.patience is not None:
         callbacks.append(EarlyStopping(**plain(cfg.early_stopping)))
     return callbacks
+
+
+def _unconditional(entry: dict[str, Any], task: Task) -> datasets.Dataset:
+    """Examples without a prompt; with a `split`, its first ones are the references."""
+    num_samples = entry["num_samples"]
+    columns: dict[str, Any] = {"example_id": list(range(num_samples))}
+    if "split" in entry:
+        split = task.splits[entry["split"]]
+        if len(split) < num_samples:
+            raise ValueError(
+                f"Evaluation set {entry['name']!r} wants {num_samples} samples with as many references, and the split "
+                f"{entry['split']!r} has {len(split)} examples: lower num_samples or leave split out."
+            )
+        columns["reference_ids"] = split.select(range(num_samples))["input_ids"][:]
+    return datasets.Dataset.from_dict(columns)
+
+
+def _build_metrics(entry: dict[str, Any]) -> list[Any]:
+    """The metrics of an evaluation set; one whose required option is null is left out."""
+    inputs = ["predictions", "prompts", *(["references"] if "split" in entry else [])]
+    metrics = []
+    for spec in entry.get("metrics", []):
+        metric = load_metric(spec)
+        where = f"The metric {spec if isinstance(spec, str) else next(iter(spec.values()))!r} of {entry['name']!r}"
+        for name in metric.features:
+            if name not in inputs:
+                remedy = ": add the split that they come from." if name == "references" else "."
+                raise ValueError(f"{where} needs {name}, and this set has {', '.join(inputs)}{remedy}")
+        parameters = inspect.signature(metric._compute).parameters.values()
+        given = {} if isinstance(spec, str) else spec
+        required = [p.name for p in parameters if p.default is p.empty and p.name not in metric.features]
+        for name in required:
+            if name not in given:
+                raise ValueError(f"{where} needs the option {name}: add it beside its name.")
+        if all(given[name] is not None for name in required):
+            metrics.append(metric)
+    return metrics
 
 
 def build_trainer(cfg: DictConfig, task: Task, model: PreTrainedModel, output_dir: Path) -> XLMTrainer:
@@ -233,7 +273,7 @@ def write_results(output_dir: Path, metrics: dict[str, float], predictions: dict
     for name, records in predictions.items():
         lines = "".join(json.dumps(record) + "\n" for record in records)
         write_text(output_dir / "predictions" / f"{name}.jsonl", lines)
-    write_text(output_dir / "metrics.json", json.dumps(metrics, indent=2, sort_keys=True) + "\n")
+    write_text(output_dir / "metrics.json", json.dumps(metrics, indent=2, sort_keys=True, default=float) + "\n")
 
 
 def next_command(*overrides: str) -> str:

@@ -21,24 +21,25 @@ from xlm_hf.commands.common import (
     write_results,
 )
 from xlm_hf.decode_history import history_html, save_gif
-from xlm_hf.evaluation import content_places
+from xlm_hf.evaluation import check_blanks, decode_records
 from xlm_hf.streamers import BatchDiffusionStreamer, DraftRecorder
 
 
 def run(cfg: DictConfig) -> list[dict[str, Any]]:
-    """Decode `prompts` (a JSONL file), or the first `num_samples` test examples of the task; print and save them.
+    """Decode `prompts` (a JSONL file), or `num_samples` of the task; print and save them.
+
+    A file whose prompts have mask tokens is filled in. Of a task with prompts or blanks the first test examples are
+    decoded; of one without, samples are written from nothing.
 
     In a terminal the decode is shown while it goes on. `decodes.html` in the run's folder plays it back, and so does
     `decode.gif`, of the first row, where Pillow is installed.
 
     Returns:
-        one record per decode, as written to `predictions/generate.jsonl`: prompt, prediction, the ids of both, nfe,
-        finish_reason and `steps`, the step that wrote each token of the prediction.
+        one record per decode, as written to `predictions/generate.jsonl`: see `xlm_hf.evaluation.decode_records`.
     """
     model: Any = load_model(cfg)
     tokenizer = load_tokenizer(cfg)
-    examples = _examples_from_file(cfg, tokenizer) if cfg.prompts else _examples_from_task(cfg)
-    kind = "seq2seq" if any(example["prompt_ids"] for example in examples) else "lm"
+    examples, kind = _examples_from_file(cfg, tokenizer) if cfg.prompts else _examples_from_task(cfg)
     collator = build_collator(cfg, f"{kind}_prediction", tokenizer, model)
     output_dir = run_directory(cfg)
     make_streamer = BatchDiffusionStreamer if sys.stdout.isatty() else DraftRecorder
@@ -51,23 +52,9 @@ def run(cfg: DictConfig) -> list[dict[str, Any]]:
         streamer = make_streamer(tokenizer)
         output = model.generate(**batch, seed=seeds, return_history=True, streamer=streamer)
         frames += [streamer.frames(row) for row in range(len(seeds))]
-        width = batch["input_ids"].shape[1]
-        for row, example in enumerate(examples[start : start + batch_size]):
-            written, steps = output.sequences[row, width:].tolist(), output.history[row, width:].tolist()
-            places = content_places(written, tokenizer)
-            ids = [written[place] for place in places]
-            records.append(
-                {
-                    **example,
-                    "prediction_ids": ids,
-                    "prompt": tokenizer.decode(example["prompt_ids"]),
-                    "prediction": tokenizer.decode(ids),
-                    "steps": [steps[place] for place in places],
-                    "nfe": int(output.nfe[row]),
-                    "finish_reason": output.finish_reason[row],
-                }
-            )
-            say(render(records[-1], tokenizer) + "\n")
+        records += decode_records(output, batch, examples[start : start + batch_size], kind, tokenizer)
+        for record in records[start:]:
+            say(render(record, tokenizer) + "\n")
     write_results(output_dir, {"samples": len(records)}, {"generate": records})
     write_text(output_dir / "decodes.html", history_html(frames, streamer.separator, cfg.experiment))
     if is_vision_available():
@@ -81,45 +68,51 @@ def render(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
     """A decode as text: the prompt, then the sequence after every step, the tokens just written in brackets."""
     words = [str(tokenizer.decode([token])) for token in record["prediction_ids"]]
     steps = record["steps"]
+    # Where something was given, what is not written yet shows as a gap.
+    gap = ["_"] if -1 in steps else []
     lines = [f"prompt      {record['prompt']}"]
-    for step in sorted(set(steps)):
-        shown = [f"[{word}]" if at == step else word for word, at in zip(words, steps, strict=True) if at <= step]
+    for step in sorted(set(steps) - {-1}):
+        shown = [
+            text
+            for word, at in zip(words, steps, strict=True)
+            for text in ([f"[{word}]"] if at == step else [word] if at < step else gap)
+        ]
         lines.append(f"step {step + 1:<6} {' '.join(shown)}")
     lines.append(f"prediction  {record['prediction']}   ({record['finish_reason']}, {record['nfe']} forward passes)")
-    if "reference" in record:
+    if record["reference"]:
         lines.append(f"reference   {record['reference']}")
     return "\n".join(lines)
 
 
-def _examples_from_task(cfg: DictConfig) -> list[dict[str, Any]]:
+def _examples_from_task(cfg: DictConfig) -> tuple[list[dict[str, Any]], str]:
     task = build_task(cfg)
-    rows = list(task.splits["test"].select(range(min(cfg.num_samples, len(task.splits["test"])))))
-    return [
-        {
-            "example_id": row["example_id"],
-            "prompt_ids": row.get("prompt_ids", []),
-            **({"reference": task.tokenizer.decode(row["target_ids"])} if "target_ids" in row else {}),
-        }
-        for row in rows
-    ]
+    if task.kind == "lm":
+        return [{"example_id": number} for number in range(cfg.num_samples)], task.kind
+    test = task.splits["test"]
+    return list(test.select(range(min(cfg.num_samples, len(test))))), task.kind
 
 
-def _examples_from_file(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+def _examples_from_file(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[dict[str, Any]], str]:
     file = Path(cfg.prompts)
     if not file.exists():
         raise ValueError(f"There is no file {file}: prompts names a JSONL file with a `prompt` or `prompt_ids` a line.")
-    examples = []
+    rows = []
     for number, line in enumerate(file.read_text().splitlines()):
         try:
             row = json.loads(line)
-            ids = (
-                row["prompt_ids"] if "prompt_ids" in row else tokenizer.encode(row["prompt"], add_special_tokens=False)
-            )
+            names = [name for name in ("prompt_ids", "input_ids") if name in row]
+            ids = row[names[0]] if names else tokenizer.encode(row["prompt"], add_special_tokens=False)
         except (ValueError, KeyError, TypeError):
             raise ValueError(
-                f"Line {number + 1} of {file} is not a JSON object with a `prompt` or `prompt_ids`: {line[:60]}"
+                f"Line {number + 1} of {file} is not a JSON object with a `prompt`, `prompt_ids` or `input_ids`: "
+                f"{line[:60]}"
             ) from None
-        examples.append({"example_id": number, "prompt_ids": ids})
-    if not examples:
+        rows.append(ids)
+    if not rows:
         raise ValueError(f"{file} is empty: write one JSON object with a `prompt` on each line.")
-    return examples
+    is_infill = any(tokenizer.mask_token_id in ids for ids in rows)
+    name = "input_ids" if is_infill else "prompt_ids"
+    examples = [{"example_id": number, name: ids} for number, ids in enumerate(rows)]
+    if is_infill:
+        check_blanks(examples, tokenizer)
+    return examples, "infill" if is_infill else "seq2seq" if any(rows) else "lm"

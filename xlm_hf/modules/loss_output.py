@@ -14,11 +14,17 @@ class LossOutput:
         num_items: scalar tensor or int: how many items the sum runs over (examples or tokens, as the family defines).
         metrics: name -> (sum, count) of detached scalars, reduced over accumulation steps and ranks in the same way
             and logged under their own names.
+        sequence_nats, sequence_tokens: of a loss that is a negative log-likelihood, or an unbiased estimate of an upper
+            bound of one, and of no other: the nats of each sequence of the batch (a document or a row of them), and
+            the tokens they are for, both (N,) and detached. The evaluation turns them into a perplexity, bits per
+            character and standard errors.
     """
 
     loss_sum: torch.Tensor
     num_items: torch.Tensor | int
     metrics: dict[str, tuple[torch.Tensor, torch.Tensor | int]] = field(default_factory=dict)
+    sequence_nats: torch.Tensor | None = None
+    sequence_tokens: torch.Tensor | None = None
 
 
 def model_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

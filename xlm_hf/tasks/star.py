@@ -10,12 +10,14 @@ import os
 
 import numpy as np
 import pyarrow as pa
+import torch
 from datasets import Dataset, DatasetDict
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
+from xlm_hf.modules.counter_random import uniform
 from xlm_hf.tasks import Task
 from xlm_hf.tasks.cache import cached
 
@@ -46,6 +48,7 @@ def star_graphs(
     min_plan_length: int,
     num_labels: int,
     path_format: str = "edges",
+    blank_rate: float | None = None,
     num_train: int = 50_000,
     num_validation: int = 100,
     num_test: int = 5_000,
@@ -71,6 +74,9 @@ def star_graphs(
         min_plan_length: the fewest edges of an arm after the centre.
         num_labels: nodes are labelled 0 .. num_labels - 1.
         path_format: "edges" writes the path a-b-c as `a b b c`, "nodes" as `a b c`.
+        blank_rate: makes it an infill task: `input_ids` are the prompt and the path, each token of the path blank with
+            this probability and at least one of them, `target_ids` both in full. Which ones is a function of (seed,
+            example_id). None leaves the path to be written.
         num_train: examples of the train split.
         num_validation: examples of the validation split.
         num_test: examples of the test split.
@@ -90,10 +96,30 @@ def star_graphs(
     }
     sizes = {"test": num_test, "validation": num_validation, "train": num_train}
     _check(settings, sizes, path_format)
+    if blank_rate is not None and not 0 < blank_rate <= 1:
+        raise ValueError(f"blank_rate must be in (0, 1] and is {blank_rate}.")
 
     key = {"generator": GENERATOR_VERSION, **settings, "sizes": sizes, "path_format": path_format}
     splits, tokenizer = cached(name, key, lambda: _build(settings, sizes, path_format), cache_dir)
-    return Task(name=name, kind="seq2seq", splits=splits, tokenizer=tokenizer)
+    if blank_rate is None:
+        return Task(name=name, kind="seq2seq", splits=splits, tokenizer=tokenizer)
+    blanked = {
+        split: _with_blanks(dataset[:], blank_rate, seed, tokenizer.mask_token_id) for split, dataset in splits.items()
+    }
+    return Task(name=name, kind="infill", splits=DatasetDict(blanked), tokenizer=tokenizer)
+
+
+def _with_blanks(columns: dict[str, list], blank_rate: float, seed: int, mask: int | None) -> Dataset:
+    keys = uniform(
+        seed, torch.tensor(columns["example_id"])[:, None], torch.arange(max(map(len, columns["target_ids"])))
+    )
+    inputs, targets = [], []
+    for prompt, path, row in zip(columns["prompt_ids"], columns["target_ids"], keys.tolist(), strict=True):
+        row = row[: len(path)]
+        blank = [key < blank_rate or key == min(row) for key in row]
+        inputs.append(prompt + [mask if open_ else token for token, open_ in zip(path, blank, strict=True)])
+        targets.append(prompt + path)
+    return Dataset.from_dict({"example_id": columns["example_id"], "input_ids": inputs, "target_ids": targets})
 
 
 def _build(

@@ -7,8 +7,7 @@ from collections import Counter
 import datasets
 import evaluate
 import torch
-from transformers import AutoModelForCausalLM
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 FIRST_TOKENS = ("unscored", "after_bos")
 
@@ -19,8 +18,8 @@ Args:
     predictions: texts.
     eval_model: the model that scores them: the folder or Hub id of a causal language model, or such a model.
     eval_tokenizer: its tokenizer; by default the one of the same folder or Hub id.
-    first_token: "unscored" leaves the first token of each text out; "after_bos" scores it after the beginning-of-sequence
-        token of the tokenizer.
+    first_token: "unscored" leaves the first token of each text out; "after_bos" scores it after the tokenizer's
+        beginning-of-sequence token.
     batch_size: texts in a forward pass; the result does not depend on it.
     max_length: most tokens of a text, the beginning-of-sequence token included; the rest is cut off.
 Returns:

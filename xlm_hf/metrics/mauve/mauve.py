@@ -6,8 +6,7 @@ import datasets
 import evaluate
 import numpy
 import torch
-from transformers import AutoModel
-from transformers import AutoTokenizer
+from transformers import AutoModel, AutoTokenizer
 
 _DESCRIPTION = "MAUVE: how much generated texts resemble references, as distributions of a language model's features."
 

@@ -54,7 +54,8 @@ class StarPath(evaluate.Metric):
     def _compute(self, predictions, prompts, path_format="edges"):
         if not predictions:
             raise ValueError("no predictions to score: star_path needs at least one.")
-        return {"star_path": sum(self.per_example(predictions, prompts, path_format)["star_path"]) / len(predictions)}
+        paths = self.per_example(predictions, prompts, path_format=path_format)["star_path"]
+        return {"star_path": sum(paths) / len(paths)}
 
 
 def _nodes_of_edges(tokens):

@@ -11,8 +11,8 @@ _INPUTS = """
 Args:
     predictions: lists of token ids; -100 is padding and is dropped.
     references: lists of token ids, none of them empty; -100 is padding and is dropped.
-    blanks: of infilling, where each example was blank: lists of bool as long as its prediction and reference. Only these
-        positions count; by default all do.
+    blanks: of infilling, where each example was blank: lists of bool as long as its prediction and reference. Only
+        these positions count; by default all do.
 Returns:
     token_accuracy: mean over examples of the share of the reference's positions where the prediction agrees.
 """
@@ -53,5 +53,5 @@ class TokenAccuracy(evaluate.Metric):
     def _compute(self, predictions, references, blanks=None):
         if not predictions:
             raise ValueError("no predictions to score: token_accuracy needs at least one.")
-        accuracies = self.per_example(predictions, references, blanks)["token_accuracy"]
+        accuracies = self.per_example(predictions, references, blanks=blanks)["token_accuracy"]
         return {"token_accuracy": sum(accuracies) / len(accuracies)}
