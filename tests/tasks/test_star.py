@@ -449,3 +449,25 @@ def test_impossible_settings_are_refused_before_any_work(changes, message, tmp_p
 def test_the_tightest_possible_settings_work(tmp_path):
     task = star.star_graphs(**{**SMALL, "num_labels": 7, "min_plan_length": 2}, cache_dir=tmp_path)
     assert len(task.splits["train"]) == 40
+
+
+def test_blanks_are_a_share_of_the_path_and_at_least_one(tmp_path):
+    whole = star.star_graphs(**SMALL, cache_dir=tmp_path)
+    for rate in (0.3, 1e-9, 1.0):
+        task = star.star_graphs(**SMALL, blank_rate=rate, cache_dir=tmp_path)
+        assert task.kind == "infill"
+        shares = []
+        for split, rows in task.splits.items():
+            for row, graph in zip(rows, whole.splits[split], strict=True):
+                assert row["target_ids"] == graph["prompt_ids"] + graph["target_ids"]
+                pairs = list(zip(row["input_ids"], row["target_ids"], strict=True))
+                blank = [given == task.tokenizer.mask_token_id for given, _ in pairs]
+                assert all(given == token for (given, token), hidden in zip(pairs, blank, strict=True) if not hidden)
+                start = len(graph["prompt_ids"])
+                assert not any(blank[:start])
+                assert any(blank)
+                shares.append(sum(blank) / (len(blank) - start))
+        assert rate - 0.05 < np.mean(shares) < rate + 0.3
+        assert {0.3: len(set(shares)) > 2, 1e-9: max(shares) <= 1 / 2, 1.0: min(shares) == 1}[rate]
+    with pytest.raises(ValueError, match="blank_rate must be in"):
+        star.star_graphs(**SMALL, blank_rate=0.0, cache_dir=tmp_path)

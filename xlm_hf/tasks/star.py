@@ -74,9 +74,7 @@ def star_graphs(
         min_plan_length: the fewest edges of an arm after the centre.
         num_labels: nodes are labelled 0 .. num_labels - 1.
         path_format: "edges" writes the path a-b-c as `a b b c`, "nodes" as `a b c`.
-        blank_rate: makes it an infill task: `input_ids` are the prompt and the path, each token of the path blank with
-            this probability and at least one of them, `target_ids` both in full. Which ones is a function of (seed,
-            example_id). None leaves the path to be written.
+        blank_rate: makes it an infill task, see `with_blanks`; None leaves the whole path to be written.
         num_train: examples of the train split.
         num_validation: examples of the validation split.
         num_test: examples of the test split.
@@ -95,31 +93,36 @@ def star_graphs(
         "seed": seed,
     }
     sizes = {"test": num_test, "validation": num_validation, "train": num_train}
-    _check(settings, sizes, path_format)
-    if blank_rate is not None and not 0 < blank_rate <= 1:
-        raise ValueError(f"blank_rate must be in (0, 1] and is {blank_rate}.")
+    _check(settings, sizes, path_format, blank_rate)
 
     key = {"generator": GENERATOR_VERSION, **settings, "sizes": sizes, "path_format": path_format}
     splits, tokenizer = cached(name, key, lambda: _build(settings, sizes, path_format), cache_dir)
-    if blank_rate is None:
-        return Task(name=name, kind="seq2seq", splits=splits, tokenizer=tokenizer)
-    blanked = {
-        split: _with_blanks(dataset[:], blank_rate, seed, tokenizer.mask_token_id) for split, dataset in splits.items()
-    }
-    return Task(name=name, kind="infill", splits=DatasetDict(blanked), tokenizer=tokenizer)
+    task = Task(name=name, kind="seq2seq", splits=splits, tokenizer=tokenizer)
+    return task if blank_rate is None else with_blanks(task, blank_rate, seed)
 
 
-def _with_blanks(columns: dict[str, list], blank_rate: float, seed: int, mask: int | None) -> Dataset:
-    keys = uniform(
-        seed, torch.tensor(columns["example_id"])[:, None], torch.arange(max(map(len, columns["target_ids"])))
-    )
-    inputs, targets = [], []
-    for prompt, path, row in zip(columns["prompt_ids"], columns["target_ids"], keys.tolist(), strict=True):
-        row = row[: len(path)]
-        blank = [key < blank_rate or key == min(row) for key in row]
-        inputs.append(prompt + [mask if open_ else token for token, open_ in zip(path, blank, strict=True)])
-        targets.append(prompt + path)
-    return Dataset.from_dict({"example_id": columns["example_id"], "input_ids": inputs, "target_ids": targets})
+def with_blanks(task: Task, blank_rate: float, seed: int) -> Task:
+    """The infill task of a seq2seq task: `input_ids` are prompt and target with blanks, `target_ids` both in full.
+
+    Each token of a target is blank with probability `blank_rate`, and at least one is; which ones is a function of
+    (seed, example_id).
+    """
+    splits = {}
+    for split, dataset in task.splits.items():
+        columns = dataset[:]
+        places = torch.arange(max(map(len, columns["target_ids"])))
+        keys = uniform(seed, torch.tensor(columns["example_id"])[:, None], places).tolist()
+        inputs, targets = [], []
+        for prompt, path, row in zip(columns["prompt_ids"], columns["target_ids"], keys, strict=True):
+            threshold = max(blank_rate, min(row[: len(path)]))
+            hidden = [
+                task.tokenizer.mask_token_id if key <= threshold else t for t, key in zip(path, row, strict=False)
+            ]
+            inputs.append(prompt + hidden)
+            targets.append(prompt + path)
+        columns = {"example_id": columns["example_id"], "input_ids": inputs, "target_ids": targets}
+        splits[split] = Dataset.from_dict(columns)
+    return Task(name=task.name, kind="infill", splits=DatasetDict(splits), tokenizer=task.tokenizer)
 
 
 def _build(
@@ -143,7 +146,9 @@ def number_tokenizer(num_labels: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=model, **SPECIAL_TOKENS)
 
 
-def _check(settings: dict[str, int], sizes: dict[str, int], path_format: str) -> None:
+def _check(settings: dict[str, int], sizes: dict[str, int], path_format: str, blank_rate: float | None) -> None:
+    if blank_rate is not None and not 0 < blank_rate <= 1:
+        raise ValueError(f"blank_rate must be in (0, 1] and is {blank_rate}.")
     if path_format not in PATH_FORMATS:
         closest = difflib.get_close_matches(str(path_format), PATH_FORMATS, n=1, cutoff=0)[0]
         raise ValueError(f"unknown path_format {path_format!r}: did you mean {closest!r}? Choose 'edges' or 'nodes'.")

@@ -5,30 +5,27 @@ import evaluate
 
 PADDING = -100
 
-_DESCRIPTION = "Share of n-grams that differ, across all samples and within each of them."
-
-_INPUTS = """
-Args:
-    predictions: lists of token ids; -100 is padding and is dropped.
-    sizes: the n to report.
-Returns:
-    distinct_<n>: number of different n-grams of all samples / number of n-grams; 0 if there are none.
-    distinct_<n>_within: mean over the samples that have an n-gram of the same within the sample; 0 if none has.
-"""
-
 
 class DistinctN(evaluate.Metric):
     """distinct_n = different n-grams / n-grams, over all samples together (Li et al., arXiv 1510.03055).
 
     `distinct_<n>_within` is the mean of the same quotient within each sample that has an n-gram.
+
+    Args:
+        predictions: lists of token ids; -100 is padding and is dropped.
+        sizes: the n to report.
+
+    Returns:
+        distinct_<n>: number of different n-grams of all samples / number of n-grams; 0 if there are none.
+        distinct_<n>_within: mean over the samples that have an n-gram of the same within the sample; 0 if none has.
     """
 
     def _info(self):
         tokens = datasets.List(datasets.Value("int64"))
         return evaluate.MetricInfo(
-            description=_DESCRIPTION,
+            description=__doc__,
             citation="",
-            inputs_description=_INPUTS,
+            inputs_description=self.__doc__,
             features=datasets.Features({"predictions": tokens}),
         )
 

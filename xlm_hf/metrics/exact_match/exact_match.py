@@ -5,26 +5,24 @@ import evaluate
 
 PADDING = -100
 
-_DESCRIPTION = "Share of predictions that equal their reference, token for token."
-
-_INPUTS = """
-Args:
-    predictions: lists of token ids; -100 is padding and is dropped.
-    references: lists of token ids; -100 is padding and is dropped.
-Returns:
-    exact_match: mean over examples of 1[prediction == reference].
-"""
-
 
 class ExactMatch(evaluate.Metric):
-    """exact_match = mean over examples of 1[prediction == reference], without the padding -100 of either."""
+    """exact_match = mean over examples of 1[prediction == reference], without the padding -100 of either.
+
+    Args:
+        predictions: lists of token ids; -100 is padding and is dropped.
+        references: lists of token ids; -100 is padding and is dropped.
+
+    Returns:
+        exact_match: mean over examples of 1[prediction == reference].
+    """
 
     def _info(self):
         tokens = datasets.List(datasets.Value("int64"))
         return evaluate.MetricInfo(
-            description=_DESCRIPTION,
+            description=__doc__,
             citation="",
-            inputs_description=_INPUTS,
+            inputs_description=self.__doc__,
             features=datasets.Features({"predictions": tokens, "references": tokens}),
         )
 

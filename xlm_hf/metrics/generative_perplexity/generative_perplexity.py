@@ -11,38 +11,35 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 FIRST_TOKENS = ("unscored", "after_bos")
 
-_DESCRIPTION = "Perplexity of samples under another language model, beside the entropy of the tokens that it scores."
-
-_INPUTS = """
-Args:
-    predictions: texts.
-    eval_model: the model that scores them: the folder or Hub id of a causal language model, or such a model.
-    eval_tokenizer: its tokenizer; by default the one of the same folder or Hub id.
-    first_token: "unscored" leaves the first token of each text out; "after_bos" scores it after the tokenizer's
-        beginning-of-sequence token.
-    batch_size: texts in a forward pass; the result does not depend on it.
-    max_length: most tokens of a text, the beginning-of-sequence token included; the rest is cut off.
-Returns:
-    generative_tokens: number of scored tokens; if there are none, the next three are left out.
-    generative_nll: nats per scored token of all texts together.
-    generative_perplexity: exp(generative_nll).
-    generative_perplexity_per_sample: mean over texts of exp(nats per scored token of the text).
-    generative_entropy: mean over texts of the entropy in nats of the distribution of the text's scored tokens.
-"""
-
 
 class GenerativePerplexity(evaluate.Metric):
     """generative_nll = sum of -ln p(x_i | x_<i) over all scored tokens / their number, p being another model.
 
     generative_perplexity = exp(generative_nll); generative_perplexity_per_sample = mean over the texts of exp(nats of
     the text / its scored tokens); generative_entropy = mean over the texts of the entropy of their scored tokens.
+
+    Args:
+        predictions: texts.
+        eval_model: the model that scores them: the folder or Hub id of a causal language model, or such a model.
+        eval_tokenizer: its tokenizer; by default the one of the same folder or Hub id.
+        first_token: "unscored" leaves the first token of each text out; "after_bos" scores it after the tokenizer's
+            beginning-of-sequence token.
+        batch_size: texts in a forward pass; the result does not depend on it.
+        max_length: most tokens of a text, the beginning-of-sequence token included; the rest is cut off.
+
+    Returns:
+        generative_tokens: number of scored tokens; if there are none, the next three are left out.
+        generative_nll: nats per scored token of all texts together.
+        generative_perplexity: exp(generative_nll).
+        generative_perplexity_per_sample: mean over texts of exp(nats per scored token of the text).
+        generative_entropy: mean over texts of the entropy in nats of the distribution of the text's scored tokens.
     """
 
     def _info(self):
         return evaluate.MetricInfo(
-            description=_DESCRIPTION,
+            description=__doc__,
             citation="",
-            inputs_description=_INPUTS,
+            inputs_description=self.__doc__,
             features=datasets.Features({"predictions": datasets.Value("string")}),
         )
 

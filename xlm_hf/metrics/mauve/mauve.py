@@ -8,36 +8,34 @@ import numpy
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-_DESCRIPTION = "MAUVE: how much generated texts resemble references, as distributions of a language model's features."
-
-_INPUTS = """
-Args:
-    predictions: generated texts.
-    references: human texts, as many; which stands beside which does not matter.
-    feature_model: folder or Hub id of the language model whose last hidden state, at the last token, is the feature.
-    max_length: most tokens of a text; the rest is cut off.
-    batch_size: texts in a forward pass; the result does not depend on it.
-    num_buckets: clusters of the quantised features; "auto" is a tenth of the number of texts.
-    seed: of the clustering.
-Returns:
-    mauve: area under the divergence curve, in (0, 1]; 1 for equal distributions.
-"""
-
 
 class Mauve(evaluate.Metric):
     """Area under the curve of divergences between generated and human text (Pillutla et al., arXiv 2102.01454).
 
     The clustering and the curve are those of the library `mauve-text`; the features are computed here, of any model.
+
+    Args:
+        predictions: generated texts.
+        references: human texts, as many; which stands beside which does not matter.
+        feature_model: folder or Hub id of the language model whose last hidden state, at the last token, is the
+            feature.
+        max_length: most tokens of a text, at most the positions of the model; the rest is cut off.
+        batch_size: texts in a forward pass; the result does not depend on it.
+        num_buckets: clusters of the quantised features; "auto" is a tenth of the number of texts.
+        seed: of the clustering.
+
+    Returns:
+        mauve: area under the divergence curve, in (0, 1]; 1 for equal distributions.
     """
 
     def _info(self):
         if importlib.util.find_spec("mauve") is None:
-            raise ImportError("the metric mauve needs the library mauve-text: pip install 'xlm-hf[mauve]'.")
+            raise ValueError("the metric mauve needs the library mauve-text: pip install 'xlm-hf[mauve]'.")
         text = datasets.Value("string")
         return evaluate.MetricInfo(
-            description=_DESCRIPTION,
+            description=__doc__,
             citation="",
-            inputs_description=_INPUTS,
+            inputs_description=self.__doc__,
             features=datasets.Features({"predictions": text, "references": text}),
         )
 
@@ -49,6 +47,7 @@ class Mauve(evaluate.Metric):
         model, tokenizer = AutoModel.from_pretrained(feature_model).eval(), AutoTokenizer.from_pretrained(feature_model)
         if accelerator := torch.accelerator.current_accelerator():
             model = model.to(accelerator)
+        max_length = min(max_length, getattr(model.config, "max_position_embeddings", max_length))
         human, generated = (
             _features(model, tokenizer, texts, max_length, batch_size) for texts in (references, predictions)
         )

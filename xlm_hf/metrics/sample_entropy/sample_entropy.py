@@ -8,25 +8,23 @@ import evaluate
 
 PADDING = -100
 
-_DESCRIPTION = "Entropy in nats of the distribution of tokens within a sample, averaged over samples."
-
-_INPUTS = """
-Args:
-    predictions: lists of token ids; -100 is padding and is dropped.
-Returns:
-    sample_entropy: mean over samples of -sum_v f_v ln f_v, f_v being the share of the sample's tokens that are v.
-"""
-
 
 class SampleEntropy(evaluate.Metric):
-    """sample_entropy = mean over samples of -sum_v f_v ln f_v, f_v = count of v in the sample / its length; in nats."""
+    """sample_entropy = mean over samples of -sum_v f_v ln f_v, f_v = count of v in the sample / its length; in nats.
+
+    Args:
+        predictions: lists of token ids; -100 is padding and is dropped.
+
+    Returns:
+        sample_entropy: mean over samples of -sum_v f_v ln f_v, f_v being the share of the sample's tokens that are v.
+    """
 
     def _info(self):
         tokens = datasets.List(datasets.Value("int64"))
         return evaluate.MetricInfo(
-            description=_DESCRIPTION,
+            description=__doc__,
             citation="",
-            inputs_description=_INPUTS,
+            inputs_description=self.__doc__,
             features=datasets.Features({"predictions": tokens}),
         )
 

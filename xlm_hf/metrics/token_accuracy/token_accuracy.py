@@ -5,32 +5,29 @@ import evaluate
 
 PADDING = -100
 
-_DESCRIPTION = "Share of the reference's tokens that the prediction has at the same position, averaged over examples."
-
-_INPUTS = """
-Args:
-    predictions: lists of token ids; -100 is padding and is dropped.
-    references: lists of token ids, none of them empty; -100 is padding and is dropped.
-    blanks: of infilling, where each example was blank: lists of bool as long as its prediction and reference. Only
-        these positions count; by default all do.
-Returns:
-    token_accuracy: mean over examples of the share of the reference's positions where the prediction agrees.
-"""
-
 
 class TokenAccuracy(evaluate.Metric):
     """token_accuracy = mean over examples of |{i < n : prediction[i] == reference[i]}| / n, n = len(reference).
 
     The padding -100 of either is dropped first. Positions that the prediction does not reach are wrong; what it has
     beyond the reference does not count.
+
+    Args:
+        predictions: lists of token ids; -100 is padding and is dropped.
+        references: lists of token ids, none of them empty; -100 is padding and is dropped.
+        blanks: of infilling, where each example was blank: lists of bool as long as its prediction and reference. Only
+            these positions count; by default all do.
+
+    Returns:
+        token_accuracy: mean over examples of the share of the reference's positions where the prediction agrees.
     """
 
     def _info(self):
         tokens = datasets.List(datasets.Value("int64"))
         return evaluate.MetricInfo(
-            description=_DESCRIPTION,
+            description=__doc__,
             citation="",
-            inputs_description=_INPUTS,
+            inputs_description=self.__doc__,
             features=datasets.Features({"predictions": tokens, "references": tokens}),
         )
 
