@@ -1,9 +1,13 @@
 """The arguments of the trainer."""
 
+import os
 from dataclasses import dataclass, field
 
 import torch
 from transformers import TrainingArguments
+
+# A metric whose name ends in one of these is better when it is lower.
+_LOWER_IS_BETTER = ("loss", "perplexity", "entropy", "nelbo", "nfe", "seconds")
 
 
 @dataclass
@@ -18,6 +22,15 @@ class XLMTrainingArguments(TrainingArguments):
         ema_decay: in [0, 1), of the exponential moving average of the weights (see `ExponentialMovingAverage`), which
             is then evaluated, exported and pushed; None keeps none.
         use_ema: whether evaluation and export take the averaged weights; the average is kept in any case.
+        global_batch_size: examples of an optimiser step over all devices, from which `gradient_accumulation_steps`
+            follows; None leaves that as it is.
+        keep_every: checkpoints whose step is a multiple of it stay for good; `save_total_limit` counts the others, of
+            which by default the last and the best stay. None keeps no checkpoint for good.
+        save_on_exception: save a checkpoint when training ends early: after the step during which SIGTERM or SIGINT
+            arrived, on all ranks, or when an error is raised, in a single process.
+
+    Raises:
+        ValueError: for a value out of its range, or a `global_batch_size` that the devices cannot make.
     """
 
     remove_unused_columns: bool = field(default=False, metadata={"help": "Keep the columns that the collators read."})
@@ -25,12 +38,31 @@ class XLMTrainingArguments(TrainingArguments):
     muon_learning_rate: float | None = field(default=None, metadata={"help": "Muon's rate for the layers' matrices."})
     ema_decay: float | None = field(default=None, metadata={"help": "Decay of the average of the weights."})
     use_ema: bool = field(default=True, metadata={"help": "Evaluate and export the averaged weights."})
+    global_batch_size: int | None = field(default=None, metadata={"help": "Examples of a step over all devices."})
+    keep_every: int | None = field(default=None, metadata={"help": "Keep the checkpoints at multiples of it."})
+    save_on_exception: bool = field(default=False, metadata={"help": "Save when training ends early."})
 
     def __post_init__(self):
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ValueError(
                 f"ema_decay must be in [0, 1) and is {self.ema_decay}: 0.9999 averages over about 10,000 steps."
             )
+        if self.keep_every is not None and self.keep_every < 1:
+            raise ValueError(f"keep_every must be a positive number of steps and is {self.keep_every}.")
+        if self.metric_for_best_model is not None and self.greater_is_better is None:
+            self.greater_is_better = not self.metric_for_best_model.endswith(_LOWER_IS_BETTER)
+        if self.global_batch_size is not None:
+            # Before the parent hands the accumulation on to accelerate and DeepSpeed.
+            self._accumulate_to(self.global_batch_size, int(os.environ.get("WORLD_SIZE", 1)))
         super().__post_init__()
         # Pinned memory speeds up copies to an accelerator; without one torch warns about it at every epoch.
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
+
+    def _accumulate_to(self, batch_size: int, num_devices: int) -> None:
+        at_once = self.per_device_train_batch_size * num_devices
+        if batch_size < 1 or batch_size % at_once:
+            raise ValueError(
+                f"global_batch_size ({batch_size}) must be a multiple of per_device_train_batch_size "
+                f"({self.per_device_train_batch_size}) x {num_devices} devices = {at_once}: change one of the three."
+            )
+        self.gradient_accumulation_steps = batch_size // at_once

@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 import xlm_hf.commands
 from xlm_hf.commands.common import open_override
 from xlm_hf.modules.messages import did_you_mean
+from xlm_hf.signals import TrainingStopped
 
 # Commands with arguments of their own, `xlm-hf NAME ...`, beside the jobs of a config.
 _TOOLS = ("scaffold",)
@@ -54,6 +55,10 @@ def _one_sentence() -> Iterator[None]:
         if os.environ.get("XLM_HF_TRACEBACK"):
             raise
         sys.exit(f"Error: {explain(error)}")
+    except TrainingStopped as stopped:
+        print(stopped, file=sys.stderr)
+        # As the shell reports a process that died of the signal.
+        sys.exit(128 + stopped.signal_number)
     except KeyboardInterrupt:
         sys.exit("Interrupted. The same command with the same output_dir resumes from its last checkpoint.")
 

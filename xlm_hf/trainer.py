@@ -1,8 +1,9 @@
 """The trainer of every family: transformers' Trainer with a loss object, global normalisation, whole checkpoints."""
 
-import contextlib
+import resource
+import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,25 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback, TrainerState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput
 
 from xlm_hf.arguments import XLMTrainingArguments
 from xlm_hf.callbacks import ProgressBar
-from xlm_hf.checkpoints import INCOMPLETE_SUFFIX, replaced_folder
+from xlm_hf.checkpoints import INCOMPLETE_SUFFIX, delete_old_checkpoints, replaced_folder
 from xlm_hf.data import EpochSampler, KeyedExamples
 from xlm_hf.ema import EMA_FILE, ExponentialMovingAverage
 from xlm_hf.evaluation import EvaluationSet, check_evaluation_sets, reduce_sums, run_evaluation_set
+from xlm_hf.modules.messages import did_you_mean
+from xlm_hf.not_finite import FiniteGuard, NotFiniteError, Step, restore_random_states
 from xlm_hf.optimizers import MuonWithAdamW, layer_matrices
+from xlm_hf.signals import StopSignals, TrainingStopped
+
+
+def _peak_memory(device: torch.device) -> int:
+    """The most bytes that the device, or on a CPU the process, has held so far."""
+    if device.type == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return torch.accelerator.max_memory_allocated(device)
 
 
 class _AsyncCounts:
@@ -38,11 +49,14 @@ class _AsyncCounts:
         return self.counts.tolist()
 
 
-class _StepEnd(TrainerCallback):
+class _StepHooks(TrainerCallback):
     """Runs before all other callbacks, so that they see the counts of the step that ends."""
 
     def __init__(self, trainer: "XLMTrainer"):
         self.trainer = trainer
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.trainer.guard.start_step(state.global_step + 1)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.trainer.finish_step()
@@ -67,6 +81,7 @@ class XLMTrainer(Trainer):
 
     args: Any
     model: Any
+    optimizer: Any
     processing_class: Any
     train_dataset: Any
 
@@ -96,7 +111,7 @@ class XLMTrainer(Trainer):
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
         self.add_callback(ProgressBar())
-        self.callback_handler.callbacks.insert(0, _StepEnd(self))
+        self.callback_handler.callbacks.insert(0, _StepHooks(self))
         self.loss = loss
         self.evaluation_sets = evaluation_sets
         self.predictions: dict[str, list[dict[str, Any]]] = {}
@@ -104,7 +119,13 @@ class XLMTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         self._metric_sums: dict[str, tuple[torch.Tensor, torch.Tensor | int]] = {}
         self.ema: ExponentialMovingAverage | None = None
+        self.guard = FiniteGuard(self.args.device)
         self._step_counts = _AsyncCounts()
+        self._signals = StopSignals()
+        # Whether the weights are those of `state.global_step`, and no save of them has failed.
+        self._can_save = True
+        # When and at how many tokens the last log was, the time of evaluations and saves taken out.
+        self._last_log = (time.perf_counter(), 0)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train, from a checkpoint if one is given; one that is at its end is not trained on."""
@@ -119,7 +140,27 @@ class XLMTrainer(Trainer):
                 self._start_average(Path(best or resume_from_checkpoint))
                 self.state = state
                 return TrainOutput(state.global_step, 0.0, {})
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            with StopSignals() if self.args.save_on_exception else nullcontext(self._signals) as self._signals:
+                output = super().train(resume_from_checkpoint, *args, **kwargs)
+                self._check_finite()
+        except (Exception, KeyboardInterrupt) as error:
+            if self.args.save_on_exception and self.args.world_size == 1 and not isinstance(error, NotFiniteError):
+                self._save_before_failing()
+            raise
+        if self._signals.received:
+            raise TrainingStopped(self._signals.received, self.state.global_step)
+        return output
+
+    def _save_before_failing(self) -> None:
+        """Save the last whole step, with the random numbers as they were at its end, unless it is saved already."""
+        folder = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if not self.state.global_step or folder.exists() or not self._can_save:
+            return
+        begun = self.guard.steps[-1]
+        if begun.number > self.state.global_step and begun.random_states:
+            restore_random_states(begun.random_states[0])
+        self._save_checkpoint(self.model, None)
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches of the training set in an order, and with a corruption, that (seed, epoch) alone determine."""
@@ -179,25 +220,62 @@ class XLMTrainer(Trainer):
     def averaged_weights(self) -> AbstractContextManager[None]:
         """Within it the model has the averaged weights, if there are any and `use_ema` asks for them."""
         if self.ema is None or not self.args.use_ema:
-            return contextlib.nullcontext()
+            return nullcontext()
         return self.ema.applied()
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor:
-        """Items of the coming optimiser step over all ranks, by the one collective call of a step."""
-        counts = [
+        """Items of the coming optimiser step over all ranks, by the one collective call of a step.
+
+        With them go its tokens, whether a loss before it was not finite, and whether a signal asks the run to end.
+        """
+        counts = (
             sum(self.loss.num_items(batch) for batch in batch_samples),
             sum(batch["attention_mask"].sum() for batch in batch_samples),
-        ]
-        total = self.accelerator.reduce(torch.stack([torch.as_tensor(count, device=device) for count in counts]), "sum")
+            self.guard.failed,
+            self._signals.received > 0,
+        )
+        total = torch.stack([torch.as_tensor(count, dtype=torch.int64, device=device) for count in counts])
+        total = self.accelerator.reduce(total, "sum")
         self._step_counts.start(total)
         return total[0].clamp(min=1)
 
     def finish_step(self) -> None:
-        """Bring the counts and the averaged weights up to the step that ends."""
-        _, num_tokens = self._step_counts.read()
+        """Bring counts and averaged weights up to the step that ends, and end the run if something asks for it."""
+        _, num_tokens, num_failed, num_stopped = self._step_counts.read()
+        if num_failed:
+            self._fail(self.guard.steps[0])
         self.state.num_input_tokens_seen += num_tokens
         if self.ema is not None:
             self.ema.update(self.state.global_step)
+        self._can_save = True
+        if num_stopped or (self.args.world_size == 1 and self._signals.received):
+            self.control.should_save = self.control.should_training_stop = True
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm=None):
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        if self.accelerator.scaler is None:
+            # A scaler takes gradients that are not finite for a sign to scale down.
+            self.guard.check_gradient(grad_norm)
+        wrapped = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if wrapped or not self.guard.protect(self.optimizer.optimizer):
+            self._check_finite()
+        self._can_save = False
+        return grad_norm
+
+    def _check_finite(self) -> None:
+        """Raise NotFiniteError on all ranks if a loss or a gradient so far was not finite; waits for the device."""
+        if self.accelerator.reduce(self.guard.failed.int(), "sum").item():
+            self._fail(self.guard.steps[-1])
+
+    def _fail(self, step: Step) -> None:
+        folder = Path(str(self.args.output_dir)) / f"not-finite-{step.number}"
+        folder.mkdir(exist_ok=True)
+        examples = self.guard.save_batches(step, folder, self.args.process_index)
+        super().save_model(str(folder), _internal_call=True)
+        raise NotFiniteError(
+            f"The loss or gradient of step {step.number} is not finite, over the examples {str(examples)[1:-1]}: "
+            f"{folder} holds the batch and the weights before that step, and docs/debugging.md shows how to repeat it."
+        )
 
     def compute_loss(self, model: nn.Module, inputs, return_outputs: bool = False, num_items_in_batch=None):
         """This micro-batch's share of the loss of the whole optimiser step, loss_sum / num_items_in_batch.
@@ -205,16 +283,34 @@ class XLMTrainer(Trainer):
         It is multiplied by the number of ranks because their gradients are averaged, not summed. `return_outputs` must
         be False: the loss object keeps the outputs to itself.
         """
+        self.guard.start_batch(inputs)
         output = self.loss(model, inputs)
+        self.guard.end_batch(output.loss_sum)
         for name, (total, count) in output.metrics.items():
             old = self._metric_sums.get(name, (0.0, 0))
             self._metric_sums[name] = (old[0] + total, old[1] + count)
         return output.loss_sum / num_items_in_batch * self.accelerator.num_processes
 
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        control = self.control
+        if control.should_save or (control.should_evaluate and self.args.save_strategy == SaveStrategy.BEST):
+            # So that no checkpoint has losses pending, which a resume would lose.
+            control.should_log = True
+        if control.should_log or control.should_evaluate or control.should_save:
+            self._check_finite()
+        start = time.perf_counter()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        logged, tokens = self._last_log
+        self._last_log = (logged + time.perf_counter() - max(start, logged), tokens)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, adding the components of the training loss since the last log, reduced over all ranks."""
         if "loss" in logs:
-            logs["num_input_tokens_seen"] = self.state.num_input_tokens_seen
+            tokens, (last_time, last_tokens) = self.state.num_input_tokens_seen, self._last_log
+            self._last_log = (time.perf_counter(), tokens)
+            logs["num_input_tokens_seen"] = tokens
+            logs["tokens_per_second"] = (tokens - last_tokens) / (self._last_log[0] - last_time)
+            logs["peak_memory_gib"] = _peak_memory(self.args.device) / 2**30
             logs.update(reduce_sums(self._metric_sums, self.args.device))
             self._metric_sums = {}
         super().log(logs, start_time)
@@ -248,11 +344,15 @@ class XLMTrainer(Trainer):
         return metrics
 
     def _determine_best_metric(self, metrics: dict[str, float], trial) -> bool:
+        name = self.args.metric_for_best_model
+        if name is not None and name not in metrics:
+            raise ValueError(f"metric_for_best_model: there is no metric {name!r}: {did_you_mean(name, list(metrics))}")
         # The parent looks its metric up under the prefix eval_; ours carry the name of their set.
         return super()._determine_best_metric({f"eval_{name}": value for name, value in metrics.items()}, trial)
 
     def _save_checkpoint(self, model: nn.Module, trial) -> None:
         """Write a checkpoint beside its place and rename it; only then may an older one go."""
+        self._can_save = False
         self.store_flos()
         output_dir = Path(str(self.args.output_dir))
         folder = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -264,16 +364,14 @@ class XLMTrainer(Trainer):
                 self.accelerator.wait_for_everyone()
                 self._write_checkpoint(str(staging))
                 self.accelerator.wait_for_everyone()
-            rotate_checkpoints(
-                output_dir=str(output_dir),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=False,
+            delete_old_checkpoints(
+                output_dir, self.args.save_total_limit, self.args.keep_every, self.state.best_model_checkpoint
             )
         else:
             self.accelerator.wait_for_everyone()
             self._write_checkpoint(str(folder) + INCOMPLETE_SUFFIX)
             self.accelerator.wait_for_everyone()
+        self._can_save = True
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(folder))
 
