@@ -38,6 +38,7 @@ CODE_FILES = {
     "messages.py",
     "modeling_ilm.py",
     "rotary_transformer.py",
+    "vocabulary_head.py",
     "token_sampling.py",
 }
 WEIGHT_FILES = {"config.json", "generation_config.json", "model.safetensors"}

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from hydra import compose, initialize_config_module
@@ -22,6 +23,7 @@ from transformers import AutoModel, TrainerCallback
 from xlm_hf.checkpoints import last_sound_checkpoint
 from xlm_hf.commands.common import build_collator, build_model, build_task, build_trainer
 from xlm_hf.hub import export_model
+from xlm_hf.modules import cross_entropy
 
 _FEW = ["task.num_train=40", "task.num_validation=4", "task.num_test=8", "size=tiny"]
 _SHORT = [
@@ -119,43 +121,53 @@ def check_attention_implementations(case: FamilyCase, tmp_path: Path) -> None:
     for attention in ("eager", "sdpa"):
         model = case.model()
         model.set_attn_implementation(attention)
-        output = loss(model, case.collator("seq2seq", model)(case.examples()))
-        output.loss_sum.backward()
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        results.append([output.loss_sum.detach(), *gradients])
-    for eager, sdpa in zip(*results, strict=True):
-        torch.testing.assert_close(eager, sdpa, rtol=1e-3, atol=1e-4)
+        results.append(_loss_and_gradients(model, loss, case.collator("seq2seq", model)(case.examples())))
+    _assert_close(*results)
+
+
+def _moved(batch: dict[str, torch.Tensor], row: torch.Tensor, place: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A batch with its tokens, in their order, moved to other rows and places; flat places (`..._index`) move along."""
+    real = batch["attention_mask"]
+    shape = (int(row.max()) + 1, real.shape[1])
+    moved = {name: tensor for name, tensor in batch.items() if name not in ("segment_ids", "position_ids")}
+    for name, tensor in moved.items():
+        if name.endswith("_index"):
+            index = torch.zeros(real.numel(), dtype=torch.int64)
+            index[real.flatten()] = row * shape[1] + place
+            moved[name] = index[tensor]
+        elif tensor.shape == real.shape:
+            moved[name] = torch.zeros(shape, dtype=tensor.dtype)
+            moved[name][row, place] = tensor[real]
+    return moved
 
 
 def _separated(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A packed batch with every document in a row of its own; flat places (`..._index`) move with their tokens."""
+    """A packed batch with every document in a row of its own."""
     real = batch["attention_mask"]
-    L = real.shape[1]
-    documents = torch.arange(len(real))[:, None] * L + batch["segment_ids"]
+    documents = torch.arange(len(real))[:, None] * real.shape[1] + batch["segment_ids"]
     row = documents[real].unique(return_inverse=True)[1]
-    place = batch["position_ids"][real]
-    separate = {name: tensor for name, tensor in batch.items() if name not in ("segment_ids", "position_ids")}
-    for name, tensor in batch.items():
-        if name.endswith("_index"):
-            moved = torch.zeros(real.numel(), dtype=torch.int64)
-            moved[real.flatten()] = row * L + place
-            separate[name] = moved[tensor]
-        elif name in separate and tensor.shape == real.shape:
-            separate[name] = torch.zeros(int(row.max()) + 1, L, dtype=tensor.dtype)
-            separate[name][row, place] = tensor[real]
-            if tensor.is_floating_point():
-                # What a document's tokens share is one number for its row.
-                separate[name] = separate[name][:, 0]
-    return separate
+    moved = _moved(batch, row, batch["position_ids"][real])
+    # What a packed batch says of each token, such as its document's time, a batch of separate rows says of each row.
+    return {
+        name: tensor[:, 0] if tensor.is_floating_point() and tensor.dim() == 2 else tensor
+        for name, tensor in moved.items()
+    }
 
 
 def _loss_and_gradients(model: Any, loss: Any, batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """The loss, its number of items, its metrics by name, its sequences and the gradients of all parameters."""
     model.zero_grad()
     output = loss(model, batch)
     output.loss_sum.backward()
     metrics = [torch.as_tensor(x).float() for name in sorted(output.metrics) for x in output.metrics[name]]
     gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-    return [output.loss_sum.detach(), torch.as_tensor(output.num_items), *metrics, *gradients]
+    nats = [] if output.sequence_nats is None else [output.sequence_nats, output.sequence_tokens]
+    return [output.loss_sum.detach(), torch.as_tensor(output.num_items), *metrics, *nats, *gradients]
+
+
+def _assert_close(values: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    for value, reference in zip(values, expected, strict=True):
+        torch.testing.assert_close(value, reference, rtol=1e-3, atol=1e-4)
 
 
 def check_packing(case: FamilyCase, tmp_path: Path) -> None:
@@ -173,8 +185,48 @@ def check_packing(case: FamilyCase, tmp_path: Path) -> None:
         assert ("segment_ids" in apart) == (kind == "lm")
         expected = _loss_and_gradients(model, loss, _separated(packed))
         for batch in (packed, apart):
-            for value, reference in zip(_loss_and_gradients(model, loss, batch), expected, strict=True):
-                torch.testing.assert_close(value, reference, rtol=1e-3, atol=1e-4)
+            _assert_close(_loss_and_gradients(model, loss, batch), expected)
+
+
+def check_padding_side(case: FamilyCase, tmp_path: Path) -> None:
+    """Padding on the left changes neither the loss nor the metrics nor the gradients."""
+    model, loss = case.model(), case.trainer(tmp_path).loss
+    batch = case.collator("seq2seq", model)(case.examples())
+    row, place = batch["attention_mask"].nonzero(as_tuple=True)
+    padding = batch["attention_mask"].shape[1] - batch["attention_mask"].sum(dim=-1)
+    left = _moved(batch, row, place + padding[row])
+    assert padding.any()
+    assert torch.equal(_moved(left, row, place)["input_ids"], batch["input_ids"])
+    _assert_close(_loss_and_gradients(model, loss, left), _loss_and_gradients(model, loss, batch))
+
+
+def check_chunked_cross_entropy(case: FamilyCase, tmp_path: Path) -> None:
+    """Where the vocabulary head works in chunks, loss, metrics and gradients are those of all logits at once."""
+    model, loss = case.model(), case.trainer(tmp_path).loss
+    batch = case.collator("seq2seq", model)(case.examples())
+    expected = _loss_and_gradients(model, loss, batch)
+    with mock.patch.object(cross_entropy, "CHUNK_SIZE_CPU", 4 * model.config.vocab_size):
+        _assert_close(_loss_and_gradients(model, loss, batch), expected)
+
+
+def check_activation_checkpointing(case: FamilyCase, tmp_path: Path) -> None:
+    """Activations that are computed anew in the backward pass give the same gradients."""
+    model, loss = case.model().train(), case.trainer(tmp_path).loss
+    batch = case.collator("lm", model, packing=True)(case.examples())
+    expected = _loss_and_gradients(model, loss, batch)
+    model.activation_checkpointing_enable()
+    assert model.is_gradient_checkpointing
+    _assert_close(_loss_and_gradients(model, loss, batch), expected)
+
+
+def check_compilation(case: FamilyCase, tmp_path: Path) -> None:
+    """Forward pass and loss are one graph for torch.compile, packed or not."""
+    model, loss = case.model(), case.trainer(tmp_path).loss
+    batch = case.collator("seq2seq", model, packing=True)(case.examples())
+    expected = _loss_and_gradients(model, loss, batch)
+    torch.compiler.reset()
+    compiled = torch.compile(loss.__call__, fullgraph=True, backend="aot_eager")
+    _assert_close(_loss_and_gradients(model, compiled, batch), expected)
 
 
 def check_saving_and_loading(case: FamilyCase, tmp_path: Path) -> None:
@@ -244,6 +296,10 @@ CHECKS = [
     check_generation,
     check_attention_implementations,
     check_packing,
+    check_padding_side,
+    check_chunked_cross_entropy,
+    check_activation_checkpointing,
+    check_compilation,
     check_saving_and_loading,
     check_training_and_resume,
     check_remote_code,

@@ -33,7 +33,13 @@ class _ARLMCollator(Collator):
         target_ids = torch.full((len(documents.target_ids) + len(lengths),), self.eos_token_id)
         document, _ = counted(target_lengths)
         target_ids[torch.arange(len(document)) + document] = documents.target_ids
-        return {**batch, "logits_index": rows.index(prompt_lengths, target_lengths + 1), "target_ids": target_ids}
+        return {
+            **batch,
+            "logits_index": rows.index(prompt_lengths, target_lengths + 1),
+            "target_ids": target_ids,
+            "target_documents": torch.repeat_interleave(target_lengths + 1),
+            "target_lengths": target_lengths + 1,
+        }
 
     def _prompts_only(self, examples: list[dict[str, Any]], prompts: list[list[int]]) -> dict[str, torch.Tensor]:
         """Prompts `prompt [BOS]`, padded on the left."""
@@ -50,12 +56,15 @@ class ARLMCollatorForSeq2Seq(_ARLMCollator):
         packing: whether a row may hold several examples, up to `max_length` tokens; no token sees another document.
 
     Called with a list of examples - dicts of `prompt_ids`, `target_ids` and `example_id` - it returns a dict of
-    tensors, for B rows of at most L tokens without `[EOS]` (never an input) and S predicted tokens in all:
+    tensors, for D documents in B rows of at most L tokens without `[EOS]` (never an input) and S predicted
+    tokens in all:
         input_ids (B, L): the documents, padded on the right.
         attention_mask (B, L): True for tokens.
         segment_ids, position_ids (B, L): document and position of each token, where a row holds several documents.
         logits_index (S,): `[BOS]` and the tokens of the targets, as indices into the flattened (B x L) tokens.
         target_ids (S,): the token that follows each of them.
+        target_documents (S,): the documents they belong to.
+        target_lengths (D,): predicted tokens of each document.
         example_id: of the examples, as given.
     """
 

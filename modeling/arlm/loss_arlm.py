@@ -1,8 +1,11 @@
 """The training objective of the left-to-right language model: the negative log-likelihood."""
 
+from functools import partial
+
 import torch
 from torch import nn
 
+from xlm_hf.modules.cross_entropy import linear_cross_entropy
 from xlm_hf.modules.loss_output import LossOutput, model_inputs
 
 
@@ -26,22 +29,19 @@ class ARLMLoss:
 
         Returns:
             `LossOutput` whose items are predicted tokens, so that loss_sum / num_items is nats per token. Its metrics:
-                next_token_accuracy: the share of tokens that are the most probable one.
-                sequence_nll: nats per row.
+                next_token_accuracy: the share of tokens that none is more probable than.
+                sequence_nll: nats per document.
         """
-        outputs = model(**model_inputs(batch), logits_index=batch["logits_index"])
-        logits, targets = outputs.logits.float(), batch["target_ids"]
+        cross_entropy = partial(linear_cross_entropy, target_ids=batch["target_ids"])
+        outputs = model(**model_inputs(batch), logits_index=batch["logits_index"], head_function=cross_entropy)
         num_items = self.num_items(batch)
-        losses = nn.functional.cross_entropy(logits, targets, reduction="none")
-        rows = batch["logits_index"] // batch["input_ids"].shape[1]
-        nll = losses.new_zeros(len(batch["input_ids"])).index_add(0, rows, losses.detach())
+        loss_sum, losses, correct = outputs.logits
+        tokens = batch["target_lengths"]
+        nll = losses.new_zeros(len(tokens)).index_add(0, batch["target_documents"], losses)
         return LossOutput(
-            loss_sum=losses.sum(),
+            loss_sum=loss_sum,
             num_items=num_items,
-            metrics={
-                "next_token_accuracy": ((logits.detach().argmax(dim=-1) == targets).sum(), num_items),
-                "sequence_nll": (nll.sum(), len(nll)),
-            },
+            metrics={"next_token_accuracy": (correct.sum(), num_items), "sequence_nll": (nll.sum(), len(nll))},
             sequence_nats=nll,
-            sequence_tokens=torch.bincount(rows, minlength=len(nll)),
+            sequence_tokens=tokens,
         )

@@ -7,6 +7,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from xlm_hf.modules.rotary_transformer import RotaryTransformer, RotaryTransformerPreTrainedModel
+from xlm_hf.modules.vocabulary_head import HeadFunction, vocabulary_logits
 
 from .configuration_arlm import ARLMConfig
 from .generation_arlm import ARLMGenerationConfig, ARLMGenerationMixin
@@ -42,6 +43,7 @@ class ARLMForCausalLM(ARLMPreTrainedModel, ARLMGenerationMixin):  # type: ignore
         use_cache: bool | None = None,
         logits_index: torch.Tensor | None = None,
         logits_to_keep: int = 0,
+        head_function: HeadFunction = vocabulary_logits,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Score the next token after every token.
@@ -57,6 +59,7 @@ class ARLMForCausalLM(ARLMPreTrainedModel, ARLMGenerationMixin):  # type: ignore
                 vocabulary head is the largest product of a small model, and few of its rows matter.
             logits_to_keep: last tokens of each row whose logits are wanted; 0 means all. What `generate` of
                 transformers uses.
+            head_function: what is made of the selected hidden states instead of logits (see `vocabulary_logits`).
 
         Returns:
             transformers' `CausalLMOutputWithPast`, its `logits` (B, L, V), or (S, V) with `logits_index`; those at a
@@ -79,9 +82,7 @@ class ARLMForCausalLM(ARLMPreTrainedModel, ARLMGenerationMixin):  # type: ignore
             hidden_states = hidden_states.flatten(0, 1)[logits_index]
         elif logits_to_keep:
             hidden_states = hidden_states[:, -logits_to_keep:]
-        logits = self.lm_head(hidden_states)
-        if self.config.suppress_tokens:
-            logits[..., self.config.suppress_tokens] = -torch.inf
+        logits = head_function(hidden_states, self.lm_head, self.config.suppress_tokens)
         return CausalLMOutputWithPast(
             logits=logits,
             past_key_values=past_key_values,

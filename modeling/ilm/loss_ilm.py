@@ -1,8 +1,11 @@
 """The training objective of the insertion language model, on sparse targets."""
 
+from functools import partial
+
 import torch
 from torch import nn
 
+from xlm_hf.modules.cross_entropy import linear_cross_entropy
 from xlm_hf.modules.loss_output import LossOutput, model_inputs
 
 
@@ -37,41 +40,34 @@ class ILMLoss:
             `LossOutput` whose items are sequences; its metrics are `token_loss` (mean over the sequences with a
             dropped token), `stop_loss` and `stop_accuracy`.
         """
-        outputs = model(**model_inputs(batch), slot_index=batch["slot_index"], cls_index=batch["cls_index"])
         num_dropped = batch["num_dropped"]
-        token_losses = self._token_losses(outputs.logits, batch)
-        missing = (num_dropped > 0).long()
-        stop_logits = _at_least_float32(outputs.stop_logits)
-        weight = None if self.stop_class_weights is None else stop_logits.new_tensor(self.stop_class_weights)
-        stop_losses = nn.functional.cross_entropy(stop_logits, missing, weight=weight, reduction="none")
+        joint_cross_entropy = partial(
+            linear_cross_entropy,
+            target_ids=batch["target_ids"],
+            weights=torch.ones_like(num_dropped),
+            target_rows=batch["target_slots"],
+            groups=batch["slot_documents"],
+        )
+        outputs = model(
+            **model_inputs(batch),
+            slot_index=batch["slot_index"],
+            cls_index=batch["cls_index"],
+            head_function=joint_cross_entropy,
+        )
+        loss_sum, token_losses, _ = outputs.logits
+        missing = num_dropped > 0
+        stop_logits = outputs.stop_logits.to(torch.promote_types(outputs.stop_logits.dtype, torch.float32))
+        stop_losses = nn.functional.cross_entropy(stop_logits, missing.long(), reduction="none")
+        if self.stop_class_weights is not None:
+            complete, incomplete = self.stop_class_weights
+            stop_losses = stop_losses * torch.where(missing, incomplete, complete)
         num_items = self.num_items(batch)
         return LossOutput(
-            loss_sum=token_losses.sum() + self.stop_loss_weight * stop_losses.sum(),
+            loss_sum=loss_sum + self.stop_loss_weight * stop_losses.sum(),
             num_items=num_items,
             metrics={
-                "token_loss": (token_losses.detach().sum(), missing.sum()),
+                "token_loss": (token_losses.sum(), missing.sum()),
                 "stop_loss": (stop_losses.detach().sum(), num_items),
                 "stop_accuracy": ((stop_logits.detach().argmax(dim=-1) == missing).sum(), num_items),
             },
         )
-
-    def _token_losses(self, logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """First term of the loss for each sequence, (B,), at least in float32; `logits` is (S, V)."""
-        num_dropped, documents = batch["num_dropped"], batch["slot_documents"]
-        logits = _at_least_float32(logits)
-        # Slots of one sequence side by side: (D, most slots), so that the second logsumexp runs along a row.
-        slots = logits.new_full((len(num_dropped), batch["input_ids"].shape[1]), -torch.inf)
-        # Each slot stands in the column of its token, of which a sequence has no two.
-        slots[documents, batch["slot_index"] % batch["input_ids"].shape[1]] = logits.logsumexp(dim=-1)
-        has_target = num_dropped > 0
-        normaliser = slots.masked_fill(~has_target[:, None], 0.0).logsumexp(dim=-1)
-        target_documents = documents[batch["target_slots"]]
-        target_logits = logits[batch["target_slots"], batch["target_ids"]]
-        mean_logits = torch.zeros_like(normaliser).index_add(
-            0, target_documents, target_logits / num_dropped[target_documents]
-        )
-        return torch.where(has_target, normaliser - mean_logits, 0.0)
-
-
-def _at_least_float32(logits: torch.Tensor) -> torch.Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -8,6 +8,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from xlm_hf.modules.rotary_transformer import RotaryTransformer, RotaryTransformerPreTrainedModel
+from xlm_hf.modules.vocabulary_head import HeadFunction, vocabulary_logits
 
 from .configuration_ilm import ILMConfig
 from .generation_ilm import ILMGenerationConfig, ILMGenerationMixin
@@ -74,6 +75,7 @@ class ILMForInsertionLM(ILMPreTrainedModel, ILMGenerationMixin):
         position_ids: torch.Tensor | None = None,
         slot_index: torch.Tensor | None = None,
         cls_index: torch.Tensor | None = None,
+        head_function: HeadFunction = vocabulary_logits,
         **kwargs,
     ) -> ILMOutput:
         """Score every insertion.
@@ -85,6 +87,7 @@ class ILMForInsertionLM(ILMPreTrainedModel, ILMGenerationMixin):
             slot_index: (S,) indices into the flattened (B x L) tokens whose logits are wanted; None means all. The
                 vocabulary head is the largest product of a small model, and few of its rows matter.
             cls_index: (D,) likewise `[CLS]` of each document of packed rows; by default each row's first token.
+            head_function: what is made of the selected hidden states instead of logits (see `vocabulary_logits`).
             **kwargs: `segment_ids` of packed rows, `output_hidden_states`, `output_attentions`.
 
         Returns:
@@ -98,11 +101,8 @@ class ILMForInsertionLM(ILMPreTrainedModel, ILMGenerationMixin):
                 cls_index = cls_index + attention_mask.long().argmax(dim=-1)
         flat = hidden_states.flatten(0, 1)
         selected = hidden_states if slot_index is None else flat[slot_index]
-        logits = self.lm_head(selected)
-        if self.config.suppress_tokens:
-            logits[..., self.config.suppress_tokens] = -torch.inf
         return ILMOutput(
-            logits=logits,
+            logits=head_function(selected, self.lm_head, self.config.suppress_tokens),
             stop_logits=self.stop_head(flat[cls_index]),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,

@@ -1,8 +1,11 @@
 """The training objective of the masked diffusion language model: the bound on the negative log-likelihood."""
 
+from functools import partial
+
 import torch
 from torch import nn
 
+from xlm_hf.modules.cross_entropy import linear_cross_entropy
 from xlm_hf.modules.loss_output import LossOutput, model_inputs
 
 
@@ -18,9 +21,9 @@ class MDLMLoss:
     (The number of masked tokens would be the wrong divisor: it is random, and correlated with the sum.)
     """
 
-    def num_items(self, batch: dict[str, torch.Tensor]) -> int:
+    def num_items(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Number of canvas tokens in the batch."""
-        return int(batch["canvas_lengths"].sum())
+        return batch["canvas_lengths"].sum()
 
     def __call__(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> LossOutput:
         """Sum the loss over the batch of an `MDLMCollator...` (see there for its tensors).
@@ -34,21 +37,25 @@ class MDLMLoss:
                     sequence_nelbo, it is that of the loss.
         """
         target_ids, documents = batch["target_ids"], batch["target_documents"]
-        outputs = model(**model_inputs(batch), alpha=batch["alpha"], logits_index=batch["logits_index"])
-        logits = outputs.logits.float()
-        losses = nn.functional.cross_entropy(logits, target_ids, reduction="none")
         weights = batch["weights"]
-        nelbo = torch.zeros_like(weights).index_add(0, documents, weights[documents] * losses)
-        detached, num_masked = nelbo.detach(), len(target_ids)
+        outputs = model(
+            **model_inputs(batch),
+            alpha=batch["alpha"],
+            logits_index=batch["logits_index"],
+            head_function=partial(linear_cross_entropy, target_ids=target_ids, weights=weights[documents]),
+        )
+        loss_sum, losses, correct = outputs.logits
+        num_masked = len(target_ids)
+        nelbo = torch.zeros_like(weights).index_add(0, documents, (weights[documents] * losses).to(weights.dtype))
         return LossOutput(
-            loss_sum=nelbo.sum(),
+            loss_sum=loss_sum,
             num_items=self.num_items(batch),
             metrics={
-                "masked_cross_entropy": (losses.detach().sum(), num_masked),
-                "masked_accuracy": ((logits.detach().argmax(dim=-1) == target_ids).sum(), num_masked),
-                "sequence_nelbo": (detached.sum(), len(weights)),
-                "sequence_nelbo_squared": (detached.double().square().sum(), len(weights)),
+                "masked_cross_entropy": (losses.sum(), num_masked),
+                "masked_accuracy": (correct.sum(), num_masked),
+                "sequence_nelbo": (nelbo.sum(), len(weights)),
+                "sequence_nelbo_squared": (nelbo.double().square().sum(), len(weights)),
             },
-            sequence_nats=detached,
+            sequence_nats=nelbo,
             sequence_tokens=batch["canvas_lengths"],
         )

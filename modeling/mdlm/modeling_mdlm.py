@@ -8,6 +8,7 @@ from transformers.utils.generic import can_return_tuple
 from xlm_hf.modules.diffusion_transformer import DiffusionTransformer, DiffusionTransformerPreTrainedModel
 from xlm_hf.modules.noise_schedules import total_noise
 from xlm_hf.modules.rotary_transformer import RotaryTransformer
+from xlm_hf.modules.vocabulary_head import HeadFunction, vocabulary_logits
 
 from .configuration_mdlm import MDLMConfig
 from .generation_mdlm import MDLMGenerationConfig, MDLMGenerationMixin
@@ -45,6 +46,7 @@ class MDLMForMaskedDiffusion(MDLMPreTrainedModel, MDLMGenerationMixin):
         position_ids: torch.Tensor | None = None,
         alpha: torch.Tensor | None = None,
         logits_index: torch.Tensor | None = None,
+        head_function: HeadFunction = vocabulary_logits,
         **kwargs,
     ) -> MaskedLMOutput:
         """Score every token at every position.
@@ -56,6 +58,7 @@ class MDLMForMaskedDiffusion(MDLMPreTrainedModel, MDLMGenerationMixin):
             alpha: (B,), or (B, L) for packed rows: the share alpha_t of the canvas that is clean at the time of each
                 row or token, 1 meaning all of it; needed by the time-conditioned backbone, ignored by the other.
             logits_index: (S,) indices into the flattened (B x L) tokens whose logits are wanted; None means all.
+            head_function: what is made of the selected hidden states instead of logits (see `vocabulary_logits`).
             **kwargs: `segment_ids` of packed rows, `output_hidden_states`, `output_attentions`.
 
         Returns:
@@ -71,6 +74,6 @@ class MDLMForMaskedDiffusion(MDLMPreTrainedModel, MDLMGenerationMixin):
             kwargs["timesteps"] = total_noise(alpha.float(), self.config.noise_eps)
         outputs = self.model(input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
         hidden_states = outputs.last_hidden_state
-        logits = self.lm_head(hidden_states if logits_index is None else hidden_states.flatten(0, 1)[logits_index])
-        logits[..., self.config.never_written] = -torch.inf
+        selected = hidden_states if logits_index is None else hidden_states.flatten(0, 1)[logits_index]
+        logits = head_function(selected, self.lm_head, self.config.never_written)
         return MaskedLMOutput(logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions)

@@ -1,8 +1,11 @@
 """The training objective of the masked language model."""
 
+from functools import partial
+
 import torch
 from torch import nn
 
+from xlm_hf.modules.cross_entropy import linear_cross_entropy
 from xlm_hf.modules.loss_output import LossOutput, model_inputs
 
 
@@ -25,14 +28,14 @@ class MLMLoss:
         """Sum the loss over the batch of an `MLMCollator...` (see there for its tensors).
 
         Returns:
-            `LossOutput` whose items are masked tokens; its metric is `masked_accuracy`, how often the most
-            probable token is the right one.
+            `LossOutput` whose items are masked tokens; its metric is `masked_accuracy`, the share of them that
+            none is more probable than.
         """
-        outputs = model(**model_inputs(batch), logits_index=batch["target_index"])
-        logits, targets = outputs.logits.float(), batch["target_ids"]
+        cross_entropy = partial(linear_cross_entropy, target_ids=batch["target_ids"])
+        outputs = model(**model_inputs(batch), logits_index=batch["target_index"], head_function=cross_entropy)
         num_items = self.num_items(batch)
         return LossOutput(
-            loss_sum=nn.functional.cross_entropy(logits, targets, reduction="sum"),
+            loss_sum=outputs.logits.loss_sum,
             num_items=num_items,
-            metrics={"masked_accuracy": ((logits.detach().argmax(dim=-1) == targets).sum(), num_items)},
+            metrics={"masked_accuracy": (outputs.logits.correct.sum(), num_items)},
         )

@@ -6,6 +6,7 @@ from transformers.modeling_outputs import MaskedLMOutput
 from transformers.utils.generic import can_return_tuple
 
 from xlm_hf.modules.rotary_transformer import RotaryTransformer, RotaryTransformerPreTrainedModel
+from xlm_hf.modules.vocabulary_head import HeadFunction, vocabulary_logits
 
 from .configuration_mlm import MLMConfig
 from .generation_mlm import MLMGenerationConfig, MLMGenerationMixin
@@ -36,6 +37,7 @@ class MLMForMaskedLM(MLMPreTrainedModel, MLMGenerationMixin):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         logits_index: torch.Tensor | None = None,
+        head_function: HeadFunction = vocabulary_logits,
         **kwargs,
     ) -> MaskedLMOutput:
         """Score every token at every position.
@@ -45,6 +47,7 @@ class MLMForMaskedLM(MLMPreTrainedModel, MLMGenerationMixin):
             attention_mask: (B, L), 1 for tokens and 0 for padding on either side.
             position_ids: (B, L) rotary positions; by default each row counts its own tokens.
             logits_index: (S,) indices into the flattened (B x L) positions whose logits are wanted; None means all.
+            head_function: what is made of the selected hidden states instead of logits (see `vocabulary_logits`).
 
         Returns:
             transformers' `MaskedLMOutput` without a loss: `logits` (B, L, V), or (S, V) with `logits_index`, those of
@@ -52,6 +55,6 @@ class MLMForMaskedLM(MLMPreTrainedModel, MLMGenerationMixin):
         """
         outputs = self.model(input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
         hidden_states = outputs.last_hidden_state
-        logits = self.lm_head(hidden_states if logits_index is None else hidden_states.flatten(0, 1)[logits_index])
-        logits[..., self.config.suppress_tokens] = -torch.inf
+        selected = hidden_states if logits_index is None else hidden_states.flatten(0, 1)[logits_index]
+        logits = head_function(selected, self.lm_head, self.config.suppress_tokens)
         return MaskedLMOutput(logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions)

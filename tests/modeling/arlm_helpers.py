@@ -7,9 +7,11 @@ import random
 
 import numpy as np
 import torch
+from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from xlm_hf.modeling.arlm import ARLMConfig, ARLMForCausalLM
+from xlm_hf.modules.vocabulary_head import vocabulary_logits
 
 PAD, EOS, BOS, FIRST_WORD = 0, 3, 4, 7
 
@@ -81,7 +83,15 @@ class TableModel(ARLMForCausalLM):
         total = sum(following.values())
         return {token: p / total for token, p in following.items()}
 
-    def forward(self, input_ids, attention_mask=None, logits_index=None, logits_to_keep=0, **kwargs):
+    def forward(
+        self,
+        input_ids,
+        attention_mask=None,
+        logits_index=None,
+        logits_to_keep=0,
+        head_function=vocabulary_logits,
+        **kwargs,
+    ):
         rows, L = input_ids.shape
         places = range(rows * L) if logits_index is None else logits_index.tolist()
         if logits_to_keep:
@@ -97,6 +107,7 @@ class TableModel(ARLMForCausalLM):
                     logits[number, token] = math.log(p)
                 if EOS not in self.conditional(tuple(row[row.index(BOS) + 1 :])):
                     logits[number, EOS] = -torch.inf
+        logits = head_function(logits, nn.Identity(), None)
         return CausalLMOutputWithPast(logits=logits if logits_index is not None else logits.view(rows, -1, 8))
 
 

@@ -12,6 +12,7 @@ from transformers.modeling_outputs import MaskedLMOutput
 
 from xlm_hf.modeling.mdlm import MDLMConfig, MDLMForMaskedDiffusion, MDLMGenerationConfig
 from xlm_hf.modeling.mdlm.generation_mdlm import MDLMGenerationMixin
+from xlm_hf.modules.vocabulary_head import vocabulary_logits
 
 PAD, MASK, EOS, BOS, FIRST_WORD = 0, 2, 3, 4, 7
 WORDS = (7, 8, 9)
@@ -97,7 +98,7 @@ class TableModel(nn.Module, MDLMGenerationMixin):
         weights = np.exp(1.5 * scores + (2.0 * alpha * slopes if self.config.time_conditioning else 0.0))
         return weights / weights.sum(axis=-1, keepdims=True)
 
-    def forward(self, input_ids, attention_mask, alpha, logits_index):
+    def forward(self, input_ids, attention_mask, alpha, logits_index, head_function=vocabulary_logits):
         self.calls += 1
         B, L = input_ids.shape
         logits = torch.full((B * L, 10), -torch.inf)
@@ -111,7 +112,7 @@ class TableModel(nn.Module, MDLMGenerationMixin):
                     rows[row] = start, np.log(self.table(tuple(ids[start:]), float(alpha[row])))
             start, table = rows[row]
             logits[index, list(WORDS)] = torch.from_numpy(table[index % L - start]).float()
-        return MaskedLMOutput(logits=logits[logits_index])
+        return MaskedLMOutput(logits=head_function(logits[logits_index], nn.Identity(), None))
 
 
 def random_joint(length, seed=0):

@@ -64,11 +64,15 @@ def test_perfect_scores_reach_the_entropy_of_the_target():
     slot_of_target = batch["slot_index"][batch["target_slots"]]
 
     class Perfect(torch.nn.Module):
-        def forward(self, input_ids, attention_mask, slot_index, cls_index):
+        def forward(self, input_ids, attention_mask, slot_index, cls_index, head_function):
             counts = torch.zeros(input_ids.numel(), V)
             counts.index_put_((slot_of_target, batch["target_ids"]), torch.ones(len(slot_of_target)), accumulate=True)
             stop = torch.stack((batch["num_dropped"] == 0, batch["num_dropped"] > 0), -1).float() * 50
-            return type("Output", (), {"logits": counts[slot_index].log(), "stop_logits": stop})
+            return type(
+                "Output",
+                (),
+                {"logits": head_function(counts[slot_index].log(), torch.nn.Identity(), None), "stop_logits": stop},
+            )
 
     output = ILMLoss()(Perfect(), batch)
     entropy = 0.0

@@ -1,0 +1,115 @@
+import pytest
+import torch
+from torch import nn
+
+from xlm_hf.modules import cross_entropy
+from xlm_hf.modules.cross_entropy import linear_cross_entropy
+from xlm_hf.modules.vocabulary_head import suppress_, vocabulary_logits
+
+H, V, SUPPRESSED = 5, 11, (0, 1, 4, 10)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(cross_entropy, "CHUNK_SIZE_CPU", 3 * V)
+
+
+def problem(grouped, dtype=torch.float64, seed=0):
+    """Hidden states, a head and targets: four groups, one without rows, one longer than a chunk, a target twice."""
+    generator = torch.Generator().manual_seed(seed)
+    groups = torch.tensor([0, 0, 2, 2, 2, 2, 2, 3])
+    rows = torch.tensor([0, 1, 1, 1, 2, 6, 6, 7]) if grouped else torch.arange(8)
+    ids = torch.tensor([2, 3, 3, 5, 6, 7, 9, 8])
+    hidden = torch.randn(8, H, generator=generator, dtype=dtype).requires_grad_()
+    head = nn.Linear(H, V, bias=False).to(dtype)
+    head.weight.data = torch.randn(V, H, generator=generator, dtype=dtype)
+    weights = torch.rand(4 if grouped else 8, generator=generator, dtype=dtype)
+    return hidden, head, ids, {"weights": weights, **({"target_rows": rows, "groups": groups} if grouped else {})}
+
+
+def slow(hidden, head, ids, options):
+    """A loop over groups, each with its grid of cells."""
+    logits = hidden @ head.weight.T
+    allowed = [v for v in range(V) if v not in SUPPRESSED]
+    groups = options.get("groups", torch.arange(len(hidden))).tolist()
+    rows = options.get("target_rows", torch.arange(len(ids))).tolist()
+    total, losses = 0.0, []
+    for g, weight in enumerate(options["weights"]):
+        cells = [logits[r, v] for r in range(len(hidden)) if groups[r] == g for v in allowed]
+        targets = [logits[r, v] for r, v in zip(rows, ids.tolist(), strict=True) if groups[r] == g]
+        loss = torch.stack(cells).logsumexp(0) - torch.stack(targets).mean() if cells else logits.new_zeros(())
+        total = total + weight * loss
+        losses.append(loss.detach())
+    best = [
+        max(allowed, key=lambda v: float(logits[r, v].detach())) == v for r, v in zip(rows, ids.tolist(), strict=True)
+    ]
+    return total, torch.stack(losses), best
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_loss_and_gradients_equal_a_loop(grouped, chunked, seed, small_chunks):
+    hidden, head, ids, options = problem(grouped, seed=seed)
+    output = linear_cross_entropy(hidden, head, SUPPRESSED, ids, chunked=chunked, **options)
+    expected, losses, best = slow(hidden, head, ids, options)
+    torch.testing.assert_close(output.loss_sum, expected)
+    torch.testing.assert_close(output.losses, losses)
+    assert output.correct.tolist() == best
+    # The trainer divides the sum: the gradients scale with it.
+    inputs = (hidden, head.weight)
+    for gradient, reference in zip(
+        torch.autograd.grad(output.loss_sum / 7, inputs), torch.autograd.grad(expected / 7, inputs), strict=True
+    ):
+        torch.testing.assert_close(gradient, reference)
+    assert not output.losses.requires_grad
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_many_rows_go_in_chunks_and_groups_stay_whole(grouped, monkeypatch):
+    """By default: more logits than a chunk holds, and only under a plain linear head."""
+    sizes, plain = [], cross_entropy.suppress_
+    monkeypatch.setattr(cross_entropy, "CHUNK_SIZE_CPU", 3 * V)
+    monkeypatch.setattr(cross_entropy, "suppress_", lambda x, ids: (sizes.append(len(x)), plain(x, ids))[1])
+    hidden, head, ids, options = problem(grouped)
+    linear_cross_entropy(hidden, head, SUPPRESSED, ids, **options)
+    assert sizes == ([2, 5, 1] if grouped else [3, 3, 2])
+    sizes.clear()
+    linear_cross_entropy(hidden, nn.Sequential(head), SUPPRESSED, ids, **options)
+    monkeypatch.setattr(cross_entropy, "CHUNK_SIZE_CPU", 8 * V)
+    linear_cross_entropy(hidden, head, SUPPRESSED, ids, **options)
+    assert sizes == []
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_chunks_equal_the_whole_in_single_and_half_precision(grouped, small_chunks):
+    hidden, head, ids, options = problem(grouped, torch.float32)
+    for enabled, tolerance in ((False, 1e-5), (True, 2e-2)):
+        results = []
+        for chunked in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                output = linear_cross_entropy(hidden, head, SUPPRESSED, ids, chunked=chunked, **options)
+            assert output.loss_sum.dtype == output.losses.dtype == torch.float32
+            results.append([output.loss_sum, *torch.autograd.grad(output.loss_sum, (hidden, head.weight))])
+        for whole, chunks in zip(*results, strict=True):
+            assert whole.dtype == chunks.dtype == torch.float32
+            torch.testing.assert_close(chunks, whole, rtol=tolerance, atol=tolerance)
+
+
+def test_a_frozen_head_gets_no_gradient_and_neither_does_an_evaluation(small_chunks):
+    hidden, head, ids, options = problem(False)
+    head.weight.requires_grad_(False)
+    frozen = linear_cross_entropy(hidden, head, SUPPRESSED, ids, chunked=True, **options)
+    expected = torch.autograd.grad(slow(hidden, head, ids, options)[0], hidden)[0]
+    torch.testing.assert_close(torch.autograd.grad(frozen.loss_sum, hidden)[0], expected)
+    with torch.no_grad():
+        evaluated = linear_cross_entropy(hidden, head, SUPPRESSED, ids, chunked=True, **options)
+    assert not evaluated.loss_sum.requires_grad
+    torch.testing.assert_close(evaluated.loss_sum, frozen.loss_sum.detach())
+
+
+@pytest.mark.parametrize("ids", [None, [], [0, 1, 2], [3, 1], [10], [0, 5, 6, 10], list(range(V))])
+def test_suppressed_ids_have_no_logit(ids):
+    logits = suppress_(torch.zeros(2, 3, V), ids)
+    assert logits.isneginf().any(0).any(0).nonzero().flatten().tolist() == sorted(ids or [])
+    assert torch.equal(vocabulary_logits(torch.zeros(2, 3, V), nn.Identity(), ids), logits)
