@@ -61,7 +61,7 @@ def linear_cross_entropy(
         chunked: whether to make the logits in chunks, gradients included; by default wherever one chunk does not hold
             them all. The losses are computed at least in float32, whatever the autocast.
     """
-    device = hidden_states.device
+    device, size = hidden_states.device, _chunk_size(hidden_states.device)
     dtype = torch.promote_types(hidden_states.dtype, torch.float32)
     target_rows = torch.arange(len(target_ids), device=device) if target_rows is None else target_rows
     weights = hidden_states.new_ones(len(hidden_states), dtype=dtype) if weights is None else weights.to(dtype)
@@ -71,22 +71,16 @@ def linear_cross_entropy(
         counts = torch.zeros_like(weights).index_add(0, target_groups, target_shares)
         target_shares = 1 / counts[target_groups]
     if chunked is None:
-        chunked = (
-            type(head) is nn.Linear
-            and head.bias is None
-            and hidden_states.shape[0] * head.out_features > _chunk_size(device)
-        )
+        chunked = type(head) is nn.Linear and head.bias is None and len(hidden_states) * head.out_features > size
     if not chunked:
         logits = vocabulary_logits(hidden_states, head, suppressed_ids).to(dtype)
         scores = logits[target_rows, target_ids]
         correct = scores.detach() >= logits.detach().amax(dim=-1)[target_rows]
-        losses, _ = _group_losses(
-            logits.logsumexp(dim=-1), scores, target_rows, target_shares, groups, num_groups=len(weights)
-        )
+        losses, _ = _group_losses(logits.logsumexp(-1), scores, target_rows, target_shares, groups, len(weights))
         return CrossEntropy((weights * losses).sum(), losses.detach(), correct)
     loss_sum, losses, correct, _, _ = _chunked_cross_entropy(
         hidden_states,
-        head.weight,  # type: ignore[arg-type]
+        head.weight,
         list(suppressed_ids or ()),
         target_ids,
         weights,
@@ -95,7 +89,7 @@ def linear_cross_entropy(
         groups,
         torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else hidden_states.dtype,
         torch.is_grad_enabled() and hidden_states.requires_grad,
-        torch.is_grad_enabled() and head.weight.requires_grad,  # type: ignore[union-attr],
+        torch.is_grad_enabled() and head.weight.requires_grad,
     )
     return CrossEntropy(loss_sum, losses.detach(), correct)
 
