@@ -9,6 +9,7 @@ from accelerate import PartialState
 from safetensors.torch import save_file
 
 from tests.test_trainer import evaluation_sets, make_trainer, weights
+from xlm_hf.modules import cross_entropy
 
 
 def main(output_dir: Path, batch_size: int) -> None:
@@ -26,6 +27,9 @@ def main(output_dir: Path, batch_size: int) -> None:
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     trainer.model.config.attention_dropout = 0.0
+    # Two ranks compute the vocabulary head in chunks within the wrapped model, one rank all logits at once.
+    if PartialState().num_processes > 1:
+        cross_entropy.CHUNK_SIZES["cpu"] = 4 * trainer.model.config.vocab_size
     trainer.train()
     metrics = trainer.evaluate(metric_key_prefix="test")
     state = PartialState()

@@ -115,46 +115,7 @@ def check_generation(case: FamilyCase, tmp_path: Path) -> None:
             assert _written(model, collator([example]), seeds[number : number + 1]) == together[number : number + 1]
 
 
-def check_attention_implementations(case: FamilyCase, tmp_path: Path) -> None:
-    """Eager attention equals sdpa, gradients included."""
-    loss, results = case.trainer(tmp_path).loss, []
-    for attention in ("eager", "sdpa"):
-        model = case.model()
-        model.set_attn_implementation(attention)
-        results.append(_loss_and_gradients(model, loss, case.collator("seq2seq", model)(case.examples())))
-    _assert_close(*results)
-
-
-def _moved(batch: dict[str, torch.Tensor], row: torch.Tensor, place: torch.Tensor) -> dict[str, torch.Tensor]:
-    """A batch with its tokens, in their order, moved to other rows and places; flat places (`..._index`) move along."""
-    real = batch["attention_mask"]
-    shape = (int(row.max()) + 1, real.shape[1])
-    moved = {name: tensor for name, tensor in batch.items() if name not in ("segment_ids", "position_ids")}
-    for name, tensor in moved.items():
-        if name.endswith("_index"):
-            index = torch.zeros(real.numel(), dtype=torch.int64)
-            index[real.flatten()] = row * shape[1] + place
-            moved[name] = index[tensor]
-        elif tensor.shape == real.shape:
-            moved[name] = torch.zeros(shape, dtype=tensor.dtype)
-            moved[name][row, place] = tensor[real]
-    return moved
-
-
-def _separated(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A packed batch with every document in a row of its own."""
-    real = batch["attention_mask"]
-    documents = torch.arange(len(real))[:, None] * real.shape[1] + batch["segment_ids"]
-    row = documents[real].unique(return_inverse=True)[1]
-    moved = _moved(batch, row, batch["position_ids"][real])
-    # What a packed batch says of each token, such as its document's time, a batch of separate rows says of each row.
-    return {
-        name: tensor[:, 0] if tensor.is_floating_point() and tensor.dim() == 2 else tensor
-        for name, tensor in moved.items()
-    }
-
-
-def _loss_and_gradients(model: Any, loss: Any, batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+def loss_and_gradients(model: Any, loss: Any, batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     """The loss, its number of items, its metrics by name, its sequences and the gradients of all parameters."""
     model.zero_grad()
     output = loss(model, batch)
@@ -165,68 +126,43 @@ def _loss_and_gradients(model: Any, loss: Any, batch: dict[str, torch.Tensor]) -
     return [output.loss_sum.detach(), torch.as_tensor(output.num_items), *metrics, *nats, *gradients]
 
 
-def _assert_close(values: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+def assert_close(values: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    """Assert that two results of `loss_and_gradients` are the same in single precision."""
     for value, reference in zip(values, expected, strict=True):
         torch.testing.assert_close(value, reference, rtol=1e-3, atol=1e-4)
 
 
 def check_packing(case: FamilyCase, tmp_path: Path) -> None:
-    """Documents in one row have the loss, the metrics and the gradients that they have in rows of their own."""
+    """Examples that share a row have the loss, the metrics and the gradients that they have in rows of their own."""
     loss = case.trainer(tmp_path).loss
-    examples = case.examples()
-    # Some examples hold several documents, as rows of a chunked corpus do.
-    several = [{**e, "segment_ids": [min(i // 3, 1) for i in range(len(e["input_ids"]))]} for e in examples[:3]]
-    for attention, kind, rows in (("eager", "lm", several + examples[3:]), ("sdpa", "seq2seq", examples)):
+    for attention, kind in (("eager", "lm"), ("sdpa", "seq2seq")):
         model = case.model()
         model.set_attn_implementation(attention)
-        packed = case.collator(kind, model, packing=True)(rows)
-        apart = case.collator(kind, model)(rows)
-        assert len(packed["input_ids"]) < len(apart["input_ids"])
-        assert ("segment_ids" in apart) == (kind == "lm")
-        expected = _loss_and_gradients(model, loss, _separated(packed))
-        for batch in (packed, apart):
-            _assert_close(_loss_and_gradients(model, loss, batch), expected)
+        batches = [case.collator(kind, model, packing=packing)(case.examples()) for packing in (True, False)]
+        assert len(batches[0]["input_ids"]) < len(batches[1]["input_ids"])
+        assert_close(*(loss_and_gradients(model, loss, batch) for batch in batches))
 
 
-def check_padding_side(case: FamilyCase, tmp_path: Path) -> None:
-    """Padding on the left changes neither the loss nor the metrics nor the gradients."""
+def check_ways_to_compute(case: FamilyCase, tmp_path: Path) -> None:
+    """The same loss, metrics and gradients in every way to compute them.
+
+    By eager attention as by sdpa, with the vocabulary head in chunks, as one compiled graph,
+    and with activations that are computed anew in the backward pass.
+    """
     model, loss = case.model(), case.trainer(tmp_path).loss
     batch = case.collator("seq2seq", model)(case.examples())
-    row, place = batch["attention_mask"].nonzero(as_tuple=True)
-    padding = batch["attention_mask"].shape[1] - batch["attention_mask"].sum(dim=-1)
-    left = _moved(batch, row, place + padding[row])
-    assert padding.any()
-    assert torch.equal(_moved(left, row, place)["input_ids"], batch["input_ids"])
-    _assert_close(_loss_and_gradients(model, loss, left), _loss_and_gradients(model, loss, batch))
-
-
-def check_chunked_cross_entropy(case: FamilyCase, tmp_path: Path) -> None:
-    """Where the vocabulary head works in chunks, loss, metrics and gradients are those of all logits at once."""
-    model, loss = case.model(), case.trainer(tmp_path).loss
-    batch = case.collator("seq2seq", model)(case.examples())
-    expected = _loss_and_gradients(model, loss, batch)
-    with mock.patch.object(cross_entropy, "CHUNK_SIZE_CPU", 4 * model.config.vocab_size):
-        _assert_close(_loss_and_gradients(model, loss, batch), expected)
-
-
-def check_activation_checkpointing(case: FamilyCase, tmp_path: Path) -> None:
-    """Activations that are computed anew in the backward pass give the same gradients."""
-    model, loss = case.model().train(), case.trainer(tmp_path).loss
-    batch = case.collator("lm", model, packing=True)(case.examples())
-    expected = _loss_and_gradients(model, loss, batch)
-    model.activation_checkpointing_enable()
-    assert model.is_gradient_checkpointing
-    _assert_close(_loss_and_gradients(model, loss, batch), expected)
-
-
-def check_compilation(case: FamilyCase, tmp_path: Path) -> None:
-    """Forward pass and loss are one graph for torch.compile, packed or not."""
-    model, loss = case.model(), case.trainer(tmp_path).loss
-    batch = case.collator("seq2seq", model, packing=True)(case.examples())
-    expected = _loss_and_gradients(model, loss, batch)
+    expected = loss_and_gradients(model, loss, batch)
+    model.set_attn_implementation("eager")
+    assert_close(loss_and_gradients(model, loss, batch), expected)
+    model.set_attn_implementation("sdpa")
+    with mock.patch.dict(cross_entropy.CHUNK_SIZES, cpu=4 * model.config.vocab_size):
+        assert_close(loss_and_gradients(model, loss, batch), expected)
     torch.compiler.reset()
     compiled = torch.compile(loss.__call__, fullgraph=True, backend="aot_eager")
-    _assert_close(_loss_and_gradients(model, compiled, batch), expected)
+    assert_close(loss_and_gradients(model, compiled, batch), expected)
+    model.train().activation_checkpointing_enable()
+    assert model.is_activation_checkpointing
+    assert_close(loss_and_gradients(model, loss, batch), expected)
 
 
 def check_saving_and_loading(case: FamilyCase, tmp_path: Path) -> None:
@@ -294,12 +230,8 @@ def check_remote_code(case: FamilyCase, tmp_path: Path) -> None:
 CHECKS = [
     check_batch_composition,
     check_generation,
-    check_attention_implementations,
     check_packing,
-    check_padding_side,
-    check_chunked_cross_entropy,
-    check_activation_checkpointing,
-    check_compilation,
+    check_ways_to_compute,
     check_saving_and_loading,
     check_training_and_resume,
     check_remote_code,

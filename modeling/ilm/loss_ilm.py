@@ -40,13 +40,13 @@ class ILMLoss:
             `LossOutput` whose items are sequences; its metrics are `token_loss` (mean over the sequences with a
             dropped token), `stop_loss` and `stop_accuracy`.
         """
-        num_dropped = batch["num_dropped"]
+        num_dropped, documents, slots = batch["num_dropped"], batch["slot_documents"], batch["target_slots"]
         joint_cross_entropy = partial(
             linear_cross_entropy,
             target_ids=batch["target_ids"],
-            weights=torch.ones_like(num_dropped),
-            target_rows=batch["target_slots"],
-            groups=batch["slot_documents"],
+            target_weights=1 / num_dropped[documents[slots]],
+            target_rows=slots,
+            groups=documents,
         )
         outputs = model(
             **model_inputs(batch),
@@ -54,7 +54,7 @@ class ILMLoss:
             cls_index=batch["cls_index"],
             head_function=joint_cross_entropy,
         )
-        loss_sum, token_losses, _ = outputs.logits
+        token_loss = outputs.logits.loss_sum
         missing = num_dropped > 0
         stop_logits = outputs.stop_logits.to(torch.promote_types(outputs.stop_logits.dtype, torch.float32))
         stop_losses = nn.functional.cross_entropy(stop_logits, missing.long(), reduction="none")
@@ -63,10 +63,10 @@ class ILMLoss:
             stop_losses = stop_losses * torch.where(missing, incomplete, complete)
         num_items = self.num_items(batch)
         return LossOutput(
-            loss_sum=loss_sum + self.stop_loss_weight * stop_losses.sum(),
+            loss_sum=token_loss + self.stop_loss_weight * stop_losses.sum(),
             num_items=num_items,
             metrics={
-                "token_loss": (token_losses.sum(), missing.sum()),
+                "token_loss": (token_loss.detach(), missing.sum()),
                 "stop_loss": (stop_losses.detach().sum(), num_items),
                 "stop_accuracy": ((stop_logits.detach().argmax(dim=-1) == missing).sum(), num_items),
             },

@@ -42,7 +42,7 @@ class MDLMLoss:
             **model_inputs(batch),
             alpha=batch["alpha"],
             logits_index=batch["logits_index"],
-            head_function=partial(linear_cross_entropy, target_ids=target_ids, weights=weights[documents]),
+            head_function=partial(linear_cross_entropy, target_ids=target_ids, target_weights=weights[documents]),
         )
         loss_sum, losses, correct = outputs.logits
         num_masked = len(target_ids)

@@ -59,11 +59,13 @@ def dense_loss(logits, stop_logits, batch, stop_loss_weight):
                 if slot // L == b:
                     counts[slot % L, token] += 1
             assert counts.sum() == n
+            # As float32, which the loss object makes of an integer.
+            share = 1 / batch["num_dropped"][b]
             cells = [(i, v) for i in range(first_slot, length) for v in range(logits.shape[-1])]
             log_normaliser = torch.stack([logits[b, i, v] for i, v in cells]).logsumexp(0)
             for i, v in cells:
                 if counts[i, v]:
-                    total = total - counts[i, v] / n * (logits[b, i, v] - log_normaliser)
+                    total = total - counts[i, v] * share * (logits[b, i, v] - log_normaliser)
         stop = stop_logits[b].log_softmax(-1)
         total = total - stop_loss_weight * stop[1 if n else 0]
     return total

@@ -22,6 +22,7 @@ from tests.modeling.mdlm_helpers import (
     random_order_law,
     slow_loss,
 )
+from tests.modules.test_collation import check_documents_of_a_row
 from xlm_hf.modeling.mdlm import MDLMCollatorForLanguageModeling, MDLMCollatorForSeq2Seq, MDLMConfig, MDLMLoss
 from xlm_hf.testing import FamilyCase, check_packing
 
@@ -189,4 +190,6 @@ def test_packed_segments_equal_separate_sequences(backbone):
 
 
 def test_packed_documents_have_times_of_their_own(tmp_path):
-    check_packing(FamilyCase("mdlm", "model.backbone=dit"), tmp_path)
+    case = FamilyCase("mdlm", "model.backbone=dit")
+    check_documents_of_a_row(case, case.trainer(tmp_path).loss)
+    check_packing(case, tmp_path)

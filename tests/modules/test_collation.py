@@ -6,7 +6,7 @@ import torch
 from xlm_hf.commands.common import build_collator
 from xlm_hf.hub import families
 from xlm_hf.modules.collation import Documents, Rows, ranks
-from xlm_hf.testing import FamilyCase, check_packing
+from xlm_hf.testing import FamilyCase, assert_close, check_packing, loss_and_gradients
 
 PAD = 0
 
@@ -41,7 +41,7 @@ def test_rows_are_filled_by_first_fit(seed):
     assert rows.shape == (len(expected), max(s + sizes[e] for row in expected for e, s in row))
     for number, row in enumerate(expected):
         for example, start in row:
-            assert (rows.row[example], rows.first[example]) == (number, number * rows.shape[1] + start)
+            assert rows.first[example] == number * rows.shape[1] + start
 
 
 def test_a_batch_says_which_document_and_position_every_token_has():
@@ -83,11 +83,6 @@ def test_ranks_are_those_of_each_part():
     assert ordered.tolist() == [x for row in parts for x in sorted(row)]
 
 
-def test_segment_ids_of_another_length_are_refused():
-    with pytest.raises(ValueError, match="Example 101 has 3 segment_ids for 2 tokens: give one for each token"):
-        documents_of([5, 2], segments={1: [0, 0, 1]})
-
-
 @pytest.mark.parametrize("family", families())
 def test_a_document_is_corrupted_by_its_example_and_number_alone(family):
     case = FamilyCase(family)
@@ -101,6 +96,58 @@ def test_a_document_is_corrupted_by_its_example_and_number_alone(family):
     assert alone["segment_ids"][0].tolist() == among["segment_ids"][0, :width].tolist()
 
 
+def moved_to(batch: dict[str, torch.Tensor], row: torch.Tensor, place: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A batch with its tokens, in their order, moved to other rows and places; flat places (`..._index`) move along."""
+    real = batch["attention_mask"]
+    shape = (int(row.max()) + 1, real.shape[1])
+    moved = {name: tensor for name, tensor in batch.items() if name not in ("segment_ids", "position_ids")}
+    for name, tensor in moved.items():
+        if name.endswith("_index"):
+            index = torch.zeros(real.numel(), dtype=torch.int64)
+            index[real.flatten()] = row * shape[1] + place
+            moved[name] = index[tensor]
+        elif tensor.shape == real.shape:
+            moved[name] = torch.zeros(shape, dtype=tensor.dtype)
+            moved[name][row, place] = tensor[real]
+    return moved
+
+
+def separated(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A packed batch with every document in a row of its own."""
+    real = batch["attention_mask"]
+    documents = torch.arange(len(real))[:, None] * real.shape[1] + batch["segment_ids"]
+    row = documents[real].unique(return_inverse=True)[1]
+    moved = moved_to(batch, row, batch["position_ids"][real])
+    # What a packed batch says of each token, such as its document's time, a batch of separate rows says of each row.
+    return {
+        name: tensor[:, 0] if tensor.is_floating_point() and tensor.dim() == 2 else tensor
+        for name, tensor in moved.items()
+    }
+
+
+def check_documents_of_a_row(case, loss):
+    """Documents that come in one row have the loss, metrics and gradients that they have in rows of their own."""
+    model = case.model()
+    rows = [{**e, "segment_ids": [min(i // 3, 1) for i in range(len(e["input_ids"]))]} for e in case.examples()]
+    batch = case.collator("lm", model, packing=True)([*rows, *case.examples()])
+    apart = separated(batch)
+    assert len(apart["input_ids"]) > 2 * len(rows) > len(batch["input_ids"])
+    assert_close(loss_and_gradients(model, loss, batch), loss_and_gradients(model, loss, apart))
+
+
 @pytest.mark.parametrize("family", families())
-def test_packing_with_a_short_convolution_and_learned_positions(family, tmp_path):
-    check_packing(FamilyCase(family, "++model.conv_kernel_size=3", "++model.learned_positions=true"), tmp_path)
+def test_documents_of_a_row_do_not_see_each_other(family, tmp_path):
+    case = FamilyCase(family, "++model.conv_kernel_size=3", "++model.learned_positions=true")
+    check_documents_of_a_row(case, case.trainer(tmp_path).loss)
+    check_packing(case, tmp_path)
+
+
+@pytest.mark.parametrize("family", families())
+def test_padding_on_the_left_changes_nothing(family, tmp_path):
+    case = FamilyCase(family, "++model.conv_kernel_size=3", "++model.learned_positions=true")
+    model, loss = case.model(), case.trainer(tmp_path).loss
+    batch = case.collator("seq2seq", model)(case.examples())
+    row, place = batch["attention_mask"].nonzero(as_tuple=True)
+    left = moved_to(batch, row, place + (~batch["attention_mask"]).sum(dim=-1)[row])
+    assert not left["attention_mask"][:, 0].all()
+    assert_close(loss_and_gradients(model, loss, left), loss_and_gradients(model, loss, batch))

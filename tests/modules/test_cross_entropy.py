@@ -1,3 +1,5 @@
+from unittest import mock
+
 import pytest
 import torch
 from torch import nn
@@ -9,49 +11,51 @@ from xlm_hf.modules.vocabulary_head import suppress_, vocabulary_logits
 H, V, SUPPRESSED = 5, 11, (0, 1, 4, 10)
 
 
-@pytest.fixture
-def small_chunks(monkeypatch):
-    monkeypatch.setattr(cross_entropy, "CHUNK_SIZE_CPU", 3 * V)
+def chunks_of(num_rows):
+    return mock.patch.dict(cross_entropy.CHUNK_SIZES, cpu=num_rows * V)
 
 
 def problem(grouped, dtype=torch.float64, seed=0):
-    """Hidden states, a head and targets: four groups, one without rows, one longer than a chunk, a target twice."""
+    """Hidden states, a head and targets: groups of one row, of two and of more than a chunk, one target twice."""
     generator = torch.Generator().manual_seed(seed)
-    groups = torch.tensor([0, 0, 2, 2, 2, 2, 2, 3])
+    groups = torch.tensor([4, 4, 20, 20, 20, 20, 20, 31])
     rows = torch.tensor([0, 1, 1, 1, 2, 6, 6, 7]) if grouped else torch.arange(8)
     ids = torch.tensor([2, 3, 3, 5, 6, 7, 9, 8])
     hidden = torch.randn(8, H, generator=generator, dtype=dtype).requires_grad_()
     head = nn.Linear(H, V, bias=False).to(dtype)
     head.weight.data = torch.randn(V, H, generator=generator, dtype=dtype)
-    weights = torch.rand(4 if grouped else 8, generator=generator, dtype=dtype)
-    return hidden, head, ids, {"weights": weights, **({"target_rows": rows, "groups": groups} if grouped else {})}
+    weights = torch.rand(8, generator=generator, dtype=dtype)
+    return (
+        hidden,
+        head,
+        ids,
+        {"target_weights": weights, **({"target_rows": rows, "groups": groups} if grouped else {})},
+    )
 
 
 def slow(hidden, head, ids, options):
-    """A loop over groups, each with its grid of cells."""
+    """A loop over targets, each with the cells of its group."""
     logits = hidden @ head.weight.T
     allowed = [v for v in range(V) if v not in SUPPRESSED]
     groups = options.get("groups", torch.arange(len(hidden))).tolist()
     rows = options.get("target_rows", torch.arange(len(ids))).tolist()
-    total, losses = 0.0, []
-    for g, weight in enumerate(options["weights"]):
-        cells = [logits[r, v] for r in range(len(hidden)) if groups[r] == g for v in allowed]
-        targets = [logits[r, v] for r, v in zip(rows, ids.tolist(), strict=True) if groups[r] == g]
-        loss = torch.stack(cells).logsumexp(0) - torch.stack(targets).mean() if cells else logits.new_zeros(())
-        total = total + weight * loss
-        losses.append(loss.detach())
+    losses = []
+    for row, token in zip(rows, ids.tolist(), strict=True):
+        cells = [logits[r, v] for r in range(len(hidden)) if groups[r] == groups[row] for v in allowed]
+        losses.append(torch.stack(cells).logsumexp(0) - logits[row, token])
     best = [
         max(allowed, key=lambda v: float(logits[r, v].detach())) == v for r, v in zip(rows, ids.tolist(), strict=True)
     ]
-    return total, torch.stack(losses), best
+    return (options["target_weights"] * torch.stack(losses)).sum(), torch.stack(losses).detach(), best
 
 
 @pytest.mark.parametrize("grouped", [False, True])
-@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("rows_per_chunk", [8, 3, 1])
 @pytest.mark.parametrize("seed", range(3))
-def test_loss_and_gradients_equal_a_loop(grouped, chunked, seed, small_chunks):
+def test_loss_and_gradients_equal_a_loop(grouped, rows_per_chunk, seed):
     hidden, head, ids, options = problem(grouped, seed=seed)
-    output = linear_cross_entropy(hidden, head, SUPPRESSED, ids, chunked=chunked, **options)
+    with chunks_of(rows_per_chunk):
+        output = linear_cross_entropy(hidden, head, SUPPRESSED, ids, **options)
     expected, losses, best = slow(hidden, head, ids, options)
     torch.testing.assert_close(output.loss_sum, expected)
     torch.testing.assert_close(output.losses, losses)
@@ -69,26 +73,26 @@ def test_loss_and_gradients_equal_a_loop(grouped, chunked, seed, small_chunks):
 def test_many_rows_go_in_chunks_and_groups_stay_whole(grouped, monkeypatch):
     """By default: more logits than a chunk holds, and only under a plain linear head."""
     sizes, plain = [], cross_entropy.suppress_
-    monkeypatch.setattr(cross_entropy, "CHUNK_SIZE_CPU", 3 * V)
+    monkeypatch.setitem(cross_entropy.CHUNK_SIZES, "cpu", 3 * V)
     monkeypatch.setattr(cross_entropy, "suppress_", lambda x, ids: (sizes.append(len(x)), plain(x, ids))[1])
     hidden, head, ids, options = problem(grouped)
     linear_cross_entropy(hidden, head, SUPPRESSED, ids, **options)
     assert sizes == ([2, 5, 1] if grouped else [3, 3, 2])
     sizes.clear()
     linear_cross_entropy(hidden, nn.Sequential(head), SUPPRESSED, ids, **options)
-    monkeypatch.setattr(cross_entropy, "CHUNK_SIZE_CPU", 8 * V)
+    monkeypatch.setitem(cross_entropy.CHUNK_SIZES, "cpu", 8 * V)
     linear_cross_entropy(hidden, head, SUPPRESSED, ids, **options)
     assert sizes == []
 
 
 @pytest.mark.parametrize("grouped", [False, True])
-def test_chunks_equal_the_whole_in_single_and_half_precision(grouped, small_chunks):
+def test_chunks_equal_the_whole_in_single_and_half_precision(grouped):
     hidden, head, ids, options = problem(grouped, torch.float32)
     for enabled, tolerance in ((False, 1e-5), (True, 2e-2)):
         results = []
-        for chunked in (False, True):
-            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-                output = linear_cross_entropy(hidden, head, SUPPRESSED, ids, chunked=chunked, **options)
+        for rows_per_chunk in (8, 3):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled), chunks_of(rows_per_chunk):
+                output = linear_cross_entropy(hidden, head, SUPPRESSED, ids, **options)
             assert output.loss_sum.dtype == output.losses.dtype == torch.float32
             results.append([output.loss_sum, *torch.autograd.grad(output.loss_sum, (hidden, head.weight))])
         for whole, chunks in zip(*results, strict=True):
@@ -96,14 +100,15 @@ def test_chunks_equal_the_whole_in_single_and_half_precision(grouped, small_chun
             torch.testing.assert_close(chunks, whole, rtol=tolerance, atol=tolerance)
 
 
-def test_a_frozen_head_gets_no_gradient_and_neither_does_an_evaluation(small_chunks):
+def test_a_frozen_head_gets_no_gradient_and_neither_does_an_evaluation():
     hidden, head, ids, options = problem(False)
     head.weight.requires_grad_(False)
-    frozen = linear_cross_entropy(hidden, head, SUPPRESSED, ids, chunked=True, **options)
+    with chunks_of(3):
+        frozen = linear_cross_entropy(hidden, head, SUPPRESSED, ids, **options)
+        with torch.no_grad():
+            evaluated = linear_cross_entropy(hidden, head, SUPPRESSED, ids, **options)
     expected = torch.autograd.grad(slow(hidden, head, ids, options)[0], hidden)[0]
     torch.testing.assert_close(torch.autograd.grad(frozen.loss_sum, hidden)[0], expected)
-    with torch.no_grad():
-        evaluated = linear_cross_entropy(hidden, head, SUPPRESSED, ids, chunked=True, **options)
     assert not evaluated.loss_sum.requires_grad
     torch.testing.assert_close(evaluated.loss_sum, frozen.loss_sum.detach())
 

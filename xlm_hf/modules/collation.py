@@ -64,14 +64,8 @@ class Documents:
     def _split(self, targets: Sequence[Sequence[int]]) -> None:
         """Cut the targets where their `segment_ids` change; a further document has no prompt."""
         given = [e.get("segment_ids") for e in self.examples]
-        segments, lengths = ragged([[0] * len(t) if s is None else s for s, t in zip(given, targets, strict=True)])
-        if not torch.equal(lengths, self.target_lengths):
-            row = int((lengths != self.target_lengths).nonzero()[0])
-            raise ValueError(
-                f"Example {self.examples[row]['example_id']} has {int(lengths[row])} segment_ids for "
-                f"{int(self.target_lengths[row])} tokens: give one for each token."
-            )
-        example, place = counted(lengths)
+        segments, _ = ragged([[0] * len(t) if s is None else s for s, t in zip(given, targets, strict=True)])
+        example, place = counted(self.target_lengths)
         starts = ((place == 0) | (segments != segments.roll(1))).nonzero().squeeze(-1)
         self.target_lengths = torch.diff(starts, append=torch.tensor([len(segments)]))
         self.example, self.number = example[starts], segments[starts]
@@ -122,16 +116,12 @@ class Rows:
 
     def __init__(self, lengths: torch.Tensor, documents: Documents, packing: int | None = None):
         self.lengths = lengths
-        num_examples = len(documents.examples)
-        sizes = torch.zeros(num_examples, dtype=torch.int64).index_add_(0, documents.example, lengths)
-        row_of_example, start_of_example = torch.arange(num_examples), torch.zeros(num_examples, dtype=torch.int64)
-        if packing is not None:
-            row_of_example, start_of_example = _first_fit(sizes, packing)
-        within_example = starts_of(lengths) - starts_of(sizes)[documents.example]
-        self.row = row_of_example[documents.example]
-        ends = start_of_example + sizes
-        self.shape = (int(row_of_example.max()) + 1, int(ends.max()))
-        self.first = self.row * self.shape[1] + start_of_example[documents.example] + within_example
+        sizes = torch.zeros(len(documents.examples), dtype=torch.int64).index_add_(0, documents.example, lengths)
+        # Without packing no two examples fit into one row.
+        row, start = _first_fit(sizes, packing or 0)
+        self.shape = (int(row.max()) + 1, int((start + sizes).max()))
+        first = row * self.shape[1] + start - starts_of(sizes)
+        self.first = first[documents.example] + starts_of(lengths)
 
     def index(self, start: torch.Tensor | int, lengths: torch.Tensor) -> torch.Tensor:
         """Places in the flattened (rows x L) batch of `lengths` (D,) tokens of each document, from its `start`-th."""
@@ -154,7 +144,7 @@ class Rows:
             "attention_mask": attention_mask,
             "example_id": column(documents.examples, "example_id"),
         }
-        if len(self.row) > self.shape[0]:
+        if len(self.lengths) > self.shape[0]:
             begins, position_ids = torch.zeros(self.shape, dtype=torch.int64), torch.zeros_like(input_ids)
             begins.view(-1)[self.first[self.lengths > 0]] = 1
             position_ids.view(-1)[index] = counted(self.lengths)[1]
@@ -164,12 +154,11 @@ class Rows:
 
 def _first_fit(sizes: torch.Tensor, capacity: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Row and start of each part of `sizes`, by first fit; one that is larger than `capacity` has a row to itself."""
-    row, start = np.zeros(len(sizes), dtype=np.int64), np.zeros(len(sizes), dtype=np.int64)
-    used = np.zeros(len(sizes), dtype=np.int64)
+    row, start, used = np.zeros((3, len(sizes)), dtype=np.int64)
     for number, size in enumerate(sizes.tolist()):
-        row[number] = chosen = np.argmax((used + size <= capacity) | (used == 0))
-        start[number] = used[chosen]
-        used[chosen] += size
+        row[number] = np.argmax((used + size <= capacity) | (used == 0))
+        start[number] = used[row[number]]
+        used[row[number]] += size
     return torch.from_numpy(row), torch.from_numpy(start)
 
 
@@ -192,13 +181,13 @@ class Collator:
 
     def check_ids(self, *ids: torch.Tensor) -> None:
         """Raise ValueError if an id is outside the vocabulary."""
-        for some in ids:
-            if len(some) and (int(some.max()) >= self.vocab_size or int(some.min()) < 0):
-                outside = int(some.max()) if int(some.max()) >= self.vocab_size else int(some.min())
-                raise ValueError(
-                    f"Token id {outside} is outside the vocabulary of {self.vocab_size}: tokenize the data with the "
-                    "tokenizer of this run."
-                )
+        every = torch.cat(ids)
+        outside = every[(every < 0) | (every >= self.vocab_size)]
+        if len(outside):
+            raise ValueError(
+                f"Token id {int(outside[0])} is outside the vocabulary of {self.vocab_size}: tokenize the data with "
+                "the tokenizer of this run."
+            )
 
     def check_lengths(self, lengths: torch.Tensor, what: str, extras: str) -> None:
         """Raise ValueError if a `what` has more tokens than the model has positions, `extras` included."""

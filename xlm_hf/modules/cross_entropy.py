@@ -7,16 +7,17 @@ large-vocabulary language models", arXiv 2411.09009; Hsu et al., "Liger kernel",
 """
 
 from collections.abc import Sequence
-from itertools import pairwise, starmap
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .vocabulary_head import suppress_, vocabulary_logits
 
-# Logits of one chunk: what fits into a cache, and on an accelerator what keeps it busy (512 MiB of float32).
-CHUNK_SIZE_CPU, CHUNK_SIZE_ACCELERATOR = 2**21, 2**27
+# Logits of one chunk: what fits into a CPU's cache, and elsewhere what keeps an accelerator busy (512 MiB of float32).
+CHUNK_SIZES = {"cpu": 2**21}
+_CHUNK_SIZE = 2**27
 
 
 class CrossEntropy(NamedTuple):
@@ -24,99 +25,76 @@ class CrossEntropy(NamedTuple):
 
     Attributes:
         loss_sum: scalar, the weighted sum of the losses, and the one thing here that has a gradient.
-        losses: (G,) the loss of each group, without weights.
+        losses: (T,) the loss of each target, without its weight.
         correct: (T,) whether no token of its row scores higher than the target.
     """
 
-    loss_sum: torch.Tensor
-    losses: torch.Tensor
-    correct: torch.Tensor
+    loss_sum: Tensor
+    losses: Tensor
+    correct: Tensor
 
 
 def linear_cross_entropy(
-    hidden_states: torch.Tensor,
+    hidden_states: Tensor,
     head: nn.Module,
     suppressed_ids: Sequence[int] | None,
-    target_ids: torch.Tensor,
-    weights: torch.Tensor | None = None,
-    target_rows: torch.Tensor | None = None,
-    groups: torch.Tensor | None = None,
-    chunked: bool | None = None,
+    target_ids: Tensor,
+    target_weights: Tensor | None = None,
+    target_rows: Tensor | None = None,
+    groups: Tensor | None = None,
 ) -> CrossEntropy:
-    """Sum over groups of weight_g x loss_g, the rows of a group sharing one softmax over all pairs (row, token).
+    """Sum over targets t of weight_t x loss_t, the rows of a group g sharing one softmax over all pairs (row, token).
 
-        loss_g = log sum_{r in g, v} exp(z_{r,v}) - mean over the targets t in g of z_{row_t, id_t},    z = x W^T.
+        loss_t = log sum_{r in g, v} exp(z_{r,v}) - z_{row_t, id_t},    z = x W^T,    g the group of row_t.
 
-    With the defaults each row is a group with one target, and loss_g its cross-entropy -log softmax(z_r)[id].
+    With the defaults each row is a group and has one target: the usual cross-entropy -log softmax(z_t)[id_t].
+    Where one chunk does not hold all logits, they are made in chunks, gradients included. The losses are computed at
+    least in float32, whatever the autocast.
 
     Args:
         hidden_states: x, (S, H).
         head: a linear map without bias, W (V, H); another module, such as an adapted head, gives all logits at once.
         suppressed_ids: ids whose z is -inf.
         target_ids: (T,).
-        weights: (G,) of the groups, or (S,) of the rows without `groups`; None means 1.
+        target_weights: (T,); None means 1.
         target_rows: (T,) row of each target, ascending; None means that the t-th row has the t-th target.
-        groups: (S,) group of each row, ascending, with `weights` given; a group without rows has a loss of 0. None
-            means that each row is one.
-        chunked: whether to make the logits in chunks, gradients included; by default wherever one chunk does not hold
-            them all. The losses are computed at least in float32, whatever the autocast.
+        groups: (S,) group of each row, ascending; None means that each row is one.
     """
-    device, size = hidden_states.device, _chunk_size(hidden_states.device)
-    dtype = torch.promote_types(hidden_states.dtype, torch.float32)
-    target_rows = torch.arange(len(target_ids), device=device) if target_rows is None else target_rows
-    weights = hidden_states.new_ones(len(hidden_states), dtype=dtype) if weights is None else weights.to(dtype)
-    target_shares = torch.ones_like(target_ids, dtype=dtype)
-    if groups is not None:
-        target_groups = groups[target_rows]
-        counts = torch.zeros_like(weights).index_add(0, target_groups, target_shares)
-        target_shares = 1 / counts[target_groups]
-    if chunked is None:
-        chunked = type(head) is nn.Linear and head.bias is None and len(hidden_states) * head.out_features > size
-    if not chunked:
+    device, dtype = hidden_states.device.type, torch.promote_types(hidden_states.dtype, torch.float32)
+    rows = torch.arange(len(target_ids), device=target_ids.device) if target_rows is None else target_rows
+    weights = torch.ones_like(rows, dtype=dtype) if target_weights is None else target_weights.to(dtype)
+    num_words = head.out_features if type(head) is nn.Linear and head.bias is None else 0
+    if len(hidden_states) * num_words <= CHUNK_SIZES.get(device, _CHUNK_SIZE):
         logits = vocabulary_logits(hidden_states, head, suppressed_ids).to(dtype)
-        scores = logits[target_rows, target_ids]
-        correct = scores.detach() >= logits.detach().amax(dim=-1)[target_rows]
-        losses, _ = _group_losses(logits.logsumexp(-1), scores, target_rows, target_shares, groups, len(weights))
+        scores = logits[rows, target_ids]
+        losses = _log_normaliser(logits.logsumexp(dim=-1), groups)[rows] - scores
+        correct = scores.detach() >= logits.detach().amax(dim=-1)[rows]
         return CrossEntropy((weights * losses).sum(), losses.detach(), correct)
-    loss_sum, losses, correct, _, _ = _chunked_cross_entropy(
-        hidden_states,
-        head.weight,
-        list(suppressed_ids or ()),
-        target_ids,
-        weights,
-        target_rows,
-        target_shares,
-        groups,
-        torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else hidden_states.dtype,
-        torch.is_grad_enabled() and hidden_states.requires_grad,
-        torch.is_grad_enabled() and head.weight.requires_grad,
-    )
-    return CrossEntropy(loss_sum, losses.detach(), correct)
+    is_autocast, suppressed = torch.is_autocast_enabled(device), list(suppressed_ids or ())
+    product_dtype = torch.get_autocast_dtype(device) if is_autocast else hidden_states.dtype
+    targets = [rows, target_ids, weights]
+    wanted = [torch.is_grad_enabled() and x.requires_grad for x in (hidden_states, head.weight)]
+    output = _chunked_cross_entropy(hidden_states, head.weight, suppressed, targets, groups, product_dtype, wanted)
+    return CrossEntropy(output[0], output[1].detach(), output[2])
 
 
-def _chunk_size(device: torch.device) -> int:
-    return CHUNK_SIZE_CPU if device.type == "cpu" else CHUNK_SIZE_ACCELERATOR
-
-
-def _group_losses(log_normaliser, scores, target_rows, target_shares, groups, num_groups):
-    """Loss of each group from the logsumexp of each row and the scores of its targets.
-
-    Returns:
-        the losses (G,), and for each row its share of the probability of its group, (S,).
-    """
+def _log_normaliser(of_rows: Tensor, groups: Tensor | None) -> Tensor:
+    """For each row, the logsumexp of `of_rows` over its group."""
     if groups is None:
-        return log_normaliser - target_shares * scores, torch.ones_like(log_normaliser)
-    largest = log_normaliser.new_full((num_groups,), -torch.inf)
-    largest = largest.scatter_reduce(0, groups, log_normaliser.detach(), "amax")
-    largest = largest.masked_fill(largest.isinf(), 0.0)
-    mass = torch.zeros_like(largest).index_add(0, groups, (log_normaliser - largest[groups]).exp())
-    # A group without rows has no mass; its loss is 0.
-    total = largest + mass.masked_fill(mass == 0, 1.0).log()
-    losses = total.index_add(0, groups[target_rows], -target_shares * scores)
-    return losses, (log_normaliser - total[groups]).exp()
+        return of_rows
+    groups = _numbered(groups)
+    largest = torch.full_like(of_rows, -torch.inf).scatter_reduce(0, groups, of_rows.detach(), "amax")[groups]
+    return largest + torch.zeros_like(of_rows).index_add(0, groups, (of_rows - largest).exp())[groups].log()
 
 
-def _chunks(num_rows, rows_per_chunk, groups, target_rows) -> list[tuple[slice, slice]]:
+def _numbered(groups: Tensor) -> Tensor:
+    """The groups by their numbers 0, 1, ..., so that a tensor as long as `groups` has room for all."""
+    return (groups.diff(prepend=groups[:1]) != 0).cumsum(0)
+
+
+def _chunks(
+    num_rows: int, rows_per_chunk: int, groups: Tensor | None, target_rows: Tensor
+) -> list[tuple[slice, slice]]:
     """The rows and the targets of each chunk; with `groups`, a chunk ends where a group does.
 
     The groups are then read back from the device, once, and only where there are several chunks.
@@ -125,92 +103,75 @@ def _chunks(num_rows, rows_per_chunk, groups, target_rows) -> list[tuple[slice, 
         return [(slice(0, num_rows), slice(0, len(target_rows)))]
     if groups is None:
         starts = range(0, num_rows, rows_per_chunk)
-        return [(slice(start, start + rows_per_chunk),) * 2 for start in starts]
+        return [(slice(i, min(i + rows_per_chunk, num_rows)),) * 2 for i in starts]
     bounds = [0]
-    ends = [*((groups[1:] != groups[:-1]).nonzero().squeeze(-1) + 1).tolist(), num_rows]
-    for previous, end in pairwise([0, *ends]):
+    for previous, end in pairwise([0, *groups.unique_consecutive(return_counts=True)[1].cumsum(0).tolist()]):
         if end - bounds[-1] > rows_per_chunk and previous > bounds[-1]:
             bounds.append(previous)
     bounds.append(num_rows)
     of_targets = torch.searchsorted(target_rows, torch.tensor(bounds, device=target_rows.device)).tolist()
-    return list(zip(starmap(slice, pairwise(bounds)), starmap(slice, pairwise(of_targets)), strict=True))
+    return [(slice(*a), slice(*b)) for a, b in zip(pairwise(bounds), pairwise(of_targets), strict=True)]
 
 
 # An operator of its own, so that a compiled training step holds it as one node.
 @torch.library.custom_op("xlm_hf::chunked_cross_entropy", mutates_args=())
 def _chunked_cross_entropy(
-    hidden_states: torch.Tensor,
-    weight: torch.Tensor,
+    hidden_states: Tensor,
+    weight: Tensor,
     suppressed_ids: list[int],
-    target_ids: torch.Tensor,
-    weights: torch.Tensor,
-    target_rows: torch.Tensor,
-    target_shares: torch.Tensor,
-    groups: torch.Tensor | None,
+    targets: list[Tensor],
+    groups: Tensor | None,
     product_dtype: torch.dtype,
-    hidden_gradient: bool,
-    weight_gradient: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`CrossEntropy`, and the gradients of its sum by hidden states and weight where they are wanted."""
-    hidden, matrix = hidden_states.to(product_dtype), weight.to(product_dtype)
-    losses, correct = torch.zeros_like(weights), torch.zeros_like(target_ids, dtype=torch.bool)
-    hidden_grad = torch.empty_like(hidden_states) if hidden_gradient else hidden_states.new_empty(0)
-    weight_grad = torch.zeros_like(weight, dtype=weights.dtype) if weight_gradient else weight.new_empty(0)
-    rows_per_chunk = max(1, _chunk_size(hidden.device) // len(weight))
-    for rows, targets in _chunks(len(hidden), rows_per_chunk, groups, target_rows):
-        group = None if groups is None else groups[rows]
-        row_weights = weights[rows] if group is None else weights[group]
-        at, share = (target_rows[targets] - rows.start, target_ids[targets]), target_shares[targets]
+    hidden, matrix, dtype = hidden_states.to(product_dtype), weight.to(product_dtype), targets[2].dtype
+    losses, correct = torch.zeros_like(targets[2]), torch.zeros_like(targets[1], dtype=torch.bool)
+    hidden_grad = torch.empty_like(hidden_states) if wanted[0] else hidden_states.new_empty(0)
+    weight_grad = torch.zeros_like(weight, dtype=dtype) if wanted[1] else weight.new_empty(0)
+    rows_per_chunk = max(1, CHUNK_SIZES.get(hidden.device.type, _CHUNK_SIZE) // len(weight))
+    for rows, chosen in _chunks(len(hidden), rows_per_chunk, groups, targets[0]):
+        group = torch.arange(rows.start, rows.stop, device=hidden.device) if groups is None else groups[rows]
+        target_row, target_id, target_weight = (x[chosen] for x in targets)
+        at = (target_row - rows.start, target_id)
         # One buffer: the logits, then their exponentials, then the gradient of the loss by them.
-        logits = suppress_((hidden[rows] @ matrix.T).to(weights.dtype), suppressed_ids)
+        logits = suppress_((hidden[rows] @ matrix.T).to(dtype), suppressed_ids)
         largest, scores = logits.amax(dim=-1, keepdim=True), logits[at]
-        correct[targets] = scores >= largest[at[0], 0]
+        correct[chosen] = scores >= largest[at[0], 0]
         mass = logits.sub_(largest).exp_().sum(dim=-1, keepdim=True)
-        log_normaliser = (largest + mass.log()).squeeze(-1)
-        chunk_losses, row_shares = _group_losses(log_normaliser, scores, at[0], share, group, len(weights))
-        if group is None:
-            losses[rows] = chunk_losses
-        else:
-            losses += chunk_losses
-        if not (hidden_gradient or weight_gradient):
-            continue
-        logits.mul_((row_weights * row_shares)[:, None] / mass)
-        logits.index_put_(at, -row_weights[at[0]] * share, accumulate=True)
+        of_rows = (largest + mass.log()).squeeze(-1)
+        normaliser = _log_normaliser(of_rows, group)
+        losses[chosen] = normaliser[at[0]] - scores
+        # By the logsumexp of a row: the weights of its group times its share of the group's probability.
+        number = _numbered(group)
+        by_group = torch.zeros_like(of_rows).index_add(0, number[at[0]], target_weight)
+        by_rows = by_group[number] * (of_rows - normaliser).exp()
+        if any(wanted):
+            logits.mul_(by_rows[:, None] / mass).index_put_(at, -target_weight, accumulate=True)
         gradient = logits.to(product_dtype)
-        if hidden_gradient:
+        if wanted[0]:
             hidden_grad[rows] = gradient @ matrix
-        if weight_gradient and product_dtype == weights.dtype:
+        if wanted[1] and product_dtype == dtype:
             weight_grad.addmm_(gradient.T, hidden[rows])
-        elif weight_gradient:
+        elif wanted[1]:
             weight_grad += gradient.T @ hidden[rows]
-    return (weights * losses).sum(), losses, correct, hidden_grad, weight_grad.to(weight.dtype)
+    return (targets[2] * losses).sum(), losses, correct, hidden_grad, weight_grad.to(weight.dtype)
 
 
 @_chunked_cross_entropy.register_fake
-def _(hidden_states, weight, _, target_ids, weights, *arguments):
-    *_, hidden_gradient, weight_gradient = arguments
-    return (
-        weights.new_empty(()),
-        torch.empty_like(weights),
-        torch.empty_like(target_ids, dtype=torch.bool),
-        torch.empty_like(hidden_states) if hidden_gradient else hidden_states.new_empty(0),
-        torch.empty_like(weight) if weight_gradient else weight.new_empty(0),
-    )
+def _(hidden_states, weight, suppressed_ids, targets, groups, product_dtype, wanted):
+    grads = [torch.empty_like(x) if w else x.new_empty(0) for x, w in zip((hidden_states, weight), wanted, strict=True)]
+    return targets[2].new_empty(()), torch.empty_like(targets[2]), torch.empty_like(targets[1]).bool(), *grads
 
 
 def _save_gradients(ctx, inputs, output) -> None:
-    *_, ctx.hidden_gradient, ctx.weight_gradient = inputs
-    ctx.num_inputs = len(inputs)
+    ctx.wanted, ctx.num_targets = inputs[-1], len(inputs[3])
     ctx.save_for_backward(*output[-2:])
 
 
-def _scale_gradients(ctx, grad_loss_sum, *_):
-    hidden_grad, weight_grad = ctx.saved_tensors
-    return (
-        grad_loss_sum.to(hidden_grad.dtype) * hidden_grad if ctx.hidden_gradient else None,
-        grad_loss_sum.to(weight_grad.dtype) * weight_grad if ctx.weight_gradient else None,
-        *[None] * (ctx.num_inputs - 2),
-    )
+def _scale_gradients(ctx, by_sum, *_):
+    grads = [by_sum.to(x.dtype) * x if w else None for x, w in zip(ctx.saved_tensors, ctx.wanted, strict=True)]
+    return *grads, None, [None] * ctx.num_targets, None, None, None
 
 
 _chunked_cross_entropy.register_autograd(_scale_gradients, setup_context=_save_gradients)
