@@ -41,6 +41,12 @@ def test_two_ranks_of_four_equal_one_of_eight(tmp_path):
     assert [record["example_id"] for record in two["records"]] == list(range(1000, 1011))
     for name in ("test/loss", "test/token_loss", "test/samples"):
         assert two["metrics"][name] == pytest.approx(one["metrics"][name], rel=1e-4)
+    assert two["samples"][1] == one["samples"][1]
+    assert [record["example_id"] for record in two["samples"][1]] == list(range(7))
+    for measured, expected in ((two["likelihood"], one["likelihood"]), (two["samples"][0], one["samples"][0])):
+        measured, expected = ({n: v for n, v in m.items() if n != "seconds"} for m in (measured, expected))
+        assert measured == pytest.approx(expected, rel=1e-5)
+    assert {"perplexity", "loss_monte_carlo_standard_error", "bits_per_character"} <= one["likelihood"].keys()
     checkpoints = list_checkpoints(tmp_path / "two")
     assert [folder.name for folder in checkpoints] == ["checkpoint-4", "checkpoint-5"]
     for checkpoint in checkpoints:

@@ -7,7 +7,7 @@ from transformers import TrainerCallback
 from tests.modeling.ilm_helpers import SpecialIds, make_examples
 from xlm_hf.arguments import XLMTrainingArguments
 from xlm_hf.checkpoints import last_sound_checkpoint, list_checkpoints
-from xlm_hf.evaluation import EvaluationSet, reduce_sums
+from xlm_hf.evaluation import EvaluationSet
 from xlm_hf.modeling.ilm import (
     ILMCollatorForSeq2Seq,
     ILMCollatorForSeq2SeqPrediction,
@@ -318,10 +318,3 @@ def test_two_results_of_one_name_are_refused(tmp_path):
     trainer = make_trainer(tmp_path, evaluation_sets=sets)
     with pytest.raises(ValueError, match="Two evaluation sets report 'test/stop_loss'"):
         trainer.evaluate(metric_key_prefix="test")
-
-
-def test_squares_become_a_standard_error():
-    values = torch.tensor([1.0, 2.0, 4.0, 9.0], dtype=torch.float64)
-    sums = {"x": (values.sum(), 4), "x_squared": (values.square().sum(), 4), "y": (torch.tensor(3.0), 2)}
-    means = reduce_sums(sums, torch.device("cpu"))
-    assert means == {"x": 4.0, "y": 1.5, "x_standard_error": pytest.approx(float(values.std() / 4**0.5))}

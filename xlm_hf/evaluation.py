@@ -127,10 +127,7 @@ def _batches(
 
 
 def reduce_sums(sums: dict[str, tuple[Any, Any]], device: torch.device) -> dict[str, float]:
-    """Means of (sum, count) pairs over all ranks, by one collective call in a fixed order; a count of 0 is left out.
-
-    Beside `x`, a mean `x_squared` of squares becomes `x_standard_error` = sqrt((mean of squares - mean^2) / (n - 1)).
-    """
+    """Means of (sum, count) pairs over all ranks, by one collective call in a fixed order; a count of 0 is left out."""
     if not sums:
         return {}
     names = sorted(sums)
@@ -140,12 +137,7 @@ def reduce_sums(sums: dict[str, tuple[Any, Any]], device: torch.device) -> dict[
     if PartialState().num_processes > 1:
         pairs = pairs.to(device)
         torch.distributed.all_reduce(pairs)
-    counted = {name: pair for name, pair in zip(names, pairs.tolist(), strict=True) if pair[1]}
-    means = {name: total / count for name, (total, count) in counted.items()}
-    for base in [name.removesuffix("_squared") for name in means if name.endswith("_squared")]:
-        variance = max(means.pop(f"{base}_squared") - means[base] ** 2, 0.0)
-        means[f"{base}_standard_error"] = (variance / max(counted[base][1] - 1, 1)) ** 0.5
-    return means
+    return {name: total / count for name, (total, count) in zip(names, pairs.tolist(), strict=True) if count}
 
 
 def _loss_metrics(model, evaluation_set: EvaluationSet, tokenizer, batch_size: int) -> dict[str, float]:

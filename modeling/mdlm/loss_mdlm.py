@@ -31,10 +31,7 @@ class MDLMLoss:
         Returns:
             `LossOutput` whose items are canvas tokens. Its metrics:
                 masked_cross_entropy, masked_accuracy: over the masked tokens, without weights.
-                sequence_nelbo: nats per sequence.
-                sequence_nelbo_squared: its square, from which the evaluation reports sequence_nelbo_standard_error:
-                    that of the masks (one draw a sequence) and of the choice of sequences in one; times loss /
-                    sequence_nelbo, it is that of the loss.
+                sequence_nelbo: nats per document.
         """
         target_ids, documents = batch["target_ids"], batch["target_documents"]
         weights = batch["weights"]
@@ -54,7 +51,6 @@ class MDLMLoss:
                 "masked_cross_entropy": (losses.sum(), num_masked),
                 "masked_accuracy": (correct.sum(), num_masked),
                 "sequence_nelbo": (nelbo.sum(), len(weights)),
-                "sequence_nelbo_squared": (nelbo.double().square().sum(), len(weights)),
             },
             sequence_nats=nelbo,
             sequence_tokens=batch["canvas_lengths"],

@@ -106,5 +106,7 @@ def _card_variables(cfg: DictConfig, metrics: dict[str, float], predictions: dic
         "steps": metrics["steps"],
         "config": OmegaConf.to_yaml(OmegaConf.create(public)),
         "metrics": metrics,
-        "samples": [{name: record[name] for name in ("prompt", "prediction", "reference")} for record in decodes],
+        "samples": [
+            {name: record.get(name, "") for name in ("prompt", "prediction", "reference")} for record in decodes
+        ],
     }
