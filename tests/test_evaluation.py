@@ -168,7 +168,7 @@ import datasets
 import evaluate
 
 
-class CountWords(evaluate.Metric):
+class WordCounter(evaluate.Metric):
     def _info(self):
         features = datasets.Features({"predictions": datasets.Value("string")})
         return evaluate.MetricInfo(description="", citation="", inputs_description="", features=features)
@@ -180,16 +180,16 @@ class CountWords(evaluate.Metric):
 
 
 def test_a_users_own_metric_by_path_and_by_target_and_stage(tmp_path, monkeypatch):
-    (tmp_path / "count_words.py").write_text(USERS_METRIC)
+    (tmp_path / "word_counter.py").write_text(USERS_METRIC)
     monkeypatch.syspath_prepend(str(tmp_path))
     entry = {"split": "test", "collator": "seq2seq_prediction", "generate": True}
     case = case_with(
         "mlm",
-        {**entry, "name": "by_path", "metrics": [str(tmp_path / "count_words.py")], "stages": ["test"]},
+        {**entry, "name": "by_path", "metrics": [str(tmp_path / "word_counter.py")], "stages": ["test"]},
         {
             **entry,
             "name": "by_target",
-            "metrics": [{"_target_": "count_words.CountWords", "times": 2}],
+            "metrics": [{"_target_": "word_counter.WordCounter", "times": 2}],
             "stages": ["validation"],
         },
     )

@@ -22,12 +22,8 @@ class DistinctN(evaluate.Metric):
 
     def _info(self):
         tokens = datasets.List(datasets.Value("int64"))
-        return evaluate.MetricInfo(
-            description=__doc__,
-            citation="",
-            inputs_description=self.__doc__,
-            features=datasets.Features({"predictions": tokens}),
-        )
+        features = datasets.Features({"predictions": tokens})
+        return evaluate.MetricInfo(description=__doc__, citation="", inputs_description=self.__doc__, features=features)
 
     def _compute(self, predictions, sizes=(1, 2, 3)):
         rows = [[token for token in row if token != PADDING] for row in predictions]

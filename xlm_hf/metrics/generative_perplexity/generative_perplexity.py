@@ -36,12 +36,8 @@ class GenerativePerplexity(evaluate.Metric):
     """
 
     def _info(self):
-        return evaluate.MetricInfo(
-            description=__doc__,
-            citation="",
-            inputs_description=self.__doc__,
-            features=datasets.Features({"predictions": datasets.Value("string")}),
-        )
+        features = datasets.Features({"predictions": datasets.Value("string")})
+        return evaluate.MetricInfo(description=__doc__, citation="", inputs_description=self.__doc__, features=features)
 
     def _compute(
         self, predictions, eval_model, eval_tokenizer=None, first_token="unscored", batch_size=8, max_length=1024

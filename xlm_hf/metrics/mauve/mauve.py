@@ -32,12 +32,8 @@ class Mauve(evaluate.Metric):
         if importlib.util.find_spec("mauve") is None:
             raise ValueError("the metric mauve needs the library mauve-text: pip install 'xlm-hf[mauve]'.")
         text = datasets.Value("string")
-        return evaluate.MetricInfo(
-            description=__doc__,
-            citation="",
-            inputs_description=self.__doc__,
-            features=datasets.Features({"predictions": text, "references": text}),
-        )
+        features = datasets.Features({"predictions": text, "references": text})
+        return evaluate.MetricInfo(description=__doc__, citation="", inputs_description=self.__doc__, features=features)
 
     def _compute(
         self, predictions, references, feature_model, max_length=256, batch_size=8, num_buckets="auto", seed=25

@@ -21,12 +21,8 @@ class SampleEntropy(evaluate.Metric):
 
     def _info(self):
         tokens = datasets.List(datasets.Value("int64"))
-        return evaluate.MetricInfo(
-            description=__doc__,
-            citation="",
-            inputs_description=self.__doc__,
-            features=datasets.Features({"predictions": tokens}),
-        )
+        features = datasets.Features({"predictions": tokens})
+        return evaluate.MetricInfo(description=__doc__, citation="", inputs_description=self.__doc__, features=features)
 
     def per_example(self, predictions):
         """Entropy of each sample in nats; 0 for an empty one."""

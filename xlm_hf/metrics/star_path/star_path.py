@@ -25,12 +25,8 @@ class StarPath(evaluate.Metric):
 
     def _info(self):
         tokens = datasets.List(datasets.Value("int64"))
-        return evaluate.MetricInfo(
-            description=__doc__,
-            citation="",
-            inputs_description=self.__doc__,
-            features=datasets.Features({"predictions": tokens, "prompts": tokens}),
-        )
+        features = datasets.Features({"predictions": tokens, "prompts": tokens})
+        return evaluate.MetricInfo(description=__doc__, citation="", inputs_description=self.__doc__, features=features)
 
     def per_example(self, predictions, prompts, path_format="edges"):
         """1 or 0 for each example."""

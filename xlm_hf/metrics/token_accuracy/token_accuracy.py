@@ -24,12 +24,8 @@ class TokenAccuracy(evaluate.Metric):
 
     def _info(self):
         tokens = datasets.List(datasets.Value("int64"))
-        return evaluate.MetricInfo(
-            description=__doc__,
-            citation="",
-            inputs_description=self.__doc__,
-            features=datasets.Features({"predictions": tokens, "references": tokens}),
-        )
+        features = datasets.Features({"predictions": tokens, "references": tokens})
+        return evaluate.MetricInfo(description=__doc__, citation="", inputs_description=self.__doc__, features=features)
 
     def per_example(self, predictions, references, blanks=None):
         """Accuracy of each example."""
