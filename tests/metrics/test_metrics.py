@@ -345,16 +345,14 @@ def test_without_a_scored_token_there_is_no_perplexity(judge):
     assert result == {"generative_tokens": 0, "generative_entropy": 0.0}
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"first_token": "scored"}, "unknown first_token 'scored'"),
-        ({"eval_model": "no/such/folder"}, "eval_model 'no/such/folder' cannot be loaded: name the folder or Hub id"),
-    ],
-)
-def test_a_generative_perplexity_that_cannot_be_had_is_refused(options, message, judge):
-    with pytest.raises(ValueError, match=message):
-        load_metric("generative_perplexity", **{"eval_model": judge, **options}).compute(predictions=["a b"])
+def test_an_unknown_first_token_is_refused(judge):
+    with pytest.raises(ValueError, match="unknown first_token 'scored': choose 'unscored' or 'after_bos'"):
+        load_metric("generative_perplexity", eval_model=judge, first_token="scored").compute(predictions=["a b"])
+
+
+def test_an_eval_model_that_is_not_there_is_named():
+    with pytest.raises(ValueError, match="eval_model 'no/such' is no folder or Hub id of a model with its tokenizer"):
+        load_metric("generative_perplexity", eval_model="no/such").compute(predictions=["a b"])
 
 
 def test_mauve_is_the_librarys_on_features_of_one_text_at_a_time(judge):

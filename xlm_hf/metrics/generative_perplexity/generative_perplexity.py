@@ -92,10 +92,7 @@ def _load(auto_class, source):
 def _load_once(auto_class, source):
     try:
         loaded = auto_class.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"eval_model {source!r} cannot be loaded: name the folder or Hub id of a causal language model with its "
-            f"tokenizer ({str(error).splitlines()[0]})"
-        ) from None
+    except OSError:
+        raise ValueError(f"eval_model {source!r} is no folder or Hub id of a model with its tokenizer.") from None
     accelerator = torch.accelerator.current_accelerator()
     return loaded if accelerator is None or auto_class is AutoTokenizer else loaded.float().to(accelerator)
