@@ -209,7 +209,7 @@ def test_records_have_the_fields_asked_for_and_the_metrics_of_the_example(tmp_pa
     assert set(predictions["test"][0]) == {"example_id", "prediction", "steps", "exact_match", "token_accuracy"}
     assert metrics["test/token_accuracy"] == np.mean([record["token_accuracy"] for record in predictions["test"]])
     case.cfg.task.evaluation[0].metrics = ["exact_match", "exact_match"]
-    with pytest.raises(ValueError, match="Two metrics of the evaluation set 'test' report 'exact_match'"):
+    with pytest.raises(ValueError, match="Two metrics of the set 'test' report 'exact_match'"):
         evaluated(case, case.model(), tmp_path)
 
 
@@ -242,7 +242,7 @@ SAMPLES = {"name": "samples", "num_samples": 4, "collator": "lm_prediction", "ge
         ),
         (
             {**SAMPLES, "metrics": ["exact_match"]},
-            "needs references, and this set has predictions, prompts: add the spl",
+            "needs references and gets predictions, prompts; a split gives references",
         ),
         ({**SAMPLES, "prediction_fields": ["stepps"]}, "prediction_fields has no 'stepps': did you mean 'steps'?"),
         ({**SAMPLES, "num_sample": 4}, "has no option 'num_sample': did you mean 'num_samples'?"),

@@ -98,8 +98,7 @@ def run_evaluation_set(
     else:
         records = _decode(model, evaluation_set, tokenizer, batch_size, seed)
         metrics = _generation_metrics(records, evaluation_set, tokenizer)
-        kept = evaluation_set.prediction_fields or RECORD_FIELDS
-        dropped = set(RECORD_FIELDS) - {"example_id", *kept}
+        dropped = set(RECORD_FIELDS) - {"example_id", *(evaluation_set.prediction_fields or RECORD_FIELDS)}
         records = [{name: value for name, value in record.items() if name not in dropped} for record in records]
     model.train(was_training)
     return {**metrics, "samples": len(evaluation_set.dataset), "seconds": time.perf_counter() - start}, records
@@ -156,8 +155,9 @@ def _loss_metrics(model, evaluation_set: EvaluationSet, tokenizer, batch_size: i
     sequences = gather_object(list(zip(*draws, strict=True)))
     if sequences:
         nats, tokens = np.moveaxis(np.array(sequences), -1, 0)
-        is_text = evaluation_set.kind == "lm"
-        num_characters = sum(gather_object([_num_characters(evaluation_set, tokenizer)])) if is_text else None
+        num_characters = None
+        if evaluation_set.kind == "lm":
+            num_characters = sum(gather_object([_num_characters(evaluation_set, tokenizer)]))
         metrics.update(likelihood_metrics(nats, tokens[:, 0], num_characters))
     return metrics
 
@@ -259,10 +259,8 @@ def check_blanks(examples: Sequence[dict[str, Any]], tokenizer: PreTrainedTokeni
     """Raise ValueError for an example of infilling in which nothing is blank."""
     for example in examples:
         if tokenizer.mask_token_id not in example["input_ids"]:
-            raise ValueError(
-                f"Example {example['example_id']} has no blank to fill in: put {tokenizer.mask_token} for each token "
-                "that is to be written."
-            )
+            number, mask = example["example_id"], tokenizer.mask_token
+            raise ValueError(f"Example {number} has no blank to fill in: put {mask} for each token to be written.")
 
 
 def _decode(model, evaluation_set: EvaluationSet, tokenizer, batch_size: int, seed: int) -> list[dict[str, Any]]:
@@ -283,25 +281,21 @@ def _generation_metrics(records: list[dict[str, Any]], evaluation_set: Evaluatio
     written = sum(record["nfe"] * record["tokens_per_forward"] for record in records)
     metrics = {"nfe": nfe / len(records), "tokens_per_forward": written / max(nfe, 1)}
     for metric in evaluation_set.metrics:
-        inputs = {
-            name: [
-                record[name[:-1] if feature == datasets.Value("string") else f"{name[:-1]}_ids"] for record in records
-            ]
-            for name, feature in metric.features.items()
-        }
+        inputs = {}
+        for name, feature in metric.features.items():
+            column = name[:-1] if feature == datasets.Value("string") else f"{name[:-1]}_ids"
+            inputs[name] = [record[column] for record in records]
         if evaluation_set.kind == "infill" and "blanks" in inspect.signature(metric._compute).parameters:
-            blanks = [[token == tokenizer.mask_token_id for token in record["prompt_ids"]] for record in records]
-            inputs["blanks"] = blanks
+            mask = tokenizer.mask_token_id
+            inputs["blanks"] = [[token == mask for token in record["prompt_ids"]] for record in records]
         results = metric.compute(**inputs)
-        values_of = metric.per_example(**inputs) if hasattr(metric, "per_example") else {}
-        for name, values in values_of.items():
+        per_example = metric.per_example(**inputs) if hasattr(metric, "per_example") else {}
+        for name, values in per_example.items():
             for record, value in zip(records, values, strict=True):
                 record[name] = value
             if len(values) > 1:
                 results[f"{name}_standard_error"] = statistics.stdev(values) / math.sqrt(len(values))
         if clash := results.keys() & metrics.keys():
-            raise ValueError(
-                f"Two metrics of the evaluation set {evaluation_set.name!r} report {min(clash)!r}: drop one."
-            )
+            raise ValueError(f"Two metrics of the set {evaluation_set.name!r} report {min(clash)!r}: drop one.")
         metrics.update(results)
     return metrics

@@ -168,11 +168,9 @@ def build_evaluation_sets(cfg: DictConfig, task: Task, model: PreTrainedModel, l
     sets = []
     for entry in plain(cfg.task.evaluation):
         check_options("An entry of task.evaluation", entry, [*known, "split", "num_samples"])
-        if entry.get("split") not in [*task.splits, *([None] if "num_samples" in entry else [])]:
-            raise ValueError(
-                f"Task {task.name!r} has no split {entry.get('split')!r}: "
-                f"{did_you_mean(str(entry.get('split')), list(task.splits))}"
-            )
+        split = entry.get("split")
+        if split not in task.splits and not (split is None and "num_samples" in entry):
+            raise ValueError(f"Task {task.name!r} has no split {split!r}: {did_you_mean(str(split), task.splits)}")
         for name in entry.get("prediction_fields") or ():
             if name not in RECORD_FIELDS:
                 raise ValueError(f"prediction_fields has no {name!r}: {did_you_mean(name, RECORD_FIELDS)}")
@@ -220,15 +218,12 @@ def _build_metrics(entry: dict[str, Any]) -> list[Any]:
         where = f"The metric {spec if isinstance(spec, str) else next(iter(spec.values()))!r} of {entry['name']!r}"
         for name in metric.features:
             if name not in inputs:
-                remedy = ": add the split that they come from." if name == "references" else "."
-                raise ValueError(f"{where} needs {name}, and this set has {', '.join(inputs)}{remedy}")
+                raise ValueError(f"{where} needs {name} and gets {', '.join(inputs)}; a split gives references.")
         parameters = inspect.signature(metric._compute).parameters.values()
-        given = {} if isinstance(spec, str) else spec
         required = [p.name for p in parameters if p.default is p.empty and p.name not in metric.features]
-        for name in required:
-            if name not in given:
-                raise ValueError(f"{where} needs the option {name}: add it beside its name.")
-        if all(given[name] is not None for name in required):
+        if missing := [name for name in required if isinstance(spec, str) or name not in spec]:
+            raise ValueError(f"{where} needs the option {missing[0]}: add it beside its name.")
+        if all(spec[name] is not None for name in required):
             metrics.append(metric)
     return metrics
 

@@ -29,8 +29,6 @@ class DistinctN(evaluate.Metric):
         rows = [[token for token in row if token != PADDING] for row in predictions]
         result = {}
         for n in sizes:
-            if n < 1:
-                raise ValueError(f"sizes has {n}: an n-gram has at least 1 token.")
             grams = [list(zip(*(row[start:] for start in range(n)), strict=False)) for row in rows]
             within = [len(set(row)) / len(row) for row in grams if row]
             num_grams = sum(map(len, grams))
