@@ -71,7 +71,7 @@ class _Handler(BaseHTTPRequestHandler):
                 return answer(self, **match.groupdict())
         return self._error(404, "no such page")
 
-    do_GET = do_POST = do_PUT = do_HEAD = _answer  # noqa: N815
+    do_GET = do_POST = do_PUT = do_HEAD = _answer
 
     def _read_chunks(self):
         parts = []

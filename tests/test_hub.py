@@ -1,12 +1,10 @@
 import ast
 import copy
 import errno
-import importlib.metadata
 import json
 import os
 import re
 import resource
-import subprocess
 import sys
 import textwrap
 import tomllib
@@ -14,7 +12,6 @@ import types
 import warnings
 from pathlib import Path
 
-import packaging.requirements
 import pytest
 import safetensors.torch
 import tokenizers
@@ -25,6 +22,7 @@ from huggingface_hub import ModelCard
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import xlm_hf
+from tests.clean_environment import clean_python, run_python  # noqa: F401 - a fixture
 from xlm_hf import hub
 from xlm_hf.modeling.ilm import ILMConfig, ILMForInsertionLM
 
@@ -111,70 +109,6 @@ def generate(model, tokenizer):
     inputs = tokenizer(PROMPTS, padding=True, return_tensors="pt")
     output = model.generate(inputs.input_ids, inputs.attention_mask, do_sample=True, seed=7)
     return output.sequences.tolist()
-
-
-def run_python(script, *arguments, env, cwd, flags=()):
-    result = subprocess.run(
-        [sys.executable, *flags, "-c", textwrap.dedent(script), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **env},
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
-def required_distributions(*names):
-    found = {}
-    pending = list(names)
-    while pending:
-        try:
-            distribution = importlib.metadata.distribution(pending.pop())
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        if distribution.name in found:
-            continue
-        found[distribution.name] = distribution
-        for line in distribution.requires or []:
-            requirement = packaging.requirements.Requirement(line)
-            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-                pending.append(requirement.name)
-    return found.values()
-
-
-@pytest.fixture(scope="module")
-def clean_python(tmp_path_factory):
-    packages = tmp_path_factory.mktemp("packages")
-    for distribution in required_distributions("torch", "transformers"):
-        for top in {file.parts[0] for file in distribution.files if file.parts[0] != ".."}:
-            if not (packages / top).is_symlink():
-                (packages / top).symlink_to(distribution.locate_file(top))
-    prelude = f"""
-        import importlib.util, logging, sys, warnings
-        sys.path.insert(0, {str(packages)!r})
-        for name in ("xlm_hf", "modeling", "hydra", "omegaconf", "datasets", "evaluate", "wandb", "accelerate"):
-            assert importlib.util.find_spec(name) is None, name
-        import torch, transformers
-        heard = []
-        handler = logging.Handler(logging.WARNING)
-        handler.emit = lambda record: heard.append(record.getMessage())
-        transformers.logging.add_handler(handler)
-        warnings.simplefilter("error")
-    """
-
-    def run(script, *arguments, home, cwd):
-        # -I and -S: no PYTHONPATH, no working directory, no site-packages and none of its .pth files.
-        return run_python(
-            textwrap.dedent(prelude) + textwrap.dedent(script) + "\nassert heard == [], heard\n",
-            *arguments,
-            env={"HF_HOME": str(home), "HF_MODULES_CACHE": str(home / "modules")},
-            flags=("-I", "-S"),
-            cwd=cwd,
-        )
-
-    return run
 
 
 LOAD = """
@@ -329,30 +263,6 @@ def test_the_installed_package_loads_its_own_class_without_trust(auto_class, mod
             assert type(auto_class.from_config(loaded.config)) is ILMForInsertionLM
             loaded.save_pretrained(tmp_path / "again")
     assert (tmp_path / "again/config.json").read_bytes() == (tmp_path / "model/config.json").read_bytes()
-
-
-@pytest.mark.parametrize("how", ["model save", "model push", "config save", "config push"])
-def test_pushing_takes_the_code_along(how, model, tmp_path, monkeypatch):
-    uploaded = set()
-    api = types.SimpleNamespace(
-        create_repo=lambda repo_id, **kwargs: types.SimpleNamespace(repo_id=repo_id),
-        create_commit=lambda operations, **kwargs: uploaded.update(op.path_in_repo for op in operations),
-    )
-    for module in (transformers.utils.hub, transformers.modeling_utils, transformers.configuration_utils):
-        monkeypatch.setattr(module, "hf_api", lambda: api)
-    card = types.SimpleNamespace(save=lambda file: None)
-    for module in (transformers.utils.hub, transformers.modeling_utils):
-        monkeypatch.setattr(module, "create_and_tag_model_card", lambda *args, **kwargs: card)
-    what, _, verb = how.partition(" ")
-    saved = {"model": model, "config": model.config}[what]
-    if verb == "push":
-        saved.push_to_hub("user/tiny")
-    else:
-        # Only what is newer than the start of the call goes up: an old folder must not hold the code back.
-        saved.save_pretrained(str(tmp_path))
-        (tmp_path / "mine.py").write_text("")
-        saved.save_pretrained(str(tmp_path), push_to_hub=True, repo_id="user/tiny")
-    assert uploaded == CODE_FILES | (WEIGHT_FILES if what == "model" else {"config.json"})
 
 
 def test_a_model_that_is_not_registered_is_saved_without_code_and_says_so(model, tmp_path):

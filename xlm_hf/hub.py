@@ -19,7 +19,7 @@ from typing import Any
 
 import jinja2
 import transformers
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
@@ -84,6 +84,7 @@ def register_family(
     # A model saves its config after it has noted what lies in the folder, so that an upload takes the code along.
     config_class.save_pretrained = _save_config_and_code  # type: ignore[method-assign]
     config_class._get_files_timestamps = _timestamps_without_code  # type: ignore[method-assign]
+    model_class._upload_modified_files = _upload_with_card  # type: ignore[method-assign, assignment]
     _FAMILIES[config_class.model_type] = Family(config_class, model_class, tuple(auto_classes))
 
 
@@ -107,6 +108,15 @@ def _save_config_and_code(self, save_directory, push_to_hub=False, **kwargs):
             stacklevel=2,
         )
     PreTrainedConfig.save_pretrained(saved, save_directory, push_to_hub=push_to_hub, **kwargs)
+
+
+def _upload_with_card(self, working_dir, repo_id, files_timestamps, **kwargs):
+    """Upload as transformers does, with the family's card in place of the empty one."""
+    card = Path(working_dir) / "README.md"
+    if "xlm-hf" not in (ModelCard.load(card).data.tags or []):
+        variables = {"model_id": repo_id, "parameters": self.num_parameters()}
+        card.write_text(render_card(_FAMILIES[self.config.model_type], variables), encoding="utf-8")
+    return PreTrainedModel._upload_modified_files(self, working_dir, repo_id, files_timestamps, **kwargs)
 
 
 def _timestamps_without_code(self, working_dir):

@@ -11,7 +11,7 @@ import datasets
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput
 
@@ -24,6 +24,7 @@ from xlm_hf.evaluation import EvaluationSet, check_evaluation_sets, reduce_sums,
 from xlm_hf.modules.messages import did_you_mean
 from xlm_hf.not_finite import FiniteGuard, NotFiniteError, Step, restore_random_states
 from xlm_hf.optimizers import MuonWithAdamW, layer_matrices
+from xlm_hf.pushing import PushesRepositories
 from xlm_hf.signals import StopSignals, TrainingStopped
 
 
@@ -62,7 +63,7 @@ class _StepHooks(TrainerCallback):
         self.trainer.finish_step()
 
 
-class XLMTrainer(Trainer):
+class XLMTrainer(PushesRepositories):
     """Trains a model by a family's loss object and evaluates it on named evaluation sets.
 
     The gradient of an optimiser step is that of loss_sum / num_items over all its micro-batches and all ranks: the
@@ -99,6 +100,7 @@ class XLMTrainer(Trainer):
         if train_dataset is not None and len(train_dataset) == 0:
             raise ValueError("The training set is empty: choose another split or more examples.")
         check_evaluation_sets(evaluation_sets)
+        self.card_variables: dict[str, Any] = {}
         super().__init__(
             model=model,
             args=args,

@@ -15,7 +15,9 @@ from .generation_mdlm import MDLMGenerationConfig
 from .loss_mdlm import MDLMLoss
 from .modeling_mdlm import MDLMForMaskedDiffusion
 
-register_family(MDLMConfig, MDLMForMaskedDiffusion, auto_classes=("AutoModel", "AutoModelForMaskedLM"))
+register_family(
+    MDLMConfig, MDLMForMaskedDiffusion, auto_classes=("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM")
+)
 
 __all__ = [
     "MDLMCollatorForInfilling",

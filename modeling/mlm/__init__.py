@@ -15,7 +15,7 @@ from .generation_mlm import MLMGenerationConfig
 from .loss_mlm import MLMLoss
 from .modeling_mlm import MLMForMaskedLM
 
-register_family(MLMConfig, MLMForMaskedLM, auto_classes=("AutoModel", "AutoModelForMaskedLM"))
+register_family(MLMConfig, MLMForMaskedLM, auto_classes=("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM"))
 
 __all__ = [
     "MLMCollatorForInfilling",

@@ -15,6 +15,7 @@ from typing import Any
 import datasets
 import hydra
 import torch
+from huggingface_hub.errors import RepositoryNotFoundError
 from omegaconf import DictConfig, OmegaConf
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
@@ -125,7 +126,14 @@ def load_model(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase | None = None
     if cfg.checkpoint is None:
         raise ValueError(f"job={cfg.job} needs a model: add checkpoint=DIR, a run, a checkpoint or a Hub id.")
     source = resolve_checkpoint(cfg.checkpoint)
-    model = AutoModel.from_pretrained(source, dtype=torch.float32, trust_remote_code=cfg.trust_remote_code)
+    try:
+        model = AutoModel.from_pretrained(source, dtype=torch.float32, trust_remote_code=cfg.trust_remote_code)
+    except OSError as error:
+        if isinstance(error.__cause__, RepositoryNotFoundError):
+            raise ValueError(
+                f"There is no model {source} on the Hub, or it is private and HF_TOKEN may not read it."
+            ) from None
+        raise
     if tokenizer is not None and len(tokenizer) != model.config.vocab_size:
         raise ValueError(
             f"{source} has a vocabulary of {model.config.vocab_size} and task {cfg.task.name!r} one of "
@@ -269,6 +277,33 @@ def write_results(output_dir: Path, metrics: dict[str, float], predictions: dict
         lines = "".join(json.dumps(record) + "\n" for record in records)
         write_text(output_dir / "predictions" / f"{name}.jsonl", lines)
     write_text(output_dir / "metrics.json", json.dumps(metrics, indent=2, sort_keys=True, default=float) + "\n")
+
+
+def card_variables(
+    config: dict[str, Any], metrics: dict[str, float], predictions: dict[str, list[dict[str, Any]]]
+) -> dict[str, Any]:
+    """What the model card says of a run: its config as plain Python, its metrics, with `steps`, and some decodes."""
+    decodes = predictions[min(predictions)][:5] if predictions else []
+    # Where the run lies on this machine is nobody's business, and a token even less.
+    hidden = ("output_dir", "checkpoint", "prompts")
+    public = {name: value for name, value in config.items() if name not in hidden}
+    public["trainer"] = {name: value for name, value in config["trainer"].items() if "token" not in name}
+    task, generation = config["task"], config["generation"]
+    options = ", ".join(f"{name}={value}" for name, value in generation.items() if value is not None)
+    return {
+        "experiment": config["experiment"],
+        "task": task["name"],
+        "dataset": f"`{task['_target_']}`, with the options under `task` below",
+        "seed": config["seed"],
+        "steps": metrics["steps"],
+        "config": OmegaConf.to_yaml(OmegaConf.create(public)),
+        "metrics": {name: value for name, value in sorted(metrics.items()) if "/" in name},
+        "protocol": f"Each example once, with the seed of the run; losses with the corruption of epoch 0, decodes with "
+        f"{options or 'the default options'}.",
+        "samples": [
+            {name: record.get(name, "") for name in ("prompt", "prediction", "reference")} for record in decodes
+        ],
+    }
 
 
 def next_command(*overrides: str) -> str:

@@ -13,6 +13,7 @@ from xlm_hf.commands.common import (
     build_model,
     build_task,
     build_trainer,
+    card_variables,
     next_command,
     plain,
     run_directory,
@@ -42,6 +43,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
         write_text(output_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     checkpoint = last_sound_checkpoint(output_dir)
     _say_summary(trainer, cfg, output_dir, checkpoint)
+    trainer.card_variables = card_variables(plain(cfg), {"steps": 0}, {})
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     metrics = trainer.evaluate(metric_key_prefix="test")
     metrics = {
@@ -53,9 +55,12 @@ def run(cfg: DictConfig) -> dict[str, float]:
     }
     if trainer.is_world_process_zero():
         write_results(output_dir, metrics, trainer.predictions)
-        card_variables = _card_variables(cfg, metrics, trainer.predictions)
-        with trainer.averaged_weights():
-            export_model(model, task.tokenizer, output_dir / "model", card_variables)
+        trainer.card_variables = card_variables(plain(cfg), metrics, trainer.predictions)
+        if trainer.args.push_to_hub:
+            trainer.push_to_hub()
+        else:
+            with trainer.averaged_weights():
+                export_model(model, task.tokenizer, output_dir / "model", trainer.card_variables)
         say(f"\n{format_metrics(metrics)}\n")
         say(f"Metrics and predictions: {output_dir}/metrics.json, {output_dir}/predictions/")
         say(f"Model, ready for the Hub: {output_dir}/model")
@@ -93,20 +98,3 @@ def _say_summary(trainer, cfg: DictConfig, output_dir: Path, checkpoint: Path | 
     say(f"{cfg.experiment}: {cfg.family} on {cfg.task.name}, {trainer.model.num_parameters():,} parameters")
     say(f"{length} of {batch_size} examples, from {len(trainer.train_dataset):,}; seed {cfg.seed}; {args.device}")
     say(f"Everything goes to {output_dir}" + (f"; resuming from {checkpoint.name}" if checkpoint else ""))
-
-
-def _card_variables(cfg: DictConfig, metrics: dict[str, float], predictions: dict[str, list[dict]]) -> dict:
-    decodes = next(iter(predictions.values()), [])[:5]
-    # Where the run lies on this machine is nobody's business.
-    public = {name: value for name, value in plain(cfg).items() if name not in ("output_dir", "checkpoint", "prompts")}
-    return {
-        "experiment": cfg.experiment,
-        "task": cfg.task.name,
-        "seed": cfg.seed,
-        "steps": metrics["steps"],
-        "config": OmegaConf.to_yaml(OmegaConf.create(public)),
-        "metrics": metrics,
-        "samples": [
-            {name: record.get(name, "") for name in ("prompt", "prediction", "reference")} for record in decodes
-        ],
-    }

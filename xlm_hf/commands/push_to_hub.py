@@ -1,0 +1,52 @@
+"""job=push_to_hub: upload a run, a checkpoint or a model folder as a self-contained repository."""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig
+
+from xlm_hf.checkpoints import resolve_checkpoint
+from xlm_hf.commands.common import card_variables, load_model, load_tokenizer, say
+from xlm_hf.hub import export_model
+from xlm_hf.pushing import push_folder
+
+
+def run(cfg: DictConfig) -> str:
+    """Upload `checkpoint` to `trainer.hub_model_id`, with a card that tells of its run; return the address.
+
+    Raises:
+        ValueError: if no repository or checkpoint is named.
+        OSError: one sentence, if the Hub refuses or cannot be reached; nothing is lost here.
+    """
+    options = cfg.trainer
+    repo_id = options.get("hub_model_id")
+    if repo_id is None:
+        raise ValueError("job=push_to_hub needs the name of a repository: add trainer.hub_model_id=USER/NAME.")
+    model, tokenizer = load_model(cfg), load_tokenizer(cfg)
+    variables = {**_run_variables(Path(resolve_checkpoint(cfg.checkpoint))), "model_id": repo_id}
+    with tempfile.TemporaryDirectory() as folder:
+        export = export_model(model, tokenizer, Path(folder) / "model", variables)
+        private, token = options.get("hub_private_repo"), options.get("hub_token")
+        url = push_folder(export, repo_id, private, token, exist_ok=cfg.exist_ok)
+    say(f"{url}\nLoad it: AutoModel.from_pretrained({repo_id!r}, trust_remote_code=True)")
+    return url
+
+
+def _run_variables(source: Path) -> dict[str, Any]:
+    """What the card says of the run that a model or checkpoint folder lies in; nothing if it lies in none."""
+    folder = source.parent
+    if not (folder / "config.yaml").exists():
+        return {}
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    if (source / "trainer_state.json").exists():
+        state = json.loads((source / "trainer_state.json").read_text())
+        measured = [{name: value for name, value in log.items() if "/" in name} for log in state["log_history"]]
+        metrics = {name: value for entry in measured for name, value in entry.items()}
+        return card_variables(config, {**metrics, "steps": state["global_step"]}, {})
+    metrics = json.loads((folder / "metrics.json").read_text())
+    files = sorted((folder / "predictions").glob("*.jsonl"))
+    predictions = {file.stem: [json.loads(line) for line in file.read_text().splitlines()] for file in files}
+    return card_variables(config, metrics, predictions)

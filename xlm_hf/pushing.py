@@ -1,0 +1,185 @@
+"""Uploads to the Hub: whole repositories, and one sentence where something is in the way."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from transformers import AutoModel, AutoTokenizer, Trainer
+from transformers.trainer_utils import HubStrategy
+from transformers.utils import PushInProgress
+
+from xlm_hf.checkpoints import INCOMPLETE_SUFFIX
+from xlm_hf.ema import load_average
+from xlm_hf.hub import export_model
+
+# What is never uploaded: what a write that was cut off has left, and hidden files.
+_LEFT_OUT = [f"*{INCOMPLETE_SUFFIX}*", ".*"]
+
+
+@contextlib.contextmanager
+def hub_errors(repo_id: str, remedy: str = "the same command tries again") -> Iterator[None]:
+    """Turn what the Hub refuses into an OSError of one sentence, with the remedy."""
+    try:
+        yield
+    except LocalTokenNotFoundError as error:
+        raise OSError(_no_token(repo_id)) from error
+    except OfflineModeIsEnabled as error:
+        raise OSError(f"{repo_id} cannot be reached because HF_HUB_OFFLINE is set: unset it to use the Hub.") from error
+    except HfHubHTTPError as error:
+        raise OSError(_refusal(repo_id, error)) from error
+    except Exception as error:
+        # The client passes on whatever its HTTP library raises when a connection breaks.
+        if not type(error).__module__.startswith(("httpx", "httpcore", "requests", "urllib3")):
+            raise
+        cause = str(error).rstrip(".") or type(error).__name__
+        raise OSError(
+            f"The connection to the Hub broke off ({cause}): {repo_id} is as it was, all is kept here, and {remedy}."
+        ) from error
+
+
+def _no_token(repo_id: str) -> str:
+    return f"Writing {repo_id} needs a token of the Hub: set HF_TOKEN, or log in by `hf auth login`."
+
+
+def _refusal(repo_id: str, error: HfHubHTTPError) -> str:
+    status = error.response.status_code
+    if status == 401:
+        return _no_token(repo_id)
+    if status == 403:
+        return f"This token may not write {repo_id}: name a repository of your own, or use a token with write access."
+    if status == 404:
+        return f"There is no model {repo_id} on the Hub, or it is private and this token may not read it."
+    if status == 409:
+        return f"{repo_id} exists already: add exist_ok=true to add a commit to it, or choose another name."
+    reason = error.server_message or f"status {status}"
+    return f"The Hub refused {repo_id} ({reason}); everything is kept here, and the same command tries again."
+
+
+def push_folder(folder: Path, repo_id: str, private: bool | None, token: str | None, exist_ok: bool) -> str:
+    """Create a repository and upload the files of a folder in one commit.
+
+    Args:
+        folder: see `xlm_hf.export_model`.
+        repo_id: `user/name`.
+        private: whether a new repository is private; None leaves it to the account.
+        token: of the Hub; None takes that of HF_TOKEN or `hf auth login`.
+        exist_ok: whether the repository may exist, and then gets a further commit.
+
+    Returns:
+        the address of the repository.
+
+    Raises:
+        OSError: one sentence, if the Hub refuses or cannot be reached.
+    """
+    api = HfApi(token=token)
+    with hub_errors(repo_id):
+        url = api.create_repo(repo_id, private=private, exist_ok=exist_ok)
+    with hub_errors(repo_id, "the same command with exist_ok=true tries again"):
+        api.upload_folder(
+            repo_id=url.repo_id, folder_path=folder, commit_message="Upload model", ignore_patterns=_LEFT_OUT
+        )
+    return str(url)
+
+
+class PushesRepositories(Trainer):
+    """The pushes of `Trainer` as self-contained repositories: weights, configurations, tokenizer, code and card.
+
+    transformers uploads `output_dir` with its logs, and without the code. Here every push uploads `output_dir/model`,
+    exported anew. With `hub_strategy="checkpoint"` (or `"all_checkpoints"`) the checkpoint goes up too, with the states
+    that a resume needs, as that strategy promises.
+
+    Attributes:
+        card_variables: what the model card says of the run (see `xlm_hf.hub.render_card`).
+    """
+
+    args: Any
+    card_variables: dict[str, Any]
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Create the repository; raises OSError, one sentence, if the Hub refuses."""
+        with hub_errors(self.args.hub_model_id or Path(self.args.output_dir).name):
+            super().init_hf_repo(token, private)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **card_variables: Any,
+    ) -> Any:
+        """Export the model as it is evaluated, and upload it.
+
+        Args:
+            commit_message: of the commit.
+            blocking: whether to wait until it is there.
+            token: of the Hub; by default that of the arguments.
+            revision: the branch; by default that of the arguments.
+            private: whether a new repository is private.
+            **card_variables: for the model card, over those of the run.
+
+        Raises:
+            OSError: one sentence, if the Hub refuses or cannot be reached; the export is kept.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token, private)
+        if not self.is_world_process_zero():
+            return None
+        self._finish_current_push()
+        folder = Path(self.args.output_dir) / "model"
+        variables = {**self._card_of_this_step(), **card_variables}
+        with self.averaged_weights():  # type: ignore[attr-defined]
+            export_model(self.accelerator.unwrap_model(self.model), self.processing_class, folder, variables)
+        with hub_errors(str(self.hub_model_id)):
+            return self._upload(folder, None, commit_message, blocking, token, revision)
+
+    def _card_of_this_step(self) -> dict[str, Any]:
+        measured = [{name: value for name, value in log.items() if "/" in name} for log in self.state.log_history]
+        metrics = {name: value for entry in measured for name, value in entry.items()}
+        return {
+            **self.card_variables,
+            "metrics": self.card_variables.get("metrics") or metrics,
+            "steps": self.state.global_step,
+            "model_id": str(self.hub_model_id),
+        }
+
+    def _upload(self, folder, path_in_repo, message, blocking, token=None, revision=None) -> Any:
+        api: Any = HfApi(token=token or self.args.hub_token)
+        return api.upload_folder(
+            repo_id=str(self.hub_model_id),
+            folder_path=folder,
+            path_in_repo=path_in_repo,
+            commit_message=message,
+            run_as_future=not blocking,
+            ignore_patterns=_LEFT_OUT,
+            revision=revision or self.args.hub_revision,
+        )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Export a checkpoint, its averaged weights if it has any, and upload it while training goes on."""
+        strategy, checkpoint = self.args.hub_strategy, Path(checkpoint_folder)
+        if not self.is_world_process_zero() or strategy == HubStrategy.END:
+            return
+        if self.push_in_progress is not None and not self.push_in_progress.is_done():
+            if not self.args.hub_always_push:
+                return
+            # What it uploads would change under it.
+            self._finish_current_push()
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        # From its files, so that no other rank need take part.
+        model = AutoModel.from_pretrained(checkpoint, dtype=torch.float32)
+        if self.args.use_ema:
+            load_average(model, checkpoint)
+        folder, message = checkpoint.with_name("model"), f"Training in progress, step {self.state.global_step}"
+        export_model(model, AutoTokenizer.from_pretrained(checkpoint), folder, self._card_of_this_step())
+        jobs = [self._upload(folder, None, message, blocking=False)]
+        if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            name = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else checkpoint.name
+            jobs.append(self._upload(checkpoint, name, f"{message}, checkpoint", blocking=False))
+        self.push_in_progress: Any = PushInProgress(jobs)  # type: ignore[arg-type]
