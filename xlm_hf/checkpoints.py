@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 
 INCOMPLETE_SUFFIX = ".incomplete"
 _DELETED_SUFFIX = ".deleted"
+_FSDP_SHARDS = "pytorch_model_fsdp_*"
 
 
 @contextlib.contextmanager
@@ -71,7 +72,7 @@ def write_text(file: Path, text: str) -> None:
 def fault(checkpoint: Path) -> str | None:
     """What is wrong with the files of a checkpoint or model folder, in a few words; None if it is sound."""
     weights = sorted(checkpoint.glob("*.safetensors"))
-    if not weights and not _fsdp_shards(checkpoint):
+    if not weights and not list(checkpoint.glob(_FSDP_SHARDS)):
         return "it holds no weights (*.safetensors)"
     for file in weights:
         try:
@@ -90,10 +91,6 @@ def fault(checkpoint: Path) -> str | None:
     shards = [json.loads(index.read_text())["weight_map"] for index in checkpoint.glob("*.safetensors.index.json")]
     missing = {name for weight_map in shards for name in weight_map.values() if not (checkpoint / name).exists()}
     return f"its shard {min(missing)} is missing" if missing else None
-
-
-def _fsdp_shards(checkpoint: Path) -> list[Path]:
-    return list(checkpoint.glob("pytorch_model_fsdp_*"))
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
@@ -157,9 +154,9 @@ def resolve_checkpoint(checkpoint: str) -> str:
     if not (folder / "config.json").exists():
         candidates = [folder / "model", *reversed(list_checkpoints(folder))]
         folder = next((candidate for candidate in candidates if candidate.is_dir()), folder)
-    if _fsdp_shards(folder) and not list(folder.glob("*.safetensors")):
+    if (shards := list(folder.glob(_FSDP_SHARDS))) and not list(folder.glob("*.safetensors")):
         raise ValueError(
-            f"{folder} is in the shards of FSDP: join them by `accelerate merge-weights {_fsdp_shards(folder)[0]} "
+            f"{folder} is in the shards of FSDP: join them by `accelerate merge-weights {shards[0]} "
             f"{folder}`, or train with fsdp_state_dict_type: FULL_STATE_DICT."
         )
     reason = "it holds no config.json" if not (folder / "config.json").exists() else fault(folder)
@@ -170,8 +167,8 @@ def resolve_checkpoint(checkpoint: str) -> str:
 
 def _best_checkpoint(newest: Path) -> Path:
     """The checkpoint that `newest`, of the same run, records as the best."""
-    step = json.loads((newest / "trainer_state.json").read_text()).get("best_global_step")
-    best = newest.with_name(f"checkpoint-{step}")
+    state = json.loads((newest / "trainer_state.json").read_text())
+    best = newest.with_name(f"checkpoint-{state.get('best_global_step')}")
     if not best.exists():
         raise ValueError(
             f"{newest.parent} has no best checkpoint any more: name one of "

@@ -33,10 +33,8 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         # Only the main thread may set handlers; elsewhere, e.g. in a notebook server, signals stay as they are.
-        if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._receive) for number in _SIGNALS}
-        else:
-            self._previous = {}
+        handled = _SIGNALS if threading.current_thread() is threading.main_thread() else ()
+        self._previous = {number: signal.signal(number, self._receive) for number in handled}
         return self
 
     def __exit__(self, *exception: object) -> None:

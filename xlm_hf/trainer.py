@@ -40,9 +40,7 @@ class _AsyncCounts:
 
     def start(self, counts: torch.Tensor) -> None:
         self.counts = counts.to("cpu", non_blocking=True)
-        self.arrival = None if counts.device.type == "cpu" else torch.Event(counts.device)
-        if self.arrival is not None:
-            self.arrival.record()
+        self.arrival = None if counts.device.type == "cpu" else torch.accelerator.current_stream().record_event()
 
     def read(self) -> list[int]:
         if self.arrival is not None:
@@ -168,10 +166,11 @@ class XLMTrainer(PushesRepositories):
         """Batches of the training set in an order, and with a corruption, that (seed, epoch) alone determine."""
         args = self.args
         seed = args.seed if args.data_seed is None else args.data_seed
+        self._sampler = EpochSampler(len(self.train_dataset), seed)
         loader = DataLoader(
             self.train_dataset,
             batch_size=self._train_batch_size,
-            sampler=EpochSampler(len(self.train_dataset), seed),
+            sampler=self._sampler,
             collate_fn=self.data_collator,
             drop_last=args.dataloader_drop_last,
             num_workers=args.dataloader_num_workers,
@@ -211,7 +210,13 @@ class XLMTrainer(PushesRepositories):
     def _prepare_for_training(self, max_steps: int, train_dataloader, resume_from_checkpoint: str | None):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         self._start_average(None if resume_from_checkpoint is None else Path(resume_from_checkpoint))
+        self._last_log = (time.perf_counter(), self.state.num_input_tokens_seen)
         return prepared
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # On several ranks the parent does not reach the sampler of a loader that skips what a resumed epoch has seen.
+        self._sampler.set_epoch(kwargs["epoch"])
+        super()._run_epoch(*args, **kwargs)
 
     def _start_average(self, checkpoint: Path | None) -> None:
         if self.args.ema_decay is not None:
