@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionAndFullAttentionLayer
 from transformers.generation import (
     GenerationConfig,
     GenerationMixin,
@@ -175,8 +175,6 @@ class ARLMGenerationMixin(NonAutoregressiveGenerationMixin, GenerationMixin):  #
         prompt, mask = self._prepare_prompt(input_ids, attention_mask)
         room = self.room_for_new_tokens(config, mask.sum(dim=-1))
         config.update(max_new_tokens=int(room.max()), max_length=None, return_dict_in_generate=True)
-        if self.config.conv_kernel_size:
-            config.use_cache = False
         returned = config.num_return_sequences or 1
         seeds = row_seeds(seed, len(prompt), prompt.device)
         draw = [_SeededDraw(seeds, returned, prompt.shape[1])] if config.do_sample else []
@@ -192,11 +190,24 @@ class ARLMGenerationMixin(NonAutoregressiveGenerationMixin, GenerationMixin):  #
                     [*(stopping_criteria or []), _RoomCriteria(room, mask.shape[1])]
                 ),
                 tokenizer=tokenizer,
+                **self._convolution_cache(config),
             )
         if draw and config.output_scores:
             output["scores"] = tuple(draw[0].scores)
         result = self._output(output, prompt.repeat_interleave(returned, 0), room.repeat_interleave(returned), config)
         return result if return_dict else result.sequences
+
+    def new_cache(self) -> Cache:
+        """An empty cache of keys and values and, where the model has a short convolution, of its inputs."""
+        layer = LinearAttentionAndFullAttentionLayer if self.config.conv_kernel_size else DynamicLayer
+        return Cache(layers=[layer() for _ in range(self.config.num_hidden_layers)])
+
+    def _convolution_cache(self, config: ARLMGenerationConfig) -> dict[str, Any]:
+        """The cache to pass on where there is a short convolution, for which no other of transformers has room."""
+        if not self.config.conv_kernel_size or config.use_cache is False:
+            return {}
+        config.cache_implementation = None
+        return {"past_key_values": self.new_cache()}
 
     def resolve_generation_config(self, generation_config: GenerationConfig | None, overrides: dict[str, Any]) -> Any:
         """Options of one call: `overrides` over what `generation_config` sets over the model's own."""

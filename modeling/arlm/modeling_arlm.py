@@ -2,7 +2,7 @@
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
@@ -53,8 +53,7 @@ class ARLMForCausalLM(ARLMPreTrainedModel, ARLMGenerationMixin):  # type: ignore
             attention_mask: (B, L), 1 for tokens and 0 for padding on either side; with a cache, (B, cached + L).
             position_ids: (B, L) rotary positions; by default each row counts its own tokens.
             past_key_values: keys and values of the tokens before these; those of these are added to it.
-            use_cache: whether to begin a cache where none is given. With `conv_kernel_size` > 0 there is none: the
-                short convolution has a state of its own, so such a model computes every pass afresh.
+            use_cache: whether to begin a cache where none is given.
             logits_index: (S,) indices into the flattened (B x L) tokens whose logits are wanted; None means all. The
                 vocabulary head is the largest product of a small model, and few of its rows matter.
             logits_to_keep: last tokens of each row whose logits are wanted; 0 means all. What `generate` of
@@ -64,12 +63,9 @@ class ARLMForCausalLM(ARLMPreTrainedModel, ARLMGenerationMixin):  # type: ignore
         Returns:
             transformers' `CausalLMOutputWithPast`, its `logits` (B, L, V), or (S, V) with `logits_index`; those at a
             token score the token after it, and those of `config.suppress_tokens` are -inf.
-
-        Raises:
-            ValueError: for a cache together with `conv_kernel_size` > 0.
         """
-        if use_cache and past_key_values is None and not self.config.conv_kernel_size:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and past_key_values is None:
+            past_key_values = self.new_cache()
         outputs = self.model(
             input_ids,
             attention_mask=attention_mask,

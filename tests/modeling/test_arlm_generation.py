@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 from scipy.stats import chisquare
-from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 
 from tests.modeling.arlm_helpers import BOS, EOS, PAD, TableModel, batch_of, exact_law, make_model, written
 from xlm_hf.modeling.arlm import ARLMForCausalLM, ARLMGenerationConfig
@@ -100,7 +100,7 @@ def test_greedy_decoding_of_a_ragged_batch_takes_the_best_token(architecture):
 
 
 @pytest.mark.parametrize("decoding", DECODINGS)
-@pytest.mark.parametrize("architecture", ["plain", "learnt positions", "partial rotary"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_cached_equals_recomputed(architecture, decoding):
     model = make_model(**ARCHITECTURES[architecture]).double()
     passes: dict[str, list[int]] = {}
@@ -127,8 +127,9 @@ def test_cached_equals_recomputed(architecture, decoding):
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("padded", [False, True])
-def test_a_sequence_fed_in_pieces_gives_the_same_logits(attention, padded):
-    model = make_model(learned_positions=True).double()
+@pytest.mark.parametrize("conv_kernel_size", [0, 1, 4])
+def test_a_sequence_fed_in_pieces_gives_the_same_logits(attention, padded, conv_kernel_size):
+    model = make_model(learned_positions=True, conv_kernel_size=conv_kernel_size).double()
     model.set_attn_implementation(attention)
     input_ids = torch.randint(7, 20, (3, 11), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(input_ids)
@@ -136,7 +137,7 @@ def test_a_sequence_fed_in_pieces_gives_the_same_logits(attention, padded):
         mask[1, :2] = mask[2, :4] = 0
     attention_mask = mask if padded else None
     whole = model(input_ids, attention_mask=attention_mask).logits
-    cache = DynamicCache(config=model.config)
+    cache = model.new_cache()
     for start, end in itertools.pairwise((0, 5, 6, 10, 11)):
         piece = model(input_ids[:, start:end], attention_mask=mask[:, :end] if padded else None, past_key_values=cache)
         visible = mask[:, start:end].bool()
@@ -144,14 +145,6 @@ def test_a_sequence_fed_in_pieces_gives_the_same_logits(attention, padded):
     assert cache.get_seq_length() == 11
     assert model(input_ids).past_key_values is None
     assert model(input_ids, use_cache=True).past_key_values.get_seq_length() == 11
-
-
-def test_the_short_convolution_goes_without_a_cache():
-    model = make_model(conv_kernel_size=3)
-    assert model(batch_of(PROMPTS), use_cache=True).past_key_values is None
-    assert model.generate(batch_of(PROMPTS), max_new_tokens=4).past_key_values is None
-    with pytest.raises(ValueError, match="conv_kernel_size is 3, and a cache holds no inputs of the short convolution"):
-        model(batch_of(PROMPTS), past_key_values=DynamicCache(config=model.config))
 
 
 @pytest.mark.parametrize("decoding", DECODINGS)

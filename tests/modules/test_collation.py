@@ -151,3 +151,16 @@ def test_padding_on_the_left_changes_nothing(family, tmp_path):
     left = moved_to(batch, row, place + (~batch["attention_mask"]).sum(dim=-1)[row])
     assert not left["attention_mask"][:, 0].all()
     assert_close(loss_and_gradients(model, loss, left), loss_and_gradients(model, loss, batch))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", families())
+def test_flex_attention_sees_the_same_documents(family, tmp_path):
+    """Forward alone: on a CPU torch's flex attention, which it compiles first, has no backward pass."""
+    case = FamilyCase(family)
+    model, loss = case.model(), case.trainer(tmp_path).loss
+    batch = case.collator("seq2seq", model, packing=True)(case.examples())
+    with torch.no_grad():
+        expected = loss(model, batch).loss_sum
+        model.set_attn_implementation("flex_attention")
+        torch.testing.assert_close(loss(model, batch).loss_sum, expected, rtol=1e-4, atol=1e-4)

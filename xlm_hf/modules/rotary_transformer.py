@@ -158,24 +158,37 @@ class ShortConvolution(nn.Module):
     from another document of a packed row.
     """
 
-    def __init__(self, hidden_size: int, kernel_size: int, is_causal: bool):
+    def __init__(self, hidden_size: int, kernel_size: int, is_causal: bool, layer_idx: int = 0):
         super().__init__()
         if not is_causal and kernel_size % 2 == 0:
             raise ValueError(f"conv_kernel_size is {kernel_size}: a bidirectional model needs an odd number.")
         first = -(kernel_size - 1) if is_causal else -(kernel_size // 2)
         self.offsets = range(first, first + kernel_size)
+        self.layer_idx = layer_idx
         self.weight = nn.Parameter(torch.empty(kernel_size, hidden_size))
 
-    def forward(self, hidden_states: torch.Tensor, document_ids: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        self, hidden_states: torch.Tensor, document_ids: torch.Tensor | None, past_key_values: Cache | None = None
+    ) -> torch.Tensor:
         """Map (B, L, hidden_size) to the same shape.
 
         Args:
             hidden_states: the residual stream.
             document_ids: (B, L), equal for tokens that may see each other, negative for padding; None means that all
                 tokens of a row do.
+            past_key_values: in a causal model, holds the last inputs, to which these are added.
         """
         L = hidden_states.shape[1]
         output = hidden_states
+        if past_key_values is not None:
+            inputs = hidden_states if document_ids is None else hidden_states * (document_ids >= 0)[..., None]
+            size = len(self.offsets)
+            taken = past_key_values.update_conv_state(inputs.mT, self.layer_idx, conv_kernel_size=size).mT
+            taken = nn.functional.pad(taken, (0, 0, size, 0))
+            for offset, weight in zip(self.offsets, self.weight, strict=True):
+                end = taken.shape[1] + offset
+                output = output + taken[:, end - L : end] * weight
+            return output
         for offset, weight in zip(self.offsets, self.weight, strict=True):
             if abs(offset) >= L:
                 continue
@@ -253,7 +266,7 @@ class RotaryTransformerLayer(GradientCheckpointingLayer):
         super().__init__()
         self.conv = None
         if config.conv_kernel_size:
-            self.conv = ShortConvolution(config.hidden_size, config.conv_kernel_size, is_causal)
+            self.conv = ShortConvolution(config.hidden_size, config.conv_kernel_size, is_causal, layer_idx)
         self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.self_attn = RotaryAttention(config, is_causal, layer_idx)
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -263,7 +276,7 @@ class RotaryTransformerLayer(GradientCheckpointingLayer):
     def forward(self, hidden_states, attention_mask=None, cos_sin=None, document_ids=None, **kwargs):
         """Map (B, L, hidden_size) to the same shape."""
         if self.conv is not None:
-            hidden_states = self.conv(hidden_states, document_ids)
+            hidden_states = self.conv(hidden_states, document_ids, kwargs.get("past_key_values"))
         attended, _ = self.self_attn(self.input_layernorm(hidden_states), attention_mask, cos_sin, **kwargs)
         hidden_states = hidden_states + self.dropout(attended)
         return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
@@ -349,19 +362,12 @@ class RotaryTransformer(RotaryTransformerPreTrainedModel):
             position_ids: (B, L) rotary positions; by default each row counts its own tokens, so that padding on the
                 left and on the right give the same result.
             segment_ids: (B, L) document of each token in a packed row; no token sees another document.
-            past_key_values: keys and values of the tokens before these, which are added to it.
+            past_key_values: keys and values of the tokens before these, and inputs of the short convolution; those of
+                these are added to it.
 
         Returns:
             `last_hidden_state` (B, L, hidden_size), and `hidden_states` and `attentions` where asked for.
-
-        Raises:
-            ValueError: for a cache together with the short convolution, whose inputs it does not hold.
         """
-        if past_key_values is not None and self.config.conv_kernel_size:
-            raise ValueError(
-                f"conv_kernel_size is {self.config.conv_kernel_size}, and a cache holds no inputs of the short "
-                "convolution: pass no past_key_values, or generate with use_cache=False."
-            )
         if position_ids is None:
             L = input_ids.shape[1]
             past = 0 if past_key_values is None else past_key_values.get_seq_length()
@@ -375,7 +381,7 @@ class RotaryTransformer(RotaryTransformerPreTrainedModel):
         document_ids = segment_ids
         if attention_mask is not None and self.config.conv_kernel_size:
             document_ids = (torch.zeros_like(input_ids) if segment_ids is None else segment_ids).masked_fill(
-                ~attention_mask.bool(), -1
+                ~attention_mask[:, -input_ids.shape[1] :].bool(), -1
             )
         for layer in self.layers:
             hidden_states = layer(
