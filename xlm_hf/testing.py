@@ -146,8 +146,8 @@ def check_packing(case: FamilyCase, tmp_path: Path) -> None:
 def check_ways_to_compute(case: FamilyCase, tmp_path: Path) -> None:
     """The same loss, metrics and gradients in every way to compute them.
 
-    By eager attention as by sdpa, with the vocabulary head in chunks, as one compiled graph,
-    and with activations that are computed anew in the backward pass.
+    By eager attention as by sdpa, with the vocabulary head in chunks, as one compiled graph, and with activations that
+    are computed anew in the backward pass.
     """
     model, loss = case.model(), case.trainer(tmp_path).loss
     batch = case.collator("seq2seq", model)(case.examples())
@@ -157,7 +157,6 @@ def check_ways_to_compute(case: FamilyCase, tmp_path: Path) -> None:
     model.set_attn_implementation("sdpa")
     with mock.patch.dict(cross_entropy.CHUNK_SIZES, cpu=4 * model.config.vocab_size):
         assert_close(loss_and_gradients(model, loss, batch), expected)
-    torch.compiler.reset()
     compiled = torch.compile(loss.__call__, fullgraph=True, backend="aot_eager")
     assert_close(loss_and_gradients(model, compiled, batch), expected)
     model.train().activation_checkpointing_enable()

@@ -16,15 +16,18 @@ from transformers import PreTrainedTokenizerBase
 
 from .counter_random import low_discrepancy, random_bits
 
+Examples = list[dict[str, Any]]
+Ids = Sequence[Sequence[int]]
 
-def ragged(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+
+def ragged(rows: Ids) -> tuple[torch.Tensor, torch.Tensor]:
     """Concatenate lists of ids: the values (sum of lengths,) and the lengths (B,), both int64."""
     lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
     values = np.fromiter(chain.from_iterable(rows), dtype=np.int64, count=int(lengths.sum()))
     return torch.from_numpy(values), torch.from_numpy(lengths)
 
 
-def column(examples: list[dict[str, Any]], name: str) -> torch.Tensor:
+def column(examples: Examples, name: str) -> torch.Tensor:
     """The integers `name` of all examples, (B,) int64."""
     return torch.from_numpy(np.fromiter((example[name] for example in examples), dtype=np.int64, count=len(examples)))
 
@@ -50,9 +53,7 @@ class Documents:
         number: (D,) number of each document within its example.
     """
 
-    def __init__(
-        self, examples: list[dict[str, Any]], prompts: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]
-    ):
+    def __init__(self, examples: Examples, prompts: Ids, targets: Ids):
         self.examples = examples
         self.prompt_ids, self.prompt_lengths = ragged(prompts)
         self.target_ids, self.target_lengths = ragged(targets)
@@ -61,10 +62,10 @@ class Documents:
         if any(example.get("segment_ids") is not None for example in examples):
             self._split(targets)
 
-    def _split(self, targets: Sequence[Sequence[int]]) -> None:
+    def _split(self, targets: Ids) -> None:
         """Cut the targets where their `segment_ids` change; a further document has no prompt."""
-        given = [e.get("segment_ids") for e in self.examples]
-        segments, _ = ragged([[0] * len(t) if s is None else s for s, t in zip(given, targets, strict=True)])
+        given = zip(self.examples, targets, strict=True)
+        segments, _ = ragged([e.get("segment_ids") or [0] * len(target) for e, target in given])
         example, place = counted(self.target_lengths)
         starts = ((place == 0) | (segments != segments.roll(1))).nonzero().squeeze(-1)
         self.target_lengths = torch.diff(starts, append=torch.tensor([len(segments)]))
@@ -197,9 +198,7 @@ class Collator:
                 "positions: shorten it or raise max_position_embeddings."
             )
 
-    def left_padded(
-        self, examples: list[dict[str, Any]], rows: Sequence[Sequence[int]], extras: str
-    ) -> dict[str, torch.Tensor]:
+    def left_padded(self, examples: Examples, rows: Ids, extras: str) -> dict[str, torch.Tensor]:
         """Checked prompts for `generate`, padded on the left: `input_ids`, `attention_mask`, `example_id`."""
         ids, lengths = ragged(rows)
         self.check_ids(ids)

@@ -71,8 +71,8 @@ def linear_cross_entropy(
         correct = scores.detach() >= logits.detach().amax(dim=-1)[rows]
         return CrossEntropy((weights * losses).sum(), losses.detach(), correct)
     is_autocast, suppressed = torch.is_autocast_enabled(device), list(suppressed_ids or ())
-    product_dtype = torch.get_autocast_dtype(device) if is_autocast else hidden_states.dtype
     targets = [rows, target_ids, weights]
+    product_dtype = torch.get_autocast_dtype(device) if is_autocast else hidden_states.dtype
     wanted = [torch.is_grad_enabled() and x.requires_grad for x in (hidden_states, head.weight)]
     output = _chunked_cross_entropy(hidden_states, head.weight, suppressed, targets, groups, product_dtype, wanted)
     return CrossEntropy(output[0], output[1].detach(), output[2])
@@ -92,21 +92,18 @@ def _numbered(groups: Tensor) -> Tensor:
     return (groups.diff(prepend=groups[:1]) != 0).cumsum(0)
 
 
-def _chunks(
-    num_rows: int, rows_per_chunk: int, groups: Tensor | None, target_rows: Tensor
-) -> list[tuple[slice, slice]]:
+def _chunks(num_rows: int, most_rows: int, groups: Tensor | None, target_rows: Tensor) -> list[tuple[slice, slice]]:
     """The rows and the targets of each chunk; with `groups`, a chunk ends where a group does.
 
     The groups are then read back from the device, once, and only where there are several chunks.
     """
-    if num_rows <= rows_per_chunk:
+    if num_rows <= most_rows:
         return [(slice(0, num_rows), slice(0, len(target_rows)))]
     if groups is None:
-        starts = range(0, num_rows, rows_per_chunk)
-        return [(slice(i, min(i + rows_per_chunk, num_rows)),) * 2 for i in starts]
+        return [(slice(i, min(i + most_rows, num_rows)),) * 2 for i in range(0, num_rows, most_rows)]
     bounds = [0]
     for previous, end in pairwise([0, *groups.unique_consecutive(return_counts=True)[1].cumsum(0).tolist()]):
-        if end - bounds[-1] > rows_per_chunk and previous > bounds[-1]:
+        if end - bounds[-1] > most_rows and previous > bounds[-1]:
             bounds.append(previous)
     bounds.append(num_rows)
     of_targets = torch.searchsorted(target_rows, torch.tensor(bounds, device=target_rows.device)).tolist()
@@ -129,11 +126,10 @@ def _chunked_cross_entropy(
     losses, correct = torch.zeros_like(targets[2]), torch.zeros_like(targets[1], dtype=torch.bool)
     hidden_grad = torch.empty_like(hidden_states) if wanted[0] else hidden_states.new_empty(0)
     weight_grad = torch.zeros_like(weight, dtype=dtype) if wanted[1] else weight.new_empty(0)
-    rows_per_chunk = max(1, CHUNK_SIZES.get(hidden.device.type, _CHUNK_SIZE) // len(weight))
-    for rows, chosen in _chunks(len(hidden), rows_per_chunk, groups, targets[0]):
+    most_rows = max(1, CHUNK_SIZES.get(hidden.device.type, _CHUNK_SIZE) // len(weight))
+    for rows, chosen in _chunks(len(hidden), most_rows, groups, targets[0]):
         group = torch.arange(rows.start, rows.stop, device=hidden.device) if groups is None else groups[rows]
-        target_row, target_id, target_weight = (x[chosen] for x in targets)
-        at = (target_row - rows.start, target_id)
+        at, target_weight = (targets[0][chosen] - rows.start, targets[1][chosen]), targets[2][chosen]
         # One buffer: the logits, then their exponentials, then the gradient of the loss by them.
         logits = suppress_((hidden[rows] @ matrix.T).to(dtype), suppressed_ids)
         largest, scores = logits.amax(dim=-1, keepdim=True), logits[at]

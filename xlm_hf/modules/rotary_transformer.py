@@ -182,9 +182,8 @@ class ShortConvolution(nn.Module):
         output = hidden_states
         if past_key_values is not None:
             inputs = hidden_states if document_ids is None else hidden_states * (document_ids >= 0)[..., None]
-            size = len(self.offsets)
-            taken = past_key_values.update_conv_state(inputs.mT, self.layer_idx, conv_kernel_size=size).mT
-            taken = nn.functional.pad(taken, (0, 0, size, 0))
+            taken = past_key_values.update_conv_state(inputs.mT, self.layer_idx, conv_kernel_size=len(self.weight)).mT
+            taken = nn.functional.pad(taken, (0, 0, len(self.weight), 0))
             for offset, weight in zip(self.offsets, self.weight, strict=True):
                 end = taken.shape[1] + offset
                 output = output + taken[:, end - L : end] * weight
