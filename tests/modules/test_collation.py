@@ -61,6 +61,13 @@ def test_a_batch_says_which_document_and_position_every_token_has():
     assert "segment_ids" not in one_each
 
 
+def test_an_empty_example_has_a_row_of_its_own():
+    documents = documents_of([2, 0, 3])
+    rows = Rows(documents.target_lengths, documents)
+    assert rows.shape == (3, 3)
+    assert rows.index(0, rows.lengths).tolist() == [0, 1, 6, 7, 8]
+
+
 def test_documents_draw_apart_and_evenly():
     """The first document of an example draws as the example alone would; the others by themselves, evenly as well."""
     num = 500

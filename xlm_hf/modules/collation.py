@@ -118,8 +118,8 @@ class Rows:
     def __init__(self, lengths: torch.Tensor, documents: Documents, packing: int | None = None):
         self.lengths = lengths
         sizes = torch.zeros(len(documents.examples), dtype=torch.int64).index_add_(0, documents.example, lengths)
-        # Without packing no two examples fit into one row.
-        row, start = _first_fit(sizes, packing or 0)
+        # Without packing no two examples fit into one row; an empty one has a row all the same.
+        row, start = _first_fit(sizes.clamp(min=1), packing or 0)
         self.shape = (int(row.max()) + 1, int((start + sizes).max()))
         first = row * self.shape[1] + start - starts_of(sizes)
         self.first = first[documents.example] + starts_of(lengths)
