@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from xlm_hf import comparison
@@ -117,9 +118,9 @@ def _check_tables(out, metrics):
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        (["budget.tokens=7"], "A comparison has exactly one budget of steps, tokens, seconds, and this one has 2."),
-        (["seeds=[]"], "There is nothing to compare: seeds is empty."),
-        (["nfe_sweep.difusion=[]"], "nfe_sweep names 'difusion': did you mean 'diffusion'?"),
+        (["budget.tokens=7"], "A comparison has one budget of steps, tokens, seconds, and this one has 2."),
+        (["seeds=[]"], "There is nothing to compare"),
+        (["nfe_sweep.difusion=[]"], "nfe_sweep has no option 'difusion': did you mean 'diffusion'?"),
         (["size=tinyy"], "There is no size 'tinyy': did you mean 'tiny'?"),
         (["families.x=[]"], "There is no family 'x'"),
         (["tasks.star_esy=[]"], "There is no task 'star_esy': did you mean 'star_easy'?"),
@@ -134,24 +135,41 @@ def test_a_mistake_is_found_before_anything_runs(overrides, sentence, tmp_path, 
     assert [file.name for file in (tmp_path / "out").glob("*")] in ([], ["train.log"])
 
 
+def test_the_recipe_for_star_graphs_is_four_families_and_three_seeds(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    # Composes everything, and starts a program that does nothing in place of each training.
+    arguments = ["--config-name=compare_star", "output_dir=out", "launcher=['true']", "++task.num_train=9"]
+    monkeypatch.setattr(sys, "argv", [SCRIPT, *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code.startswith("Error: 12 of the runs failed (ilm_star_easy_0, ilm_star_easy_1, ilm_star_")
+    assert len(list((tmp_path / "out").glob("*/console.log"))) == 12
+
+
 def test_summaries_meet_a_computation_by_hand():
-    rows = [
-        {"family": "a", "task": "x", "m": 1.0, "n": 5000},
-        {"family": "a", "task": "x", "m": 2.0, "n": 5000},
-        {"family": "a", "task": "x", "m": 4.5, "n": 5000},
-        {"family": "b", "task": "x", "m": 7.0},
-        {"family": "b", "task": "y", "m": 8.0, "n": 1},
-    ]
+    runs = pd.DataFrame(
+        [
+            {"family": "b", "task": "x", "m": 1.0, "n": 5000},
+            {"family": "b", "task": "x", "m": 2.0, "n": 5000},
+            {"family": "b", "task": "x", "m": 4.5, "n": 5000},
+            {"family": "a", "task": "x", "m": 7.0},
+            {"family": "a", "task": "y", "m": 8.0, "n": 1},
+        ]
+    )
     # (1 + 2 + 4.5) / 3 = 2.5; ((1.5² + 0.5² + 2²) / 2)^½ = 3.25^½ = 1.8
-    assert comparison.summary_rows(rows, ["family"], "task", ["m", "n"]) == [
-        {"family": "a", "x m": "2.5 ± 1.8", "x n": "5,000"},
-        {"family": "b", "x m": "7", "y m": "8", "y n": "1"},
-    ]
-    table = comparison.markdown_table([{"a": "1"}, {"b": "2"}])
-    assert table == "| a | b |\n| --- | --- |\n| 1 | - |\n| - | 2 |\n"
+    table = comparison.markdown_table(comparison.summarise(runs, ["family"], ["m", "n"]))
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    rows = {line[0]: dict(zip(lines[0], line, strict=True)) for line in lines[2:]}
+    assert rows == {
+        "b": {"family": "b", "x m": "2.5 ± 1.8", "y m": "-", "x n": "5,000", "y n": "-"},
+        "a": {"family": "a", "x m": "7", "y m": "8", "x n": "-", "y n": "1"},
+    }
+    assert "| 2.5 ± 1.8 |" in comparison.markdown_table(comparison.summarise(runs[:3], ["family"], ["m"]))
 
 
 def test_without_matplotlib_the_rest_is_written_and_a_sentence_says_how_to_get_it(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert not comparison.plot(tmp_path / "a.png", {"title": {"label": [(1, [2.0])]}}, "steps")
+    points = pd.DataFrame([{"family": "a", "task": "x", "step": 1, "m": 2.0}])
+    comparison.plot(tmp_path / "a.png", points, "step", "step", ["m"])
+    assert not list(tmp_path.iterdir())
     assert 'pip install "xlm-hf[plots]"' in caplog.text

@@ -7,8 +7,10 @@ import os
 import pkgutil
 import re
 import sys
+import traceback
 from collections.abc import Iterator
 from importlib.resources import files
+from pathlib import Path
 
 import datasets
 import hydra
@@ -17,13 +19,16 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 import xlm_hf.commands
+from xlm_hf.checkpoints import write_text
 from xlm_hf.commands.common import open_override
 from xlm_hf.modules.messages import did_you_mean
 from xlm_hf.signals import TrainingStopped
+from xlm_hf.sweeps import ERROR_FILE
 
 # Commands with arguments of their own, `xlm-hf NAME ...`, beside the jobs of a config.
 _TOOLS = ("scaffold",)
@@ -64,18 +69,38 @@ def _one_sentence() -> Iterator[None]:
 
 
 def run_job(cfg: DictConfig) -> None:
-    """Run the job that the config names."""
-    # Within Hydra, which otherwise reports a failing job in words of its own.
-    with _one_sentence():
-        name = HydraConfig.get().job.config_name
-        cfg.experiment = cfg.experiment or (f"{cfg.family}_{cfg.task.name}" if name == "config" else name)
-        if cfg.num_threads is not None:
-            torch.set_num_threads(cfg.num_threads)
-        modules = pkgutil.iter_modules(xlm_hf.commands.__path__)
-        jobs = sorted(module.name for module in modules if module.name not in ("common", *_TOOLS))
-        if cfg.job not in jobs:
-            raise ValueError(f"There is no job {cfg.job!r}: {did_you_mean(cfg.job, jobs)}")
-        importlib.import_module(f"xlm_hf.commands.{cfg.job}").run(cfg)
+    """Run the job that the config names, alone or as one of a sweep."""
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        _run_of_a_sweep(cfg)
+    else:
+        # Within Hydra, which otherwise reports a failing job in words of its own.
+        with _one_sentence():
+            _run(cfg)
+
+
+def _run_of_a_sweep(cfg: DictConfig) -> None:
+    """Run in the sweep's folder for it; a mistake is said there and here, and leaves the other runs alone."""
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    cfg.output_dir = str(folder)
+    try:
+        _run(cfg)
+    except Exception as error:
+        if os.environ.get("XLM_HF_TRACEBACK") or not isinstance(error, _MISTAKES):
+            traceback.print_exc()
+        write_text(folder / ERROR_FILE, f"{explain(error)}\n")
+        print(f"Error: {folder.name}: {explain(error)}", file=sys.stderr)
+
+
+def _run(cfg: DictConfig) -> None:
+    name = HydraConfig.get().job.config_name
+    cfg.experiment = cfg.experiment or (f"{cfg.family}_{cfg.task.name}" if name == "config" else name)
+    if cfg.num_threads is not None:
+        torch.set_num_threads(cfg.num_threads)
+    modules = pkgutil.iter_modules(xlm_hf.commands.__path__)
+    jobs = sorted(module.name for module in modules if module.name not in ("common", *_TOOLS))
+    if cfg.job not in jobs:
+        raise ValueError(f"There is no job {cfg.job!r}: {did_you_mean(cfg.job, jobs)}")
+    importlib.import_module(f"xlm_hf.commands.{cfg.job}").run(cfg)
 
 
 def explain(error: BaseException) -> str:

@@ -2,7 +2,6 @@
 
 import math
 import time
-from collections.abc import Callable
 
 import torch
 from accelerate.utils import reduce
@@ -34,11 +33,6 @@ class Budget(TrainerCallback, ExportableState):
         self.spent_seconds = 0.0
         self._mark = 0.0
 
-    @property
-    def limited(self) -> bool:
-        """Whether there is a budget at all."""
-        return self.tokens is not None or self.seconds is not None
-
     def share(self, state: TrainerState) -> float:
         """The share of the budget that is spent, from 0 to 1; the larger one of two budgets."""
         tokens, seconds = self.tokens or math.inf, self.seconds or math.inf
@@ -47,24 +41,21 @@ class Budget(TrainerCallback, ExportableState):
     def is_finished(self, state: TrainerState) -> bool:
         """Whether the run that was saved with `state` has spent its budget."""
         self.spent_seconds = saved_seconds(state)
-        return self.limited and self.share(state) >= 1
+        return self.share(state) >= 1
 
     def state(self) -> dict:
         """What a checkpoint keeps."""
-        return {
-            "args": {"tokens": self.tokens, "seconds": self.seconds},
-            "attributes": {"spent_seconds": self.spent_seconds},
-        }
+        limits = {"tokens": self.tokens, "seconds": self.seconds}
+        return {"args": limits, "attributes": {"spent_seconds": self.spent_seconds}}
 
     def on_train_begin(self, args, state, control, lr_scheduler=None, **kwargs):
         """Take up the count of the checkpoint, and tie the schedule to the budget."""
         self.spent_seconds = saved_seconds(state)
         self._mark = time.perf_counter()
-        if self.limited and hasattr(lr_scheduler, "lr_lambdas"):
-            lr_scheduler.lr_lambdas = [self._by_share(rate, state) for rate in lr_scheduler.lr_lambdas]
-
-    def _by_share(self, rate: Callable[[float], float], state: TrainerState) -> Callable[[int], float]:
-        return lambda _: rate(self.share(state) * state.max_steps)
+        if (self.tokens or self.seconds) and hasattr(lr_scheduler, "lr_lambdas"):
+            lr_scheduler.lr_lambdas = [
+                lambda _, rate=rate: rate(self.share(state) * state.max_steps) for rate in lr_scheduler.lr_lambdas
+            ]
 
     def on_step_end(self, args, state, control, **kwargs):
         """Count, and end training with a last evaluation and checkpoint, as the last step does."""
@@ -80,13 +71,11 @@ class Budget(TrainerCallback, ExportableState):
             control.should_evaluate |= args.eval_strategy != "no"
             control.should_save |= args.save_strategy not in ("no", "best")
 
-    def on_evaluate(self, args, state, control, **kwargs):
-        """Leave the evaluation out of the count."""
+    def on_save(self, args, state, control, **kwargs):
+        """Leave saving, and evaluating, out of the count."""
         self._mark = time.perf_counter()
 
-    def on_save(self, args, state, control, **kwargs):
-        """Leave the saving out of the count."""
-        self._mark = time.perf_counter()
+    on_evaluate = on_save
 
     def on_train_end(self, args, state, control, **kwargs):
         """Leave the count in the state, whether or not a checkpoint was written last."""

@@ -5,22 +5,7 @@ from transformers.trainer_callback import TrainerState
 
 
 class EarlyStopping(EarlyStoppingCallback):
-    """`transformers.EarlyStoppingCallback` for metrics that carry the name of their set, exact over resumes.
-
-    Args:
-        patience: evaluations in a row without an improvement of `metric_for_best_model` after which training ends.
-        threshold: by how much it must change to count as improved.
-
-    Raises:
-        ValueError: if `patience` is less than 1 or `threshold` is negative.
-    """
-
-    def __init__(self, patience: int, threshold: float = 0.0):
-        if patience < 1:
-            raise ValueError(f"early_stopping.patience must be at least 1 and is {patience}.")
-        if threshold < 0:
-            raise ValueError(f"early_stopping.threshold must not be negative and is {threshold}.")
-        super().__init__(patience, threshold)
+    """`transformers.EarlyStoppingCallback` for metrics that carry the name of their set, exact over resumes."""
 
     def is_finished(self, state: TrainerState) -> bool:
         """Whether the run that was saved with `state` ended by this rule."""
@@ -28,19 +13,12 @@ class EarlyStopping(EarlyStoppingCallback):
         self.early_stopping_patience_counter = saved.get("attributes", {}).get("early_stopping_patience_counter", 0)
         return self.early_stopping_patience_counter >= self.early_stopping_patience
 
-    def state(self) -> dict:
-        """What a checkpoint keeps."""
-        return {
-            "args": {"patience": self.early_stopping_patience, "threshold": self.early_stopping_threshold},
-            "attributes": {"early_stopping_patience_counter": self.early_stopping_patience_counter},
-        }
-
     def on_train_begin(self, args, state, control, **kwargs):
-        """Take up the count of the checkpoint; raises ValueError if nothing is evaluated."""
-        if args.eval_strategy == "no" or args.metric_for_best_model is None:
+        """Take up the count of the checkpoint; raises ValueError for an option that it cannot work with."""
+        if args.eval_strategy == "no" or not args.metric_for_best_model or self.early_stopping_patience < 1:
             raise ValueError(
-                "early_stopping.patience needs evaluations and their metric: set trainer.eval_strategy=steps and "
-                "trainer.metric_for_best_model, or early_stopping.patience=null."
+                "early_stopping.patience must be at least 1, with trainer.eval_strategy=steps and a "
+                f"trainer.metric_for_best_model; it is {self.early_stopping_patience}. Or set it to null."
             )
         self.is_finished(state)
 

@@ -16,6 +16,8 @@ import datasets
 import hydra
 import torch
 from huggingface_hub.errors import RepositoryNotFoundError
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
@@ -67,9 +69,13 @@ def run_directory(cfg: DictConfig) -> Path:
         cfg.output_dir = str(Path("outputs") / cfg.experiment / datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
     folder = Path(cfg.output_dir).expanduser().absolute()
     folder.mkdir(parents=True, exist_ok=True)
+    log = logging.getLogger("xlm_hf")
+    for earlier in [handler for handler in log.handlers if isinstance(handler, logging.FileHandler)]:
+        log.removeHandler(earlier)
+        earlier.close()
     handler = logging.FileHandler(folder / "train.log")
     handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
-    logging.getLogger("xlm_hf").addHandler(handler)
+    log.addHandler(handler)
     return folder
 
 
@@ -198,7 +204,7 @@ def build_callbacks(cfg: DictConfig) -> list[TrainerCallback]:
     """The callbacks that end a run: its budget, and early stopping where a patience is set."""
     callbacks: list[TrainerCallback] = [Budget(**plain(cfg.budget))]
     if cfg.early_stopping.patience is not None:
-        callbacks.append(EarlyStopping(**plain(cfg.early_stopping)))
+        callbacks.append(EarlyStopping(cfg.early_stopping.patience, cfg.early_stopping.threshold))
     return callbacks
 
 
@@ -309,7 +315,10 @@ def card_variables(
 def next_command(*overrides: str) -> str:
     """The command line of this process with other `overrides`, to be shown to the user."""
     replaced = ("job", "output_dir", "checkpoint", "num_samples", "prompts")
-    kept = [argument.removeprefix("++") for argument in sys.argv[1:] if argument.split("=")[0] not in replaced]
+    arguments = sys.argv[1:]
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        arguments = ["--config-name", str(HydraConfig.get().job.config_name), *HydraConfig.get().overrides.task]
+    kept = [argument.removeprefix("++") for argument in arguments if argument.split("=")[0] not in replaced]
     return shlex.join(["python", sys.argv[0], *kept, *overrides])
 
 

@@ -1,11 +1,10 @@
 """job=compare: families x tasks x seeds under one budget, each cell a run of its own, and what they come to."""
 
+import itertools
 import json
-import logging
 import re
 import subprocess
 import sys
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,22 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import pandas as pd
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from xlm_hf.checkpoints import list_checkpoints, write_text
-from xlm_hf.commands.common import is_open, open_override, plain, run_directory, say
-from xlm_hf.comparison import markdown_table, plot, summary_rows, write_csv
-from xlm_hf.modules.messages import did_you_mean
-
-logger = logging.getLogger(__name__)
+from xlm_hf.commands.common import check_options, is_open, open_override, plain, run_directory, say
+from xlm_hf.comparison import markdown_table, plot, summarise, write_tables
 
 _BUDGETS = {"steps": "trainer.max_steps", "tokens": "budget.tokens", "seconds": "budget.seconds"}
 # Of a run as such, not of its quality.
 _COSTS = ("parameters", "steps", "tokens", "seconds")
 _NOT_IN_TABLE = ("/samples", "/seconds", "_standard_error")
-# How much of the output of a run that fails is shown.
-_LAST_LINES = 8
 
 
 @dataclass(frozen=True)
@@ -48,7 +43,7 @@ class Cell:
     task: str
     seed: int
     folder: Path
-    arguments: tuple[str, ...]
+    arguments: list[str]
     sweep: dict[str, list[str]]
 
 
@@ -66,10 +61,10 @@ def run(cfg: DictConfig) -> None:
     cells = plan(options, output_dir)
     for cell in cells:
         check_unchanged(cell)
+    say(f"{len(cells)} runs, {sum(bool(_metrics(cell.folder)) for cell in cells)} of them done; {output_dir}")
     launcher = options["launcher"] or [sys.executable]
-    say(f"{len(cells)} runs, {sum(_metrics(cell.folder) is not None for cell in cells)} of them done; {output_dir}")
     with ThreadPoolExecutor(cfg.parallel) as pool:
-        failures = [name for names in pool.map(lambda cell: run_cell(cell, launcher), cells) for name in names]
+        failures = [*itertools.chain(*pool.map(lambda cell: run_cell(cell, launcher), cells))]
     write_comparison(cells, output_dir, options["quality"])
     if failures:
         raise ValueError(
@@ -86,34 +81,30 @@ def plan(options: dict[str, Any], output_dir: Path) -> list[Cell]:
     """
     budget = {_BUDGETS[unit]: amount for unit, amount in options["budget"].items() if amount is not None}
     if len(budget) != 1:
-        raise ValueError(
-            f"A comparison has exactly one budget of {', '.join(_BUDGETS)}, and this one has {len(budget)}."
-        )
+        raise ValueError(f"A comparison has one budget of {', '.join(_BUDGETS)}, and this one has {len(budget)}.")
     families, tasks = _with_options(options["families"]), _with_options(options["tasks"])
-    for name, entries in {"families": families, "tasks": tasks, "seeds": options["seeds"]}.items():
-        if not entries:
-            raise ValueError(f"There is nothing to compare: {name} is empty.")
-    for family in options["nfe_sweep"]:
-        if family not in families:
-            raise ValueError(f"nfe_sweep names {family!r}: {did_you_mean(str(family), list(families))}")
+    if not (families and tasks and options["seeds"]):
+        raise ValueError("There is nothing to compare: families, tasks and seeds must each name at least one.")
+    check_options("nfe_sweep", options["nfe_sweep"], list(families))
     shared = [*_search_path(), f"size={HydraConfig.get().runtime.choices['size']}", *options["overrides"]]
+    limit = [f"{name}={amount}" for name, amount in budget.items()]
     cells = []
-    for task, task_options in tasks.items():
-        for family, family_options in families.items():
-            # A named experiment brings its family.
-            named = any(option.startswith(("family=", "--config-name=")) for option in family_options)
-            ours = [*family_options, *([] if named else [f"family={family}"])]
-            theirs = [*task_options, *([] if any(o.startswith("task=") for o in task_options) else [f"task={task}"])]
-            limit = [f"{name}={amount}" for name, amount in budget.items()]
-            for seed in options["seeds"]:
-                name = f"{family}_{task}_{seed}"
-                identity = [f"seed={seed}", f"experiment={family}_{task}"]
-                sweep = {_file_name(point): point for point in map(_as_list, options["nfe_sweep"].get(family, []))}
-                arguments = [*shared, *ours, *theirs, *_passed_on(), *limit, *identity]
-                # Options such as --config-name cannot stand among the overrides.
-                arguments = sorted(arguments, key=lambda argument: not argument.startswith("--"))
-                cells.append(Cell(family, task, seed, output_dir / name, tuple(arguments), sweep))
+    for task, family, seed in itertools.product(tasks, families, options["seeds"]):
+        # A named experiment brings its family.
+        ours = _with_default(families[family], f"family={family}", ("family=", "--config-name="))
+        theirs = _with_default(tasks[task], f"task={task}", ("task=",))
+        identity = [f"seed={seed}", f"experiment={family}_{task}"]
+        arguments = [*shared, *ours, *theirs, *_passed_on(), *limit, *identity]
+        # Options such as --config-name cannot stand among the overrides.
+        arguments.sort(key=lambda argument: not argument.startswith("--"))
+        points = [[point] if isinstance(point, str) else point for point in options["nfe_sweep"].get(family, [])]
+        sweep = {_file_name(point): point for point in points}
+        cells.append(Cell(family, task, seed, output_dir / f"{family}_{task}_{seed}", arguments, sweep))
     return cells
+
+
+def _with_default(options: list[str], default: str, names: tuple[str, ...]) -> list[str]:
+    return options if any(option.startswith(names) for option in options) else [*options, default]
 
 
 def _with_options(entries: Mapping[str, list[str] | None] | Sequence[str] | None) -> dict[str, list[str]]:
@@ -122,12 +113,9 @@ def _with_options(entries: Mapping[str, list[str] | None] | Sequence[str] | None
     return {str(name): [] for name in entries or []}
 
 
-def _as_list(entry: str | list[str]) -> list[str]:
-    return [entry] if isinstance(entry, str) else entry
-
-
 def _file_name(options: list[str]) -> str:
-    return re.sub(r"[^\w.=-]+", "_", ",".join(option.removeprefix("generation.") for option in options))
+    named = [option.removeprefix("generation.") for option in options if not option.endswith("=null")]
+    return re.sub(r"[^\w.=-]+", "_", ",".join(named)) or "default"
 
 
 def _search_path() -> list[str]:
@@ -142,17 +130,12 @@ def _passed_on() -> list[str]:
     return [override for override in HydraConfig.get().overrides.task if is_open(override.removeprefix("++"))]
 
 
-def composed(cell: Cell) -> DictConfig:
-    """The config of a cell's run, by which a mistake in it is found before anything runs."""
+def check_unchanged(cell: Cell) -> None:
+    """Compose the cell's config, and raise ValueError if its folder holds a run of another one."""
     prefix = "--config-name="
     named = [argument.removeprefix(prefix) for argument in cell.arguments if argument.startswith(prefix)]
     overrides = [open_override(argument) for argument in cell.arguments if not argument.startswith(prefix)]
-    return hydra.compose(named[-1] if named else "config", overrides)
-
-
-def check_unchanged(cell: Cell) -> None:
-    """Raise ValueError if the cell's folder holds a run of another config."""
-    wanted = _flat(plain(composed(cell)))
+    wanted = _flat(plain(hydra.compose(named[-1] if named else "config", overrides)))
     file = cell.folder / "config.yaml"
     found = _flat(plain(OmegaConf.load(file))) if file.exists() else wanted
     # Where it lies may change. An option that is not set is as good as one that is not there.
@@ -173,102 +156,76 @@ def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
 
 def run_cell(cell: Cell, launcher: list[str]) -> list[str]:
     """Train a cell and evaluate the points of its sweep, all that is missing; the names of what failed."""
-    arguments = list(cell.arguments)
-    if not _finish(cell.folder, [*arguments, "job=train"], launcher):
+    if not _finish(cell.folder, [*cell.arguments, "job=train"], launcher):
         return [cell.folder.name]
-    trained = [*arguments, "job=evaluate", f"checkpoint='{cell.folder / 'model'}'"]
-    points = {name: cell.folder / "nfe" / name for name in cell.sweep}
+    trained = [*cell.arguments, "job=evaluate", f"checkpoint='{cell.folder / 'model'}'"]
     return [
         f"{cell.folder.name}/{name}"
-        for name, folder in points.items()
-        if not _finish(folder, [*trained, *cell.sweep[name]], launcher)
+        for name, options in cell.sweep.items()
+        if not _finish(cell.folder / "nfe" / name, [*trained, *options], launcher)
     ]
 
 
 def _finish(folder: Path, arguments: list[str], launcher: list[str]) -> bool:
     """Run a command in a process of its own unless its metrics are there; whether they are then."""
-    if _metrics(folder) is not None:
+    if _metrics(folder):
         return True
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "console.log"
     command = [*launcher, sys.argv[0], *arguments, f"output_dir='{folder}'"]
     with log.open("w") as console:
         status = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=console, stderr=subprocess.STDOUT).returncode
-    if status == 0:
+    if status == 0 and _metrics(folder):
         say(f"{folder}: done")
         return True
-    lines = log.read_text(errors="replace").strip().splitlines()[-_LAST_LINES:]
+    lines = log.read_text(errors="replace").strip().splitlines()[-8:]
     say("\n    ".join([f"{folder}: failed with exit status {status}", *lines]))
     return False
 
 
-def _metrics(folder: Path) -> dict[str, float] | None:
+def _metrics(folder: Path) -> dict[str, Any]:
     file = folder / "metrics.json"
-    return json.loads(file.read_text()) if file.exists() else None
+    return json.loads(file.read_text()) if file.exists() else {}
 
 
 def write_comparison(cells: list[Cell], output_dir: Path, quality: list[str]) -> None:
     """Write the tables and plots of the cells that are done."""
-    done = [cell for cell in cells if _metrics(cell.folder) is not None]
+    done = [cell for cell in cells if _metrics(cell.folder)]
     if not done:
         return
-    rows = [_row(cell, _metrics(cell.folder)) for cell in done]
-    write_csv(output_dir / "results.csv", rows)
-    points = [
-        {**_row(cell, _metrics(cell.folder / "nfe" / name)), "options": name} if name else {**row, "options": "-"}
-        for cell, row in zip(done, rows, strict=True)
-        for name in cell.sweep or [""]
-        if not name or _metrics(cell.folder / "nfe" / name) is not None
+    runs = _frame([(cell, _metrics(cell.folder)) for cell in done])
+    # A family without a sweep is one point.
+    evaluations = [
+        (cell, metrics | {"options": name})
+        for cell in done
+        for name in cell.sweep or ["-"]
+        if (metrics := _metrics(cell.folder / "nfe" / name if cell.sweep else cell.folder))
     ]
-    measured = {name for row in rows for name in row if "/" in name and not name.endswith(_NOT_IN_TABLE)}
-    ordered = sorted(measured, key=lambda name: (name.split("/")[-1] not in [*quality, "nfe"], name))
-    text = f"# Comparison\n\nMean ± standard deviation over seeds.\n\n{_table(rows, ['family'], [*ordered, *_COSTS])}"
-    written = ["results.csv", "results.md"]
+    points, history = _frame(evaluations), _frame([(cell, log) for cell in done for log in _history(cell.folder)])
+    chosen = _named(runs, [*quality, "nfe"])
+    others = [name for name in sorted(runs) if "/" in name and not name.endswith(_NOT_IN_TABLE) and name not in chosen]
+    table = summarise(runs, ["family"], [*chosen, *others, *_COSTS])
+    text = f"# Comparison\n\nMean ± standard deviation over seeds.\n\n{markdown_table(table)}"
     if any(cell.sweep for cell in done):
-        write_csv(output_dir / "results_nfe.csv", points)
-        chosen = ["test/nfe", *(f"test/{metric}" for metric in quality)]
-        text += f"\n# Forward passes\n\n{_table(points, ['family', 'options'], chosen)}"
-        written.append("results_nfe.csv")
-    write_text(output_dir / "results.md", text)
-    drawings = {"quality_steps.png": (_step_curves(done, quality), "steps", False)}
-    drawings["quality_nfe.png"] = (_nfe_curves(points, quality), "forward passes", True)
-    for name, (panels, x_label, log_x) in drawings.items():
-        if panels and plot(output_dir / name, panels, x_label, log_x):
-            written.append(name)
-    say(f"\n{text}\nWritten: {', '.join(str(output_dir / name) for name in written)}")
+        text += f"\n# Forward passes\n\n{markdown_table(summarise(points, ['family', 'options'], chosen))}"
+        write_text(output_dir / "results_nfe.csv", points.to_csv(index=False))
+    write_tables(output_dir, "results", runs, text)
+    plot(output_dir / "quality_steps.png", history, "step", "step", _named(history, quality))
+    for passes in _named(points, ["nfe"])[:1]:
+        plot(output_dir / "quality_nfe.png", points, "options", passes, _named(points, quality))
+    say(f"\n{text}\nTables and plots: {output_dir}/results.md, results*.csv, quality_*.png")
 
 
-def _row(cell: Cell, metrics: dict[str, float] | None) -> dict[str, Any]:
-    return {"family": cell.family, "task": cell.task, "seed": cell.seed, **(metrics or {})}
+def _frame(rows: list[tuple[Cell, dict[str, Any]]]) -> pd.DataFrame:
+    return pd.DataFrame([{"family": c.family, "task": c.task, "seed": c.seed, **values} for c, values in rows])
 
 
-def _table(rows: list[dict[str, Any]], by: list[str], metrics: list[str]) -> str:
-    return markdown_table(summary_rows(rows, by, "task", metrics))
+def _named(frame: pd.DataFrame, metrics: list[str]) -> list[str]:
+    """The columns of the metrics, whichever evaluation set reports them, in the order of the metrics."""
+    return [name for metric in metrics for name in frame if name.endswith(f"/{metric}")]
 
 
-def _step_curves(cells: list[Cell], quality: list[str]) -> dict[str, dict[str, list]]:
-    """Panel, family, and at each step the validation metric of each seed, from the runs' newest checkpoints."""
-    found: dict = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
-    for cell in cells:
-        for checkpoint in list_checkpoints(cell.folder)[-1:]:
-            for log in json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]:
-                for metric in quality:
-                    if f"validation/{metric}" in log:
-                        title = f"{cell.task} validation/{metric}"
-                        found[title][cell.family][log["step"]].append(log[f"validation/{metric}"])
-    return {title: {name: sorted(c.items()) for name, c in curves.items()} for title, curves in found.items()}
-
-
-def _nfe_curves(points: list[dict[str, Any]], quality: list[str]) -> dict[str, dict[str, list]]:
-    """Panel, family, and for each point of its sweep the mean number of passes and the test metric of each seed."""
-    found: dict = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
-    for point in points:
-        for metric in quality:
-            if f"test/{metric}" in point and "test/nfe" in point:
-                curves = found[f"{point['task']} test/{metric}"]
-                curves[point["family"]][point["options"]].append((point["test/nfe"], point[f"test/{metric}"]))
-    return {title: {name: _ordered(c) for name, c in curves.items()} for title, curves in found.items()}
-
-
-def _ordered(seeds: Mapping[str, list[tuple[float, float]]]) -> list[tuple[float, list[float]]]:
-    return sorted((sum(x for x, _ in pairs) / len(pairs), [y for _, y in pairs]) for pairs in seeds.values())
+def _history(folder: Path) -> list[dict[str, float]]:
+    """What was logged up to the newest checkpoint."""
+    states = [(checkpoint / "trainer_state.json").read_text() for checkpoint in list_checkpoints(folder)[-1:]]
+    return [log for state in states for log in json.loads(state)["log_history"]]

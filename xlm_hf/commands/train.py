@@ -46,13 +46,9 @@ def run(cfg: DictConfig) -> dict[str, float]:
     trainer.card_variables = card_variables(plain(cfg), {"steps": 0}, {})
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     metrics = trainer.evaluate(metric_key_prefix="test")
-    metrics = {
-        **metrics,
-        "parameters": model.num_parameters(),
-        "steps": trainer.state.global_step,
-        "tokens": trainer.state.num_input_tokens_seen,
-        "seconds": saved_seconds(trainer.state),
-    }
+    state = trainer.state
+    metrics |= {"parameters": model.num_parameters(), "steps": state.global_step}
+    metrics |= {"tokens": state.num_input_tokens_seen, "seconds": saved_seconds(state)}
     if trainer.is_world_process_zero():
         write_results(output_dir, metrics, trainer.predictions)
         trainer.card_variables = card_variables(plain(cfg), metrics, trainer.predictions)
