@@ -5,9 +5,11 @@ from types import SimpleNamespace
 import pytest
 from hydra import compose, initialize_config_module
 
+import xlm_hf.trainer
 from xlm_hf.callbacks import Budget, EarlyStopping, budget
 from xlm_hf.checkpoints import last_sound_checkpoint
 from xlm_hf.commands.common import build_model, build_task, build_trainer
+from xlm_hf.trainer import XLMTrainer
 
 TINY = [
     "size=tiny",
@@ -50,16 +52,27 @@ def test_a_budget_of_tokens_ends_the_run_and_drives_the_schedule(tmp_path):
 
 
 def test_a_budget_of_seconds_counts_training_alone_and_over_resumes(tmp_path, monkeypatch):
-    # A second passes at each look at the clock, so that a step takes one, and an evaluation or a save one more.
-    seconds = iter(range(10**6))
-    monkeypatch.setattr(budget, "time", SimpleNamespace(perf_counter=lambda: float(next(seconds))))
-    first = trained(tmp_path, "budget.seconds=2", "trainer.eval_steps=2", "trainer.save_steps=2")
-    assert first.state.global_step == 2
-    assert budget.saved_seconds(first.state) == 2
-    assert trained(tmp_path, "budget.seconds=5").state.global_step == 5
+    # By this clock a step takes 1 second, an evaluation 100 for each set, and a checkpoint 1000.
+    clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
+    monkeypatch.setattr(budget, "time", clock)
+    monkeypatch.setattr(XLMTrainer, "compute_loss", takes(1, clock, XLMTrainer.compute_loss))
+    monkeypatch.setattr(XLMTrainer, "_write_checkpoint", takes(1000, clock, XLMTrainer._write_checkpoint))
+    monkeypatch.setattr(xlm_hf.trainer, "run_evaluation_set", takes(100, clock, xlm_hf.trainer.run_evaluation_set))
+    first = trained(tmp_path, "budget.seconds=3", "trainer.eval_steps=1", "trainer.save_steps=2")
+    assert first.state.global_step == 3
+    assert budget.saved_seconds(first.state) == 3
+    assert trained(tmp_path, "budget.seconds=5", "trainer.eval_steps=9").state.global_step == 5
     again = trained(tmp_path, "budget.seconds=5")
     assert again.state.global_step == 5
     assert budget.saved_seconds(again.state) == 5
+
+
+def takes(seconds, clock, function):
+    def timed(*args, **kwargs):
+        clock.now += seconds
+        return function(*args, **kwargs)
+
+    return timed
 
 
 def test_a_run_without_a_budget_counts_its_seconds_too(tmp_path):
