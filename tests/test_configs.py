@@ -85,7 +85,7 @@ def test_every_option_of_the_other_groups_composes(group):
 
 
 def test_no_group_is_left_out():
-    assert set(GROUPS) == {"family", "task", "size", "trainer", "logger"}
+    assert set(GROUPS) == {"family", "task", "size", "trainer", "logger", "accelerate"}
 
 
 def test_named_experiments_are_thin():

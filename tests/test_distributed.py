@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from tests.test_cli import TINY
 from tests.test_trainer import assert_same_weights
 from xlm_hf.checkpoints import fault, list_checkpoints
 
@@ -21,6 +22,19 @@ def run(output_dir, batch_size, processes):
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-4000:]
     return json.loads((output_dir / "results.json").read_text())
+
+
+def test_all_ranks_of_the_command_line_share_one_fresh_folder(tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    script = [str(ROOT / "examples" / "run_xlm.py"), *TINY, "trainer.global_batch_size=16", "trainer.use_cpu=true"]
+    result = subprocess.run([*launch, *script], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-4000:]
+    (run_folder,) = (tmp_path / "outputs" / "ilm_star").iterdir()
+    lines = (run_folder / "predictions" / "test.jsonl").read_text().splitlines()
+    assert sorted(json.loads(line)["example_id"] for line in lines) == list(range(30))
+    assert result.stdout.count("Everything goes to") == 1
+    assert (run_folder / "train.log").read_text().count("step 20/20  loss") == 1
+    assert (run_folder / "model" / "model.safetensors").exists()
 
 
 def test_two_ranks_of_four_equal_one_of_eight(tmp_path):

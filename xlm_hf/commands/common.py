@@ -15,6 +15,8 @@ from typing import Any
 import datasets
 import hydra
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from huggingface_hub.errors import RepositoryNotFoundError
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -63,16 +65,21 @@ def is_open(override: str) -> bool:
 def run_directory(cfg: DictConfig) -> Path:
     """The folder of this run, made if need be: `output_dir`, or a fresh `outputs/<experiment>/<time>`.
 
-    Everything that is logged goes to its `train.log` too.
+    Everything that the main process logs goes to its `train.log` too. All ranks get one folder.
     """
+    process = PartialState(cpu=bool(OmegaConf.select(cfg, "trainer.use_cpu")))
     if cfg.output_dir is None:
-        cfg.output_dir = str(Path("outputs") / cfg.experiment / datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
+        time = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+        cfg.output_dir = broadcast_object_list([str(Path("outputs") / cfg.experiment / time)])[0]
     folder = Path(cfg.output_dir).expanduser().absolute()
     folder.mkdir(parents=True, exist_ok=True)
     log = logging.getLogger("xlm_hf")
     for earlier in [handler for handler in log.handlers if isinstance(handler, logging.FileHandler)]:
         log.removeHandler(earlier)
         earlier.close()
+    if not process.is_main_process:
+        log.setLevel(logging.WARNING)
+        return folder
     handler = logging.FileHandler(folder / "train.log")
     handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
     log.addHandler(handler)
