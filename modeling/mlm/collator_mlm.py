@@ -90,10 +90,10 @@ class _MLMCanvasCollator(_MLMCollator):
         self._check_special(documents.prompt_ids, documents.target_ids)
         canvas_lengths = target_lengths + 1
         if self.canvas_length is not None:
-            if int(canvas_lengths.max()) > self.canvas_length:
+            if int(target_lengths.max()) > self.canvas_length:
                 raise ValueError(
-                    f"A target has {int(canvas_lengths.max())} tokens with [EOS] and canvas_length is "
-                    f"{self.canvas_length}: raise it, or shorten the target."
+                    f"A target has {int(target_lengths.max())} tokens and canvas_length is {self.canvas_length}: raise "
+                    "it, or shorten the target."
                 )
             canvas_lengths = torch.full_like(canvas_lengths, self.canvas_length)
         lengths = prompt_lengths + 1 + canvas_lengths
@@ -101,7 +101,8 @@ class _MLMCanvasCollator(_MLMCollator):
         canvas = torch.full((int(canvas_lengths.sum()),), self.pad_token_id)
         document, place = counted(target_lengths)
         canvas[starts_of(canvas_lengths)[document] + place] = documents.target_ids
-        canvas[starts_of(canvas_lengths) + target_lengths] = self.eos_token_id
+        ended = target_lengths < canvas_lengths
+        canvas[(starts_of(canvas_lengths) + target_lengths)[ended]] = self.eos_token_id
         rows = Rows(lengths, documents, self.packing)
         batch = self._mask(documents, rows, prompt_lengths + 1, canvas, canvas_lengths)
         batch["input_ids"].view(-1)[rows.index(0, prompt_lengths)] = documents.prompt_ids
@@ -134,7 +135,7 @@ class MLMCollatorForSeq2Seq(_MLMCanvasCollator):
         mask_beta: skews the masking rate, as above.
         canvas_length: how the length of a sequence is modelled. A number is the length of every canvas: padding up to
             it is content, seen, masked and predicted like any other token, and so the model learns to write
-            `[EOS] [PAD] ...` after a sequence. None takes the length as given: a canvas is the target and `[EOS]`, and
+            `[EOS] [PAD] ...` after a sequence (a target that fills the canvas has no `[EOS]`). None takes the length as given: a canvas is the target and `[EOS]`, and
             what decodes it must name its length.
         packing: whether a row may hold several examples, up to `max_length` tokens; no token sees another document.
 

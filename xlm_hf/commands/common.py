@@ -104,7 +104,8 @@ def build_task(cfg: DictConfig) -> Task:
 def _token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     names = ("pad", "bos", "eos", "cls", "sep", "mask")
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in names}
-    emitted = {tokenizer.unk_token_id}
+    # Byte-level tokenizers name their end of a text for what is unknown too, which for them is nothing.
+    emitted = {tokenizer.unk_token_id} - {tokenizer.eos_token_id}
     return {
         "vocab_size": len(tokenizer),
         **{name: token_id for name, token_id in ids.items() if token_id is not None},
@@ -119,6 +120,9 @@ def build_model(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrain
     options = options_of(cfg.model)
     check_options("model", options, known)
     vocabulary = {name: value for name, value in _token_ids(tokenizer).items() if name in known}
+    if "max_length" in cfg.task:
+        # A text has at most two special tokens.
+        vocabulary["max_position_embeddings"] = cfg.task.max_length + 2
     set_seed(cfg.seed)
     model = AutoModel.from_config(config_class(**{**vocabulary, **options}))
     ids = {name: _token_ids(tokenizer).get(name) for name in ("bos_token_id", "pad_token_id", "eos_token_id")}

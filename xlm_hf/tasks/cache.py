@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 def cached(
-    name: str, key: Mapping[str, Any], build: Callable[[], Prepared], cache_dir: str | os.PathLike | None = None
+    name: str, key: Mapping[str, Any], build: Callable[[Path], Prepared], cache_dir: str | os.PathLike | None = None
 ) -> Prepared:
     """Load what `build` returned under the same name and key before, or build it and keep it.
 
@@ -31,7 +31,8 @@ def cached(
     Args:
         name: the readable part of the folder's name.
         key: everything that the result depends on, the version of the code that makes it included; JSON can write it.
-        build: makes the splits and their tokenizer.
+        build: makes the splits and their tokenizer; it is given a folder for files that it needs on the way, which is
+            removed once the result is written.
         cache_dir: by default the environment variable XLM_HF_CACHE, else `xlm_hf` in Hugging Face's cache folder.
 
     Returns:
@@ -48,7 +49,13 @@ def cached(
         prepared = _load_if_intact(folder)
         if prepared is None:
             logger.info("Preparing %s in %s", name, folder)
-            _write(folder, key, *build())
+            scratch = root / f"{folder.name}.scratch"
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir()
+            try:
+                _write(folder, key, *build(scratch))
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
             prepared = _load(folder)
         return prepared
 

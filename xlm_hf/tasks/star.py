@@ -96,7 +96,7 @@ def star_graphs(
     _check(settings, sizes, path_format, blank_rate)
 
     key = {"generator": GENERATOR_VERSION, **settings, "sizes": sizes, "path_format": path_format}
-    splits, tokenizer = cached(name, key, lambda: _build(settings, sizes, path_format), cache_dir)
+    splits, tokenizer = cached(name, key, lambda _: _build(settings, sizes, path_format), cache_dir)
     task = Task(name=name, kind="seq2seq", splits=splits, tokenizer=tokenizer)
     return task if blank_rate is None else with_blanks(task, blank_rate, seed)
 
