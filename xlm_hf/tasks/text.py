@@ -21,6 +21,9 @@ from xlm_hf.tasks.tokenizers import byte_tokenizer, pretrained_tokenizer, word_t
 # Part of the cache key: raise it with every change that makes other examples from the same texts and settings.
 PREPARATION_VERSION = 1
 
+# Documents that are tokenised, and made examples of, at a time.
+BATCH_SIZE = 1000
+
 _CHOICES = {
     "protocol": ("sentence", "packed"),
     "long_documents": ("split", "truncate"),
@@ -121,7 +124,7 @@ def text_corpus(
         raw = read(source, scratch, **reading)
         _check_column(raw, text_column)
         texts = _Texts(text_column, None if detokenizer is None else DETOKENIZERS[detokenizer])
-        made = given or word_tokenizer(map(texts, raw["train"].iter(1000)), vocab_size)
+        made = given or word_tokenizer(map(texts, raw["train"].iter(BATCH_SIZE)), vocab_size)
         return DatasetDict(
             {
                 split: _prepare(raw[split], texts, made, writing, num_proc, scratch / split)
@@ -177,6 +180,7 @@ def _prepare(
     tokenized = documents.map(
         tokenize,
         batched=True,
+        batch_size=BATCH_SIZE,
         num_proc=num_proc,
         remove_columns=documents.column_names,
         features=Features(features),
@@ -189,6 +193,7 @@ def _prepare(
     return tokenized.with_format("arrow").map(
         _Examples(len(tokenized), features, **writing),
         batched=True,
+        batch_size=BATCH_SIZE,
         with_indices=True,
         remove_columns=["input_ids"],
         features=Features(features),
