@@ -31,7 +31,13 @@ def few_texts(tmp_path_factory):
     for split, count in (("train", 24), ("validation", 40), ("test", 40)):
         texts = [f"{'the number of words , ' * (number % 3)}{number} ." for number in range(count)]
         Dataset.from_dict({"text": texts}).to_parquet(folder / f"{split}.parquet")
-    return [f"task.path={folder}", "task.tokenizer=byte", "task.splits=null", "task.max_length=16", "task.revision=null"]
+    return [
+        f"task.path={folder}",
+        "task.tokenizer=byte",
+        "task.splits=null",
+        "task.max_length=16",
+        "task.revision=null",
+    ]
 
 
 def few_examples(task, few_texts):

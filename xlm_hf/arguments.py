@@ -55,6 +55,8 @@ class XLMTrainingArguments(TrainingArguments):
             # Before the parent hands the accumulation on to accelerate and DeepSpeed.
             self._accumulate_to(self.global_batch_size, int(os.environ.get("WORLD_SIZE", 1)))
         super().__post_init__()
+        # Each rank reads its own share of a stream; by default the first would read and send for all.
+        self.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]
         # Pinned memory speeds up copies to an accelerator; without one torch warns about it at every epoch.
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
 

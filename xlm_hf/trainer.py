@@ -2,7 +2,7 @@
 
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, Trai
 from xlm_hf.arguments import XLMTrainingArguments
 from xlm_hf.callbacks import ProgressBar
 from xlm_hf.checkpoints import INCOMPLETE_SUFFIX, delete_old_checkpoints, replaced_folder
-from xlm_hf.data import EpochSampler, KeyedExamples
+from xlm_hf.data import Mixture, keyed
 from xlm_hf.ema import EMA_FILE, ExponentialMovingAverage
 from xlm_hf.evaluation import EvaluationSet, check_evaluation_sets, reduce_sums, run_evaluation_set
 from xlm_hf.modules.messages import did_you_mean
@@ -72,7 +72,7 @@ class XLMTrainer(PushesRepositories):
         args: training arguments.
         loss: the family's loss object, `loss(model, batch) -> LossOutput` and `loss.num_items(batch)`.
         data_collator: makes training batches.
-        train_dataset: training examples, with an `example_id`.
+        train_dataset: training examples, with an `example_id`: map-style, a stream, or a mixture of either.
         evaluation_sets: what `evaluate` measures, by stage.
         processing_class: the tokenizer, saved with every checkpoint.
         callbacks: further callbacks.
@@ -90,12 +90,13 @@ class XLMTrainer(PushesRepositories):
         args: XLMTrainingArguments,
         loss: Any,
         data_collator: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]] | None = None,
-        train_dataset: datasets.Dataset | None = None,
+        train_dataset: datasets.Dataset | datasets.IterableDataset | Mixture | None = None,
         evaluation_sets: Sequence[EvaluationSet] = (),
         processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ):
-        if train_dataset is not None and len(train_dataset) == 0:
+        examples: Any = None if train_dataset is None else keyed(train_dataset)
+        if isinstance(examples, Sized) and len(examples) == 0:
             raise ValueError("The training set is empty: choose another split or more examples.")
         check_evaluation_sets(evaluation_sets)
         self.card_variables: dict[str, Any] = {}
@@ -103,7 +104,7 @@ class XLMTrainer(PushesRepositories):
             model=model,
             args=args,
             data_collator=data_collator,
-            train_dataset=None if train_dataset is None else KeyedExamples(train_dataset),
+            train_dataset=examples,
             eval_dataset=evaluation_sets[0].dataset if evaluation_sets else None,
             processing_class=processing_class,
             callbacks=callbacks,
@@ -166,7 +167,7 @@ class XLMTrainer(PushesRepositories):
         """Batches of the training set in an order, and with a corruption, that (seed, epoch) alone determine."""
         args = self.args
         seed = args.seed if args.data_seed is None else args.data_seed
-        self._sampler = EpochSampler(len(self.train_dataset), seed)
+        self._sampler = self.train_dataset.order(seed, self._train_batch_size * args.world_size)
         loader = DataLoader(
             self.train_dataset,
             batch_size=self._train_batch_size,
@@ -215,7 +216,8 @@ class XLMTrainer(PushesRepositories):
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # On several ranks the parent does not reach the sampler of a loader that skips what a resumed epoch has seen.
-        self._sampler.set_epoch(kwargs["epoch"])
+        if self._sampler is not None:
+            self._sampler.set_epoch(kwargs["epoch"])
         super()._run_epoch(*args, **kwargs)
 
     def _start_average(self, checkpoint: Path | None) -> None:

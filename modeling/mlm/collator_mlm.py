@@ -135,8 +135,8 @@ class MLMCollatorForSeq2Seq(_MLMCanvasCollator):
         mask_beta: skews the masking rate, as above.
         canvas_length: how the length of a sequence is modelled. A number is the length of every canvas: padding up to
             it is content, seen, masked and predicted like any other token, and so the model learns to write
-            `[EOS] [PAD] ...` after a sequence (a target that fills the canvas has no `[EOS]`). None takes the length as given: a canvas is the target and `[EOS]`, and
-            what decodes it must name its length.
+            `[EOS] [PAD] ...` after a sequence; a target that fills the canvas has no `[EOS]`. None takes the length as
+            given: a canvas is the target and `[EOS]`, and what decodes it must name its length.
         packing: whether a row may hold several examples, up to `max_length` tokens; no token sees another document.
 
     Called with a list of examples - dicts of `prompt_ids`, `target_ids`, `example_id`, `epoch`, `position` - it returns

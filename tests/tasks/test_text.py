@@ -12,7 +12,7 @@ from xlm_hf.tasks import load_task, text
 from xlm_hf.tasks.detokenizers import lm1b
 from xlm_hf.tasks.tokenizers import byte_tokenizer, pretrained_tokenizer
 
-WORDS = "the of and to in a is that for it".split()
+WORDS = ["the", "of", "and", "to", "in", "a", "is", "that", "for", "it"]
 
 
 def documents(count, longest=30, seed=0):
@@ -86,7 +86,9 @@ def test_splits_are_read_where_they_are(tmp_path):
     task = load(folder, tmp_path)
     assert {name: len(data) for name, data in task.splits.items()} == {"train": 20, "validation": 3, "test": 4}
     (folder / "train.txt").unlink()
-    with pytest.raises(ValueError, match=r"no training set, only validation, test: .* task.splits=\{train: validation\}"):
+    with pytest.raises(
+        ValueError, match=r"no training set, only validation, test: .* task.splits=\{train: validation\}"
+    ):
         load(folder, tmp_path)
     task = load(folder, tmp_path, splits={"train": "validation", "validation": "test[:2]", "test": "test[2:]"})
     assert {name: len(data) for name, data in task.splits.items()} == {"train": 3, "validation": 2, "test": 2}

@@ -6,7 +6,7 @@ import logging
 import re
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
@@ -29,7 +29,7 @@ from xlm_hf.checkpoints import resolve_checkpoint, write_text
 from xlm_hf.ema import load_average
 from xlm_hf.evaluation import RECORD_FIELDS, EvaluationSet
 from xlm_hf.metrics import load_metric
-from xlm_hf.modules.messages import did_you_mean
+from xlm_hf.modules.messages import check_options, did_you_mean
 from xlm_hf.tasks import Task, load_task
 from xlm_hf.trainer import XLMTrainer
 
@@ -41,13 +41,6 @@ _OPEN_NODES = ("trainer", "model", "generation", "task", "loss", "train_collator
 
 # A budget of tokens or seconds decides when a run ends, but the trainer wants a number of steps all the same.
 _MAX_STEPS_OF_A_BUDGET = 10**9
-
-
-def check_options(where: str, options: Mapping[str, Any], known: list[str]) -> None:
-    """Raise ValueError, with the closest match, if an option of `where` is not among the `known` ones."""
-    for name in options:
-        if name not in known:
-            raise ValueError(f"{where} has no option {name!r}: {did_you_mean(str(name), known)}")
 
 
 def open_override(argument: str) -> str:

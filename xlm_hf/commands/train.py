@@ -1,6 +1,7 @@
 """job=train: prepare, train (or resume), test, and export `model/`."""
 
 import os
+from collections.abc import Sized
 from pathlib import Path
 
 import yaml
@@ -91,6 +92,7 @@ def _say_summary(trainer, cfg: DictConfig, output_dir: Path, checkpoint: Path | 
     length = " or ".join(budget) or (
         f"{args.max_steps:,} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
     )
+    source = f"{len(trainer.train_dataset):,}" if isinstance(trainer.train_dataset, Sized) else "a stream"
     say(f"{cfg.experiment}: {cfg.family} on {cfg.task.name}, {trainer.model.num_parameters():,} parameters")
-    say(f"{length} of {batch_size} examples, from {len(trainer.train_dataset):,}; seed {cfg.seed}; {args.device}")
+    say(f"{length} of {batch_size} examples, from {source}; seed {cfg.seed}; {args.device}")
     say(f"Everything goes to {output_dir}" + (f"; resuming from {checkpoint.name}" if checkpoint else ""))

@@ -1,15 +1,61 @@
 """From datasets to examples that know their place in the epoch."""
 
-from collections.abc import Iterator
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import datasets
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
-from xlm_hf.modules.counter_random import random_bits
+from xlm_hf.modules.counter_random import random_bits, uniform
 
 Key = tuple[int, int, int]
+
+# Examples among which a stream is shuffled, beside the order of its shards.
+_SHUFFLE_BUFFER = 10_000
+_READ_AT_ONCE = 256
+# Positions that are turned into Python integers at a time: an epoch may have hundreds of millions.
+_BLOCK = 65_536
+
+
+@dataclass
+class Mixture:
+    """Training sets that are read in proportion to weights.
+
+    Which of them position p of an epoch is read from is a function of (seed, epoch, p) alone: the one in whose share of
+    [0, 1) the number frac(offset(seed, epoch) + p sqrt(3)) falls. The sequence has low discrepancy, so every stretch of
+    an epoch has the proportions; sqrt(3) is linearly independent over the rationals of 1 and of the steps by which the
+    collators spread their corruption, so what a set is corrupted by does not depend on its weight (Weyl, 1916).
+
+    Attributes:
+        sets: all of them map-style, or all of them streams.
+        weights: one for each, greater than 0; only their ratios count.
+
+    Raises:
+        ValueError: for weights that do not fit, or sets of both kinds.
+    """
+
+    sets: Sequence[datasets.Dataset | datasets.IterableDataset]
+    weights: Sequence[float]
+
+    def __post_init__(self):
+        if len(self.weights) != len(self.sets) or min(self.weights) <= 0:
+            raise ValueError(f"a mixture needs a weight greater than 0 for each of its {len(self.sets)} sets.")
+        if len({isinstance(one, datasets.IterableDataset) for one in self.sets}) > 1:
+            raise ValueError("a mixture is of streams or of map-style sets, not of both.")
+
+    def chosen(self, seed: int, epoch: int, positions: torch.Tensor) -> torch.Tensor:
+        """The number of the set that each position of an epoch is read from."""
+        shares = torch.tensor(self.weights, dtype=torch.float64).cumsum(0)
+        u = (uniform(seed, epoch, len(self.sets)) + positions * math.sqrt(3)) % 1.0
+        return torch.searchsorted(shares[:-1] / shares[-1], u, right=True)
+
+
+def _generator(*counters: int) -> torch.Generator:
+    return torch.Generator().manual_seed(int(random_bits(*counters)))
 
 
 class EpochSampler(Sampler[Key]):
@@ -17,11 +63,20 @@ class EpochSampler(Sampler[Key]):
 
     The order is a pure function of (seed, epoch). The collators draw their corruption from what the key carries, so
     that neither workers, ranks, batch size nor a resume change it.
+
+    An epoch of a mixture is as long as it takes for every set to be read whole. A set of which more is wanted than it
+    has is read again in another order, its indices raised by the size of the whole mixture for each time.
+
+    Args:
+        sizes: of the sets, which follow one another in the dataset.
+        seed: of the order.
+        mixture: chooses among the sets; None for a single one.
     """
 
-    def __init__(self, num_examples: int, seed: int):
-        self.num_examples = num_examples
+    def __init__(self, sizes: Sequence[int], seed: int, mixture: Mixture | None = None):
+        self.sizes = sizes
         self.seed = seed
+        self.mixture = mixture
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -29,19 +84,50 @@ class EpochSampler(Sampler[Key]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.num_examples
+        if self.mixture is None:
+            return self.sizes[0]
+        total = sum(self.mixture.weights)
+        return max(
+            math.ceil(size * total / weight) for size, weight in zip(self.sizes, self.mixture.weights, strict=True)
+        )
 
     def __iter__(self) -> Iterator[Key]:
-        generator = torch.Generator().manual_seed(int(random_bits(self.seed, self.epoch)))
-        order = torch.randperm(self.num_examples, generator=generator).tolist()
-        return iter([(self.epoch, position, index) for position, index in enumerate(order)])
+        order = self._order()
+        for start in range(0, len(order), _BLOCK):
+            for position, index in enumerate(order[start : start + _BLOCK].tolist(), start):
+                yield self.epoch, position, index
+
+    def _order(self) -> torch.Tensor:
+        if self.mixture is None:
+            return torch.randperm(self.sizes[0], generator=_generator(self.seed, self.epoch))
+        chosen = self.mixture.chosen(self.seed, self.epoch, torch.arange(len(self)))
+        order = torch.empty_like(chosen)
+        for number, size in enumerate(self.sizes):
+            places = (chosen == number).nonzero().squeeze(-1)
+            readings = [
+                torch.randperm(size, generator=_generator(self.seed, self.epoch, number, reading))
+                + sum(self.sizes[:number])
+                + reading * sum(self.sizes)
+                for reading in range(math.ceil(len(places) / size))
+            ]
+            order[places] = torch.cat(readings)[: len(places)] if readings else places
+        return order
 
 
 class KeyedExamples(Dataset[dict[str, Any]]):
-    """A dataset looked up by the keys of `EpochSampler`, whose examples carry their `epoch` and `position`."""
+    """A dataset looked up by the keys of `EpochSampler`, whose examples carry their `epoch` and `position`.
 
-    def __init__(self, dataset: datasets.Dataset):
-        self.dataset = dataset
+    Those of a mixture have their key's index for an `example_id`, so that no two examples of an epoch share one.
+    """
+
+    def __init__(self, data: datasets.Dataset | Mixture):
+        self.mixture = data if isinstance(data, Mixture) else None
+        self.sets: Any = data.sets if isinstance(data, Mixture) else [data]
+        self.dataset = datasets.concatenate_datasets(self.sets) if self.mixture else self.sets[0]
+
+    def order(self, seed: int, examples_at_once: int) -> EpochSampler:
+        """The sampler of a data loader; it depends on the seed alone."""
+        return EpochSampler([len(one) for one in self.sets], seed, self.mixture)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -50,9 +136,72 @@ class KeyedExamples(Dataset[dict[str, Any]]):
         return self.__getitems__([key])[0]
 
     def __getitems__(self, keys: list[Key]) -> list[dict[str, Any]]:
-        columns = self.dataset[[index for _, _, index in keys]]
+        columns = self.dataset[[index % len(self.dataset) for _, _, index in keys]]
+        if self.mixture is not None:
+            columns["example_id"] = [index for _, _, index in keys]
         rows = zip(*columns.values(), strict=True)
         return [
             {**dict(zip(columns, row, strict=True)), "epoch": epoch, "position": position}
             for row, (epoch, position, _) in zip(rows, keys, strict=True)
         ]
+
+
+class KeyedStream(IterableDataset[dict[str, Any]]):
+    """The twin of `KeyedExamples` for streams: endless, its examples in an order that the seed alone determines.
+
+    Each set is read again and again, its shards and a buffer of examples shuffled anew. An example's `epoch` is the
+    number of times that its set was read before, its `position` the place in the whole stream, its `example_id` the one
+    it was prepared with (in a mixture of K sets, K times that plus the number of its set).
+
+    Every rank and every worker reads the whole stream and keeps the batches that are its own: so the batches are the
+    same ones, in the same order, for any number of either. Being endless, the stream is one single epoch to the
+    trainer, which resumes by reading over what it has had.
+
+    Args:
+        data: the stream or streams.
+
+    Raises:
+        ValueError: when a stream turns out to be empty.
+    """
+
+    def __init__(self, data: datasets.IterableDataset | Mixture):
+        self.mixture = data if isinstance(data, Mixture) else Mixture([data], [1.0])
+        self.seed = 0
+        self.examples_at_once = 1
+
+    def order(self, seed: int, examples_at_once: int) -> None:
+        """No sampler: the stream keeps its order itself, and the workers take turns at what all ranks take at once."""
+        self.seed, self.examples_at_once = seed, examples_at_once
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        worker = get_worker_info()
+        number, count = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        readers = [self._read(one) for one in range(len(self.mixture.sets))]
+        for start in itertools.count(0, _BLOCK):
+            chosen = self.mixture.chosen(self.seed, 0, torch.arange(start, start + _BLOCK)).tolist()
+            for position, reader in enumerate(chosen, start):
+                example = next(readers[reader])
+                if position // self.examples_at_once % count == number:
+                    yield {**example, "position": position}
+
+    def _read(self, number: int) -> Iterator[dict[str, Any]]:
+        num_sets = len(self.mixture.sets)
+        for epoch in itertools.count():
+            # The state of `set_epoch` is shared between the workers, which need not be in the same epoch.
+            seed = int(random_bits(self.seed, number, epoch)) % 2**63
+            shuffled: Any = self.mixture.sets[number].shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
+            is_empty = True
+            # Iterating over the stream itself would split it between the workers.
+            for columns in shuffled.iter(_READ_AT_ONCE):
+                is_empty = False
+                for row in zip(*columns.values(), strict=True):
+                    example = dict(zip(columns, row, strict=True))
+                    yield {**example, "example_id": example["example_id"] * num_sets + number, "epoch": epoch}
+            if is_empty:
+                raise ValueError("A stream of training examples is empty: choose another split or more examples.")
+
+
+def keyed(data: datasets.Dataset | datasets.IterableDataset | Mixture) -> KeyedExamples | KeyedStream:
+    """Training examples that carry their epoch and position, of whatever kind the data is."""
+    first = data.sets[0] if isinstance(data, Mixture) else data
+    return KeyedStream(data) if isinstance(first, datasets.IterableDataset) else KeyedExamples(data)

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from xlm_hf.data import Mixture
 from xlm_hf.modules.messages import did_you_mean
 
 if TYPE_CHECKING:
-    from datasets import DatasetDict
     from transformers import PreTrainedTokenizerFast
 
 _COLUMNS = {"lm": ("example_id",), "seq2seq": ("example_id", "prompt_ids", "target_ids"), "infill": ("example_id",)}
@@ -32,7 +32,8 @@ class Task:
         name: used in messages and in the names of files.
         kind: "lm", "seq2seq" or "infill"; it decides which collators fit.
         splits: every split has the column `example_id` (int64, unique in its split) and, for seq2seq, `prompt_ids` and
-            `target_ids` (lists of int32). Further columns are allowed and are written into prediction files.
+            `target_ids` (lists of int32). Further columns are allowed and are written into prediction files. `train`
+            may be a stream or a `Mixture`.
         tokenizer: turns the ids of the splits back into text.
 
     Raises:
@@ -41,19 +42,22 @@ class Task:
 
     name: str
     kind: str
-    splits: DatasetDict
+    splits: Mapping[str, Any]
     tokenizer: PreTrainedTokenizerFast
 
     def __post_init__(self):
         if self.kind not in _COLUMNS:
             raise ValueError(f"unknown kind {self.kind!r} of task {self.name!r}: {did_you_mean(self.kind, _COLUMNS)}")
-        for split, dataset in self.splits.items():
-            for column in _COLUMNS[self.kind]:
-                if column not in dataset.column_names:
-                    raise ValueError(
-                        f"split {split!r} of the {self.kind} task {self.name!r} lacks the column {column!r} "
-                        f"(it has {', '.join(dataset.column_names)}): add it."
-                    )
+        for split, data in self.splits.items():
+            for dataset in data.sets if isinstance(data, Mixture) else [data]:
+                # A stream may not know its columns before it is read.
+                columns = dataset.column_names or list(next(iter(dataset), {}))
+                for column in _COLUMNS[self.kind]:
+                    if column not in columns:
+                        raise ValueError(
+                            f"split {split!r} of the {self.kind} task {self.name!r} lacks the column {column!r} "
+                            f"(it has {', '.join(columns)}): add it."
+                        )
 
 
 def load_task(task: str | Mapping[str, Any], /, **overrides: Any) -> Task:

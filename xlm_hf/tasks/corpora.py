@@ -5,7 +5,7 @@ import pkgutil
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import datasets
 import torch
@@ -13,10 +13,11 @@ from datasets import Dataset, DatasetDict, load_dataset
 from datasets.fingerprint import Hasher
 
 from xlm_hf.modules.counter_random import uniform
+from xlm_hf.modules.messages import did_you_mean
 
 _BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
-Source = Path | str | DatasetDict
+Source: TypeAlias = Path | str | DatasetDict
 
 
 def locate(path: str, text_column: str) -> Source:
@@ -75,34 +76,30 @@ def content_key(source: Source) -> Any:
     return key
 
 
-def read(
-    source: Source,
-    scratch: Path,
-    splits: Mapping[str, str] | None,
-    fractions: Mapping[str, float],
-    seed: int,
-    **arguments: Any,
-) -> DatasetDict:
-    """The splits of a source; those of `fractions` that it lacks are drawn from its training set.
+def read(source: Source, scratch: Path, options: Mapping[str, Any]) -> DatasetDict:
+    """The splits of a source; validation and test sets that it lacks are drawn from its training documents.
 
     Args:
         source: see `locate`.
         scratch: folder for the Arrow files.
-        splits: which splits of the source are ours, e.g. `{"train": "train[:-1000]"}`; by default its own.
-        fractions: of the training documents, for each split that may have to be made.
-        seed: of the draw.
-        arguments: of `datasets.load_dataset`; `sample_by` only applies to plain text.
+        options: those of `xlm_hf.tasks.text.text_corpus`.
 
     Raises:
-        ValueError: if there is no training set, or too few documents to draw from.
+        ValueError: if there is no training set, too few documents to draw from, or no such column.
     """
-    found = source if isinstance(source, DatasetDict) else _load(source, scratch, splits, arguments)
+    found = source if isinstance(source, DatasetDict) else _load(source, scratch, options)
     if "train" not in found:
         raise ValueError(
             f"{source} has no training set, only {', '.join(found)}: name a file of it, or say which split to train on "
             "with splits, e.g. task.splits={train: validation}."
         )
-    return _with_drawn_splits(found, {name: share for name, share in fractions.items() if name not in found}, seed)
+    column = options["text_column"]
+    for split, data in found.items():
+        if column not in data.column_names:
+            closest = did_you_mean(column, data.column_names)
+            raise ValueError(f"split {split!r} has no column {column!r}: {closest} Set text_column.")
+    fractions = {name: options[f"{name}_fraction"] for name in ("validation", "test") if name not in found}
+    return _with_drawn_splits(found, fractions, options["seed"])
 
 
 def _with_drawn_splits(found: DatasetDict, fractions: Mapping[str, float], seed: int) -> DatasetDict:
@@ -110,8 +107,8 @@ def _with_drawn_splits(found: DatasetDict, fractions: Mapping[str, float], seed:
     sizes = {name: max(1, round(share * len(documents))) for name, share in fractions.items() if share > 0}
     if sum(sizes.values()) >= len(documents):
         raise ValueError(
-            f"{len(documents)} documents are too few to draw the sets {', '.join(sizes)} from: bring them, or make more "
-            "documents with sample_by."
+            f"{len(documents)} documents are too few to draw the sets {', '.join(sizes)} from: bring them, or make "
+            "more documents with sample_by."
         )
     order, start = uniform(seed, torch.arange(len(documents))).argsort(), 0
     drawn = {}
@@ -122,20 +119,18 @@ def _with_drawn_splits(found: DatasetDict, fractions: Mapping[str, float], seed:
     return DatasetDict({**found, **selected})
 
 
-def _load(source: Path | str, scratch: Path, splits: Mapping[str, str] | None, arguments: dict[str, Any]) -> DatasetDict:
-    sample_by = arguments.pop("sample_by")
-    is_folder = isinstance(source, Path) and source.is_dir()
+def _load(source: Path | str, scratch: Path, options: Mapping[str, Any]) -> DatasetDict:
+    name, arguments = str(source), {"name": options["subset"], "revision": options["revision"]}
     if isinstance(source, Path):
-        arguments = {}
-    if isinstance(source, Path) and source.is_file():
-        arguments = {"data_files": str(source)}
-    if isinstance(source, Path) and (source.suffix == ".txt" or (is_folder and any(source.rglob("*.txt")))):
-        arguments["sample_by"] = sample_by
-    name = _BUILDERS[source.suffix] if "data_files" in arguments else str(source)  # type: ignore[union-attr]
+        arguments = {"data_files": name} if source.is_file() else {}
+        has_lines = source.suffix == ".txt" or any(source.rglob("*.txt"))
+        arguments.update({"sample_by": options["sample_by"]} if has_lines else {})
+        name = _BUILDERS[source.suffix] if source.is_file() else name
     try:
-        if splits is None:
+        if options["splits"] is None:
             return load_dataset(name, cache_dir=str(scratch), **arguments)
-        parts = load_dataset(name, cache_dir=str(scratch), split=list(splits.values()), **arguments)
+        ours = dict(options["splits"])
+        parts = load_dataset(name, cache_dir=str(scratch), split=list(ours.values()), **arguments)
     except datasets.exceptions.DatasetsError as error:
         raise ValueError(f"{source} cannot be read: {' '.join(str(error).split())}") from error
-    return DatasetDict(zip(splits, parts, strict=True))
+    return DatasetDict(zip(ours, parts, strict=True))

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable
 
-# Of the One Billion Word benchmark, in this order: what SEDD (arXiv 2310.16834) and MDLM (arXiv 2406.07524) undo.
+# Of the One Billion Word benchmark, in this order: the rules published with arXiv 2310.16834 and 2406.07524.
 _LM1B = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (

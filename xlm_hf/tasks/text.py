@@ -1,4 +1,9 @@
-"""Text corpora for language modelling: local files, data sets of the Hub, or the result of a Python function."""
+"""Text corpora for language modelling: local files, data sets of the Hub, or the result of a Python function.
+
+A corpus is read, tokenised and written once, by `num_proc` processes and in little memory, to Arrow files that are
+memory-mapped ever after. An example is made of each document ("sentence"), or the documents are put one after the other
+and the whole is cut into chunks ("packed").
+"""
 
 import hashlib
 import os
@@ -11,10 +16,11 @@ import pyarrow as pa
 from datasets import Dataset, DatasetDict, Features, List, Value
 from transformers import PreTrainedTokenizerFast
 
-from xlm_hf.modules.messages import did_you_mean
+from xlm_hf.data import Mixture
+from xlm_hf.modules.messages import check_options, did_you_mean
 from xlm_hf.tasks import Task
 from xlm_hf.tasks.cache import Prepared, cached
-from xlm_hf.tasks.corpora import Source, content_key, locate, read
+from xlm_hf.tasks.corpora import content_key, locate, read
 from xlm_hf.tasks.detokenizers import DETOKENIZERS
 from xlm_hf.tasks.tokenizers import byte_tokenizer, pretrained_tokenizer, word_tokenizer
 
@@ -24,7 +30,12 @@ PREPARATION_VERSION = 1
 # Documents that are tokenised, and made examples of, at a time.
 BATCH_SIZE = 1000
 
-_CHOICES = {
+# What is not an option of the preparation of one corpus.
+_NOT_OF_A_CORPUS = ("name", "mixture", "streaming", "num_proc", "cache_dir")
+# Parts of a streamed training set whose order is shuffled.
+_NUM_SHARDS = 1024
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "detokenizer": (None, *DETOKENIZERS),
     "protocol": ("sentence", "packed"),
     "long_documents": ("split", "truncate"),
     "sample_by": ("line", "paragraph", "document"),
@@ -49,106 +60,73 @@ def text_corpus(
     seed: int = 42,
     subset: str | None = None,
     revision: str | None = None,
+    mixture: list[dict[str, Any]] | None = None,
+    streaming: bool = False,
     num_proc: int | None = None,
     cache_dir: str | os.PathLike | None = None,
 ) -> Task:
-    """A text corpus as a task of language modelling, tokenised once and kept on disk.
+    """A text corpus as a task of language modelling; `docs/tasks.md` describes every option.
 
-    Args:
-        name: of the task and of its cache folder.
-        path: a .txt, .jsonl or .parquet file, a folder of such, a Hub id, or `module:function` (see
-            `xlm_hf.tasks.corpora.locate`).
-        tokenizer: "word" (the most frequent words of the training set), "byte" (UTF-8), or a folder or Hub id of any
-            fast tokenizer; special tokens that it lacks are added.
-        vocab_size: most entries of a word vocabulary.
-        text_column: the column that holds the text.
-        detokenizer: undoes the tokenisation of a published corpus: a name from `DETOKENIZERS`.
-        protocol: "sentence" makes an example of each document, which the collators pad; "packed" concatenates the
-            documents of a split and cuts the whole into chunks, the last of which is shorter. Their likelihoods are not
-            comparable.
-        max_length: most tokens of an example, the special ones of a family aside; the length of a chunk.
-        long_documents: "split" makes several examples of a document longer than `max_length` (nothing is lost);
-            "truncate" cuts its rest off. Only for "sentence".
-        document_masks: "packed" with a column `segment_ids`, so that no token sees another document. Without it, the
-            documents are separated by the end-of-sequence token and see each other.
-        sample_by: what a document of a .txt file is: a line, a paragraph (up to an empty line) or the whole file.
-        splits: which splits of the source become ours, e.g. `{train: "train[:-1000]", validation: "train[-1000:]"}`.
-        validation_fraction: of the training documents, drawn if the source has no validation set; 0 for none.
-        test_fraction: likewise for the test set.
-        seed: of that draw.
-        subset: of a Hub data set that has several.
-        revision: of a Hub data set; the commit makes the cache exact.
-        num_proc: processes that tokenise; None means one.
-        cache_dir: see `xlm_hf.tasks.cache.cached`.
-
-    Returns:
-        A task whose splits have `example_id`, `input_ids` and, with `document_masks`, `segment_ids`.
+    The splits have `example_id`, `input_ids` and, for chunks with `document_masks`, `segment_ids`. With a `mixture` the
+    training set is that of its entries, options of this function with a `weight`; the path itself gives the tokenizer
+    and what is evaluated on. With `streaming` the training set is read in the order of its files, shuffled in a buffer.
 
     Raises:
         ValueError: for an unknown choice, a source that is not there, or a split that cannot be made.
     """
-    chosen = {"protocol": protocol, "long_documents": long_documents, "sample_by": sample_by}
-    for option, value in chosen.items():
-        if value not in _CHOICES[option]:
-            raise ValueError(f"unknown {option} {value!r}: {did_you_mean(str(value), _CHOICES[option])}")
-    if detokenizer is not None and detokenizer not in DETOKENIZERS:
-        raise ValueError(f"unknown detokenizer {detokenizer!r}: {did_you_mean(detokenizer, DETOKENIZERS)}")
-    if max_length < 1:
-        raise ValueError(f"max_length={max_length} must be at least 1: raise it.")
-    source = locate(path, text_column)
-    given = None if tokenizer == "word" else byte_tokenizer() if tokenizer == "byte" else pretrained_tokenizer(tokenizer)
-    reading = {
-        "splits": splits,
-        "fractions": {"validation": validation_fraction, "test": test_fraction},
-        "seed": seed,
-        "sample_by": sample_by,
-        "name": subset,
-        "revision": revision,
-    }
-    writing = {
-        "protocol": protocol,
-        "max_length": max_length,
-        "long_documents": long_documents,
-        "document_masks": document_masks,
-    }
+    options = {option: value for option, value in locals().items() if option not in _NOT_OF_A_CORPUS}
+    places: dict[str, Any] = {"num_proc": num_proc, "cache_dir": cache_dir}
+    prepared, made = _corpus(name, options, None, **places)
+    splits = dict(prepared)
+    for entry in mixture or []:
+        check_options("An entry of task.mixture", entry, ["weight", *options])
+    parts = [{**options, **entry} for entry in mixture or []]
+    weights = [part.pop("weight", 1.0) for part in parts]
+    train = [_corpus(name, part, made, **places)[0]["train"] for part in parts] or [prepared["train"]]
+    if streaming:
+        train = [data.to_iterable_dataset(num_shards=min(_NUM_SHARDS, len(data))) for data in train]
+    splits["train"] = Mixture(train, weights) if mixture else train[0]
+    return Task(name=name, kind="lm", splits=splits, tokenizer=made)
+
+
+def _corpus(
+    name: str, options: dict[str, Any], tokenizer: PreTrainedTokenizerFast | None, num_proc: int | None, cache_dir
+) -> Prepared:
+    """Prepare one corpus, or take it from the cache; without a `tokenizer` by the one that the options name."""
+    for option, known in _CHOICES.items():
+        if options[option] not in known:
+            raise ValueError(
+                f"unknown {option} {options[option]!r}: {did_you_mean(str(options[option]), map(str, known))}"
+            )
+    if options["max_length"] < 1:
+        raise ValueError(f"max_length={options['max_length']} must be at least 1: raise it.")
+    source = locate(options["path"], options["text_column"])
+    if tokenizer is None and options["tokenizer"] != "word":
+        tokenizer = byte_tokenizer() if options["tokenizer"] == "byte" else pretrained_tokenizer(options["tokenizer"])
     key = {
+        **options,
         "version": PREPARATION_VERSION,
-        "source": content_key(source),
-        "tokenizer": vocab_size if given is None else _tokenizer_key(given),
-        "text": [text_column, detokenizer],
-        **reading,
-        **writing,
+        "path": content_key(source),
+        "tokenizer": None if tokenizer is None else _tokenizer_key(tokenizer),
     }
 
     def build(scratch: Path) -> Prepared:
-        raw = read(source, scratch, **reading)
-        _check_column(raw, text_column)
-        texts = _Texts(text_column, None if detokenizer is None else DETOKENIZERS[detokenizer])
-        made = given or word_tokenizer(map(texts, raw["train"].iter(BATCH_SIZE)), vocab_size)
-        return DatasetDict(
-            {
-                split: _prepare(raw[split], texts, made, writing, num_proc, scratch / split)
-                for split in ("train", "validation", "test")
-                if split in raw
-            }
-        ), made
+        raw = read(source, scratch, options)
+        texts = _Texts(options["text_column"], DETOKENIZERS.get(options["detokenizer"]))
+        made = tokenizer or word_tokenizer(map(texts, raw["train"].iter(BATCH_SIZE)), options["vocab_size"])
+        made_splits = {
+            split: _prepare(raw[split], texts, made, options, num_proc, scratch / split)
+            for split in ("train", "validation", "test")
+            if split in raw
+        }
+        return DatasetDict(made_splits), made
 
-    prepared, made = cached(name, key, build, cache_dir)
-    return Task(name=name, kind="lm", splits=prepared, tokenizer=made)
+    return cached(name, key, build, cache_dir)
 
 
 def _tokenizer_key(tokenizer: PreTrainedTokenizerFast) -> str:
     content = tokenizer.backend_tokenizer.to_str() + str(sorted(tokenizer.special_tokens_map.items()))
     return hashlib.sha256(content.encode()).hexdigest()
-
-
-def _check_column(raw: DatasetDict, text_column: str) -> None:
-    for split, data in raw.items():
-        if text_column not in data.column_names:
-            raise ValueError(
-                f"split {split!r} has no column {text_column!r}: {did_you_mean(text_column, data.column_names)} "
-                "Set text_column."
-            )
 
 
 class _Texts:
@@ -164,17 +142,23 @@ class _Texts:
 
 
 def _prepare(
-    documents: Dataset, texts: _Texts, tokenizer: PreTrainedTokenizerFast, writing: dict, num_proc, file: Path
+    documents: Dataset, texts: _Texts, tokenizer: PreTrainedTokenizerFast, options: dict, num_proc, file: Path
 ) -> Dataset:
     """Tokenise the documents of a split and make examples of them, in Arrow files beside `file`."""
-    ends = writing["protocol"] == "packed" and not writing["document_masks"]
+    is_packed, masks = options["protocol"] == "packed", options["document_masks"]
 
     def tokenize(batch: Mapping[str, list]) -> dict[str, list]:
         # A special token's name in a text is text.
         encoded = tokenizer(
-            texts(batch), add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
+            texts(batch),
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_attention_mask=False,
+            verbose=False,
         )["input_ids"]
-        return {"input_ids": [[*ids, tokenizer.eos_token_id] for ids in encoded] if ends else encoded}
+        return {
+            "input_ids": [[*ids, tokenizer.eos_token_id] for ids in encoded] if is_packed and not masks else encoded
+        }
 
     features = {"input_ids": List(Value("int32"))}
     tokenized = documents.map(
@@ -187,11 +171,11 @@ def _prepare(
         cache_file_name=f"{file}-tokens.arrow",
     )
     features = {"example_id": Value("int64"), **features}
-    if writing["protocol"] == "packed" and writing["document_masks"]:
+    if is_packed and masks:
         features["segment_ids"] = List(Value("int32"))
     # One process, since examples are numbered and chunks go on from one batch to the next.
-    return tokenized.with_format("arrow").map(
-        _Examples(len(tokenized), features, **writing),
+    examples = tokenized.with_format("arrow").map(
+        _Examples(len(tokenized), options),
         batched=True,
         batch_size=BATCH_SIZE,
         with_indices=True,
@@ -199,7 +183,8 @@ def _prepare(
         features=Features(features),
         cache_file_name=f"{file}-examples.arrow",
         load_from_cache_file=False,
-    ).with_format(None)
+    )
+    return examples.with_format(None)
 
 
 class _Examples:
@@ -209,20 +194,12 @@ class _Examples:
     written as it is, shorter. So nothing is dropped but documents without a token.
     """
 
-    def __init__(
-        self,
-        num_documents: int,
-        features: Mapping[str, Any],
-        protocol: str,
-        max_length: int,
-        long_documents: str,
-        document_masks: bool,
-    ):
+    def __init__(self, num_documents: int, options: Mapping[str, Any]):
         self.last = num_documents - 1
-        self.features = features
-        self.packed = protocol == "packed"
-        self.max_length = max_length
-        self.truncate = long_documents == "truncate"
+        self.is_packed = options["protocol"] == "packed"
+        self.has_segments = self.is_packed and options["document_masks"]
+        self.max_length = options["max_length"]
+        self.truncate = options["long_documents"] == "truncate"
         self.num_examples = 0
         self.ids, self.document = np.zeros(0, np.int32), np.zeros(0, np.int64)
 
@@ -230,7 +207,7 @@ class _Examples:
         column = table["input_ids"].combine_chunks()
         lengths = column.value_lengths().to_numpy()
         ids, document = column.flatten().to_numpy(), np.repeat(indices, lengths)
-        if self.packed:
+        if self.is_packed:
             ids, document = np.concatenate([self.ids, ids]), np.concatenate([self.document, document])
             is_last = indices[-1] == self.last
             end = len(ids) if is_last else len(ids) // self.max_length * self.max_length
@@ -245,7 +222,7 @@ class _Examples:
         example_id = self.num_examples + np.arange(len(starts))
         self.num_examples += len(starts)
         columns = {"example_id": pa.array(example_id), "input_ids": pa.ListArray.from_arrays(offsets, pa.array(ids))}
-        if "segment_ids" in self.features:
+        if self.has_segments:
             number = np.cumsum(np.diff(document, prepend=document[:1]) > 0).astype(np.int32)
             segments = number - np.repeat(number[starts], np.diff(offsets))
             columns["segment_ids"] = pa.ListArray.from_arrays(offsets, pa.array(segments))

@@ -1,6 +1,7 @@
 """Tokenizers of text corpora: words, bytes, or any fast tokenizer, with the special tokens that the families need."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE, WordLevel
@@ -26,9 +27,7 @@ def word_tokenizer(texts: Iterator[list[str]], vocab_size: int) -> PreTrainedTok
     """
     model = Tokenizer(WordLevel(unk_token=SPECIAL_TOKENS["unk_token"]))
     model.pre_tokenizer = pre_tokenizers.Whitespace()
-    trainer = WordLevelTrainer(
-        vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS.values()), show_progress=False
-    )
+    trainer = WordLevelTrainer(vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS.values()), show_progress=False)
     model.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=model, **SPECIAL_TOKENS)
 
@@ -45,23 +44,23 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 def pretrained_tokenizer(source: str) -> PreTrainedTokenizerFast:
     """The tokenizer of a folder or Hub id, with the special tokens that it lacks added at the end.
 
-    Those of the end and the beginning of a text, of padding, of `[CLS]` and of a mask must be five different tokens: one
-    that serves in two of these roles keeps the first of them.
+    The end and the beginning of a text, padding, `[CLS]` and the mask must be five different tokens: one that has two
+    of these roles keeps the first.
 
     Raises:
         ValueError: if it cannot be loaded or is not a fast tokenizer.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer: Any = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"the tokenizer {source!r} cannot be loaded ({str(error).splitlines()[0]}): choose 'word', 'byte', a folder "
-            "or a Hub id."
+            f"the tokenizer {source!r} cannot be loaded ({str(error).splitlines()[0]}): choose 'word', 'byte', a "
+            "folder or a Hub id."
         ) from error
     if not tokenizer.is_fast:
         raise ValueError(f"the tokenizer {source!r} has no tokenizer.json: choose a fast one.")
     taken: set[str] = set()
-    missing = {}
+    missing: dict[str, str] = {}
     for role in ("eos_token", "bos_token", "pad_token", "cls_token", "mask_token"):
         token = getattr(tokenizer, role)
         if token is None or str(token) in taken:
