@@ -511,6 +511,7 @@ def test_the_public_names_are_these():
             "XLMTrainer",
             "XLMTrainingArguments",
             "__version__",
+            "convert_checkpoint",
             "export_model",
             "load_metric",
             "load_task",

@@ -22,6 +22,7 @@ _LAZY = {
     "load_task": "tasks",
     "load_metric": "metrics",
     "export_model": "hub",
+    "convert_checkpoint": "conversion",
 }
 __all__ = ["__version__", "register_family", *_LAZY]
 

@@ -31,7 +31,7 @@ from xlm_hf.signals import TrainingStopped
 from xlm_hf.sweeps import ERROR_FILE
 
 # Commands with arguments of their own, `xlm-hf NAME ...`, beside the jobs of a config.
-_TOOLS = ("scaffold",)
+_TOOLS = ("scaffold", "convert")
 _MISTAKES = (ValueError, OSError, HydraException, OmegaConfBaseException, StrictDataclassError)
 
 

@@ -11,8 +11,8 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -44,11 +44,13 @@ class Family:
         config_class: its configuration, which names the `model_type`.
         model_class: the model with its head.
         auto_classes: names of the Auto classes of transformers that give `model_class`.
+        converters: what reads checkpoints of other projects, by the project's name (see `xlm_hf.convert_checkpoint`).
     """
 
     config_class: type[PreTrainedConfig]
     model_class: type[PreTrainedModel]
     auto_classes: tuple[str, ...]
+    converters: Mapping[str, Callable[..., tuple[dict[str, Any], dict[str, Any]]]] = field(default_factory=dict)
 
 
 _FAMILIES: dict[str, Family] = {}
@@ -63,6 +65,7 @@ def register_family(
     config_class: type[PreTrainedConfig],
     model_class: type[PreTrainedModel],
     auto_classes: Sequence[str] = ("AutoModel",),
+    converters: Mapping[str, Callable[..., tuple[dict[str, Any], dict[str, Any]]]] | None = None,
 ) -> None:
     """Make a family known to the Auto classes, and let everything that saves it export its code.
 
@@ -71,6 +74,8 @@ def register_family(
         model_class: the model, in a file that imports only `.<file beside it>`, `xlm_hf.modules.<file>`, torch,
             transformers and the standard library.
         auto_classes: names of the Auto classes that shall give `model_class`.
+        converters: for each project whose checkpoints can be imported, a function (weights, config) -> (options of
+            `config_class`, weights of `model_class`).
 
     Raises:
         ValueError: if a class is defined in `__main__`, from where its code cannot be exported.
@@ -85,7 +90,7 @@ def register_family(
     config_class.save_pretrained = _save_config_and_code  # type: ignore[method-assign]
     config_class._get_files_timestamps = _timestamps_without_code  # type: ignore[method-assign]
     model_class._upload_modified_files = _upload_with_card  # type: ignore[method-assign, assignment]
-    _FAMILIES[config_class.model_type] = Family(config_class, model_class, tuple(auto_classes))
+    _FAMILIES[config_class.model_type] = Family(config_class, model_class, tuple(auto_classes), converters or {})
 
 
 def _save_config_and_code(self, save_directory, push_to_hub=False, **kwargs):
@@ -93,7 +98,7 @@ def _save_config_and_code(self, save_directory, push_to_hub=False, **kwargs):
     family = _FAMILIES.get(self.model_type)
     # The config in memory stays as it is.
     saved = copy.deepcopy(self)
-    if "use_cache" not in {field.name for field in fields(saved)}:
+    if "use_cache" not in {option.name for option in fields(saved)}:
         # `Trainer` sets it on the config of every model.
         vars(saved).pop("use_cache", None)
     if family is not None and self.architectures in (None, [family.model_class.__name__]):

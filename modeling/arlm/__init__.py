@@ -9,11 +9,17 @@ from .collator_arlm import (
     ARLMCollatorForSeq2SeqPrediction,
 )
 from .configuration_arlm import ARLMConfig
+from .conversion_arlm import from_xlm_core
 from .generation_arlm import ARLMGenerationConfig, ARLMGenerationOutput
 from .loss_arlm import ARLMLoss
 from .modeling_arlm import ARLMForCausalLM
 
-register_family(ARLMConfig, ARLMForCausalLM, auto_classes=("AutoModel", "AutoModelForCausalLM"))
+register_family(
+    ARLMConfig,
+    ARLMForCausalLM,
+    auto_classes=("AutoModel", "AutoModelForCausalLM"),
+    converters={"xlm-core": from_xlm_core},
+)
 
 __all__ = [
     "ARLMCollatorForLanguageModeling",

@@ -78,7 +78,7 @@ class ARLMForCausalLM(ARLMPreTrainedModel, ARLMGenerationMixin):  # type: ignore
             hidden_states = hidden_states.flatten(0, 1)[logits_index]
         elif logits_to_keep:
             hidden_states = hidden_states[:, -logits_to_keep:]
-        logits = head_function(hidden_states, self.lm_head, self.config.suppress_tokens)
+        logits = head_function(hidden_states, self.lm_head, self.config.outside_softmax)
         return CausalLMOutputWithPast(
             logits=logits,
             past_key_values=past_key_values,

@@ -9,11 +9,17 @@ from .collator_ilm import (
     ILMCollatorForSeq2SeqPrediction,
 )
 from .configuration_ilm import ILMConfig
+from .conversion_ilm import from_xlm_core
 from .generation_ilm import ILMGenerationConfig
 from .loss_ilm import ILMLoss
 from .modeling_ilm import ILMForInsertionLM, ILMOutput
 
-register_family(ILMConfig, ILMForInsertionLM, auto_classes=("AutoModel", "AutoModelForCausalLM"))
+register_family(
+    ILMConfig,
+    ILMForInsertionLM,
+    auto_classes=("AutoModel", "AutoModelForCausalLM"),
+    converters={"xlm-core": from_xlm_core},
+)
 
 __all__ = [
     "ILMCollatorForLanguageModeling",

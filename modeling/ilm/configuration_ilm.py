@@ -18,6 +18,9 @@ class ILMConfig(RotaryTransformerConfig):
         bos_token_id: stands between the prompt and the sequence that is written.
         eos_token_id: end of a text for the tokenizer; an insertion model ends by its stopping head instead.
         suppress_tokens: ids that are never inserted; their logits are -inf in training and in generation.
+        num_missing_classes: classes of the stopping head: class n says that n tokens are missing, the last one that so
+            many or more are. 2 is the paper's (complete, something is missing); 0 means no such head, and sequences
+            that end only where their room does.
     """
 
     model_type = "ilm"
@@ -27,3 +30,4 @@ class ILMConfig(RotaryTransformerConfig):
     bos_token_id: int | None = 4
     eos_token_id: int | None = None
     suppress_tokens: list[int] | None = None
+    num_missing_classes: int = 2

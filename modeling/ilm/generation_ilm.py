@@ -120,7 +120,7 @@ class ILMGenerationMixin(NonAutoregressiveGenerationMixin):
             grid[..., config.suppress_tokens] = -torch.inf
         slot_exists = torch.arange(width + 1, device=grid.device) <= state.lengths[rows, None]
         grid = grid.masked_fill(~slot_exists[..., None], -torch.inf)
-        if config.stopping_threshold is not None:
+        if config.stopping_threshold is not None and outputs.stop_logits is not None:
             complete = outputs.stop_logits.float().softmax(dim=-1)[:, 0] >= config.stopping_threshold
             state.finish(rows[complete])
             rows, grid, seeds = rows[~complete], grid[~complete], seeds[~complete]

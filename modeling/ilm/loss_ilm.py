@@ -22,7 +22,8 @@ class ILMLoss:
 
     Args:
         stop_loss_weight: weight of the stopping loss.
-        stop_class_weights: weights of the classes (complete, something is missing) in the stopping loss.
+        stop_class_weights: weights of the classes (complete, something is missing) in the stopping loss. Where the
+            stopping head has more classes, the class is min(n, num_missing_classes - 1).
     """
 
     def __init__(self, stop_loss_weight: float = 1.0, stop_class_weights: tuple[float, float] | None = None):
@@ -54,10 +55,13 @@ class ILMLoss:
             cls_index=batch["cls_index"],
             head_function=joint_cross_entropy,
         )
+        if outputs.stop_logits is None:
+            raise ValueError("num_missing_classes is 0: a model without a stopping head cannot be trained; choose 2.")
         token_loss = outputs.logits.loss_sum
         missing = num_dropped > 0
+        stop_class = num_dropped.clamp(max=outputs.stop_logits.shape[-1] - 1)
         stop_logits = outputs.stop_logits.to(torch.promote_types(outputs.stop_logits.dtype, torch.float32))
-        stop_losses = nn.functional.cross_entropy(stop_logits, missing.long(), reduction="none")
+        stop_losses = nn.functional.cross_entropy(stop_logits, stop_class, reduction="none")
         if self.stop_class_weights is not None:
             complete, incomplete = self.stop_class_weights
             stop_losses = stop_losses * torch.where(missing, incomplete, complete)
@@ -68,6 +72,6 @@ class ILMLoss:
             metrics={
                 "token_loss": (token_loss.detach(), missing.sum()),
                 "stop_loss": (stop_losses.detach().sum(), num_items),
-                "stop_accuracy": ((stop_logits.detach().argmax(dim=-1) == missing).sum(), num_items),
+                "stop_accuracy": ((stop_logits.detach().argmax(dim=-1) == stop_class).sum(), num_items),
             },
         )

@@ -21,7 +21,7 @@ class ILMOutput(ModelOutput):
     Attributes:
         logits: (B, L, V), or (S, V) with `slot_index`. Entry (i, v) scores the insertion of token v right of token i.
         stop_logits: (B, 2), or (D, 2) with `cls_index`; class 0 says that the sequence is complete, class 1 that
-            something is missing.
+            something is missing. With `num_missing_classes` other than 2 there are so many, or None of them.
         hidden_states: per layer (B, L, hidden_size), with `output_hidden_states=True`.
         attentions: per layer (B, heads, L, L), with `output_attentions=True` and eager attention.
     """
@@ -33,17 +33,17 @@ class ILMOutput(ModelOutput):
 
 
 class ILMStoppingHead(nn.Module):
-    """Binary classifier on the hidden state x of `[CLS]`: W (x + W2 tanh(W1 LN(x) + b1) + b2)."""
+    """Classifier on the hidden state x of `[CLS]`: W (x + W2 tanh(W1 LN(x) + b1) + b2)."""
 
     def __init__(self, config: ILMConfig):
         super().__init__()
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.up_proj = nn.Linear(config.hidden_size, 2 * config.hidden_size)
         self.down_proj = nn.Linear(2 * config.hidden_size, config.hidden_size)
-        self.classifier = nn.Linear(config.hidden_size, 2, bias=False)
+        self.classifier = nn.Linear(config.hidden_size, config.num_missing_classes, bias=False)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Map (B, hidden_size) to logits (B, 2) of (complete, something is missing)."""
+        """Map (B, hidden_size) to logits (B, num_missing_classes) of the number of missing tokens."""
         residual = self.down_proj(torch.tanh(self.up_proj(self.norm(hidden_states))))
         return self.classifier(hidden_states + residual)
 
@@ -64,7 +64,7 @@ class ILMForInsertionLM(ILMPreTrainedModel, ILMGenerationMixin):
         super().__init__(config)
         self.model = RotaryTransformer(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.stop_head = ILMStoppingHead(config)
+        self.stop_head = ILMStoppingHead(config) if config.num_missing_classes else None
         self.post_init()
 
     @can_return_tuple
@@ -102,8 +102,8 @@ class ILMForInsertionLM(ILMPreTrainedModel, ILMGenerationMixin):
         flat = hidden_states.flatten(0, 1)
         selected = hidden_states if slot_index is None else flat[slot_index]
         return ILMOutput(
-            logits=head_function(selected, self.lm_head, self.config.suppress_tokens),
-            stop_logits=self.stop_head(flat[cls_index]),
+            logits=head_function(selected, self.lm_head, self.config.outside_softmax),
+            stop_logits=None if self.stop_head is None else self.stop_head(flat[cls_index]),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

@@ -11,12 +11,16 @@ from .collator_mdlm import (
     MDLMCollatorForSeq2SeqPrediction,
 )
 from .configuration_mdlm import MDLMConfig
+from .conversion_mdlm import from_paper, from_xlm_core
 from .generation_mdlm import MDLMGenerationConfig
 from .loss_mdlm import MDLMLoss
 from .modeling_mdlm import MDLMForMaskedDiffusion
 
 register_family(
-    MDLMConfig, MDLMForMaskedDiffusion, auto_classes=("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM")
+    MDLMConfig,
+    MDLMForMaskedDiffusion,
+    auto_classes=("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM"),
+    converters={"xlm-core": from_xlm_core, "mdlm": from_paper},
 )
 
 __all__ = [

@@ -17,6 +17,9 @@ class MDLMConfig(DiffusionTransformerConfig):
     Attributes:
         backbone: "rotary", the shared transformer, which is not told the time (the masks say it); "dit", the
             transformer conditioned on the total noise sigma, as in the published code.
+        time_conditioning: whether "dit" is told that noise; otherwise it is told sigma = 0 at all times, as the
+            published models of the paper are.
+        lm_head_bias: whether the vocabulary head has a bias, as in those models.
         noise_eps: the time-conditioned backbone is told sigma = -log(noise_eps + (1 - noise_eps) alpha_t).
         pad_token_id: fills the canvas after the text, where it is content like any other; and fills ragged rows,
             where it is never seen.
@@ -33,6 +36,8 @@ class MDLMConfig(DiffusionTransformerConfig):
     model_type = "mdlm"
 
     backbone: str = "rotary"
+    time_conditioning: bool = True
+    lm_head_bias: bool = False
     noise_eps: float = 1e-3
     pad_token_id: int | None = 0
     mask_token_id: int = 2
@@ -43,15 +48,11 @@ class MDLMConfig(DiffusionTransformerConfig):
     def __post_init__(self, **kwargs):
         if self.backbone not in BACKBONES:
             raise ValueError(f"backbone must be one of {', '.join(BACKBONES)} and is {self.backbone!r}.")
+        self.time_conditioning = self.time_conditioning and self.backbone == "dit"
         super().__post_init__(**kwargs)
 
     @property
-    def time_conditioning(self) -> bool:
-        """Whether the network is told the time."""
-        return self.backbone == "dit"
-
-    @property
     def never_written(self) -> list[int]:
-        """The ids whose logits are -inf."""
+        """The ids that no sequence gets in generation."""
         content = {self.eos_token_id, self.pad_token_id}
         return sorted({*(self.suppress_tokens or ()), self.mask_token_id} - content)

@@ -32,10 +32,10 @@ class MDLMForMaskedDiffusion(MDLMPreTrainedModel, MDLMGenerationMixin):
 
     def __init__(self, config: MDLMConfig):
         super().__init__(config)
-        self.model = DiffusionTransformer(config) if config.time_conditioning else RotaryTransformer(config)
+        self.model = DiffusionTransformer(config) if config.backbone == "dit" else RotaryTransformer(config)
         # On the canvas padding is content, so its embedding learns.
         self.model.embed_tokens.padding_idx = None
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
 
     @can_return_tuple
@@ -45,6 +45,7 @@ class MDLMForMaskedDiffusion(MDLMPreTrainedModel, MDLMGenerationMixin):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         alpha: torch.Tensor | None = None,
+        sigma: torch.Tensor | None = None,
         logits_index: torch.Tensor | None = None,
         head_function: HeadFunction = vocabulary_logits,
         **kwargs,
@@ -57,6 +58,7 @@ class MDLMForMaskedDiffusion(MDLMPreTrainedModel, MDLMGenerationMixin):
             position_ids: (B, L) rotary positions; by default each row counts its own tokens.
             alpha: (B,), or (B, L) for packed rows: the share alpha_t of the canvas that is clean at the time of each
                 row or token, 1 meaning all of it; needed by the time-conditioned backbone, ignored by the other.
+            sigma: of the same shape, in place of alpha: the total noise that the backbone is told.
             logits_index: (S,) indices into the flattened (B x L) tokens whose logits are wanted; None means all.
             head_function: what is made of the selected hidden states instead of logits (see `vocabulary_logits`).
             **kwargs: `segment_ids` of packed rows, `output_hidden_states`, `output_attentions`.
@@ -69,11 +71,15 @@ class MDLMForMaskedDiffusion(MDLMPreTrainedModel, MDLMGenerationMixin):
             ValueError: if the time-conditioned backbone is not told `alpha`.
         """
         if self.config.time_conditioning:
-            if alpha is None:
+            if sigma is None and alpha is not None:
+                sigma = total_noise(alpha.float(), self.config.noise_eps)
+            if sigma is None:
                 raise ValueError("The backbone 'dit' is conditioned on the time: pass alpha, one number for each row.")
-            kwargs["timesteps"] = total_noise(alpha.float(), self.config.noise_eps)
+            kwargs["timesteps"] = sigma
+        elif self.config.backbone == "dit":
+            kwargs["timesteps"] = torch.zeros(len(input_ids), device=input_ids.device)
         outputs = self.model(input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
         hidden_states = outputs.last_hidden_state
         selected = hidden_states if logits_index is None else hidden_states.flatten(0, 1)[logits_index]
-        logits = head_function(selected, self.lm_head, self.config.never_written)
+        logits = head_function(selected, self.lm_head, self.config.outside_softmax)
         return MaskedLMOutput(logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions)

@@ -11,11 +11,17 @@ from .collator_mlm import (
     MLMCollatorForSeq2SeqPrediction,
 )
 from .configuration_mlm import MLMConfig
+from .conversion_mlm import from_xlm_core
 from .generation_mlm import MLMGenerationConfig
 from .loss_mlm import MLMLoss
 from .modeling_mlm import MLMForMaskedLM
 
-register_family(MLMConfig, MLMForMaskedLM, auto_classes=("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM"))
+register_family(
+    MLMConfig,
+    MLMForMaskedLM,
+    auto_classes=("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM"),
+    converters={"xlm-core": from_xlm_core},
+)
 
 __all__ = [
     "MLMCollatorForInfilling",

@@ -56,5 +56,5 @@ class MLMForMaskedLM(MLMPreTrainedModel, MLMGenerationMixin):
         outputs = self.model(input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
         hidden_states = outputs.last_hidden_state
         selected = hidden_states if logits_index is None else hidden_states.flatten(0, 1)[logits_index]
-        logits = head_function(selected, self.lm_head, self.config.suppress_tokens)
+        logits = head_function(selected, self.lm_head, self.config.outside_softmax)
         return MaskedLMOutput(logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions)

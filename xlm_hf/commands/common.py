@@ -94,7 +94,8 @@ def build_task(cfg: DictConfig) -> Task:
     return load_task(plain(cfg.task))
 
 
-def _token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def token_options(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What a configuration takes from the tokenizer: the size of the vocabulary and the ids of special tokens."""
     names = ("pad", "bos", "eos", "cls", "sep", "mask")
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in names}
     # Byte-level tokenizers name their end of a text for what is unknown too, which for them is nothing.
@@ -112,13 +113,13 @@ def build_model(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrain
     known = [f.name for f in fields(config_class)]
     options = options_of(cfg.model)
     check_options("model", options, known)
-    vocabulary = {name: value for name, value in _token_ids(tokenizer).items() if name in known}
+    vocabulary = {name: value for name, value in token_options(tokenizer).items() if name in known}
     if "max_length" in cfg.task:
         # A text has at most two special tokens.
         vocabulary["max_position_embeddings"] = cfg.task.max_length + 2
     set_seed(cfg.seed)
     model = AutoModel.from_config(config_class(**{**vocabulary, **options}))
-    ids = {name: _token_ids(tokenizer).get(name) for name in ("bos_token_id", "pad_token_id", "eos_token_id")}
+    ids = {name: token_options(tokenizer).get(name) for name in ("bos_token_id", "pad_token_id", "eos_token_id")}
     model.generation_config = model.generation_config_class(**ids)
     return _with_generation_options(model, cfg)
 

@@ -34,7 +34,7 @@ class RotaryTransformerConfig(PreTrainedConfig):
         hidden_act: activation of the feed-forward block, a name from `transformers.activations.ACT2FN`.
         max_position_embeddings: longest sequence that the model accepts, in tokens.
         rope_theta: base of the rotary frequencies.
-        partial_rotary_factor: share of each head's dimensions that are rotated.
+        partial_rotary_factor: share of each head's dimensions that are rotated; 0 needs `learned_positions`.
         learned_positions: whether a learnt embedding of the absolute position is added to the token's, beside the
             rotation of queries and keys.
         conv_kernel_size: taps of the short convolution at the start of every layer (see `ShortConvolution`); 0 means
@@ -49,9 +49,13 @@ class RotaryTransformerConfig(PreTrainedConfig):
             that neither does it grow with the depth (Radford et al., "GPT-2", 2019, section 2.3).
         initializer_range: standard deviation of the "normal" initialisation.
         tie_word_embeddings: whether the vocabulary head shares the embedding matrix.
+        suppress_tokens: ids that are never written; their logits are -inf in training and in generation.
+        unrestricted_softmax: whether those logits stay what they are instead, as in published checkpoints; then it is
+            for the generation alone to leave those ids out.
 
     Raises:
-        ValueError: if `num_attention_heads` does not divide `hidden_size`, or the rotated part of a head is odd.
+        ValueError: if `num_attention_heads` does not divide `hidden_size`, or the rotated part of a head is odd, or
+            nothing tells the positions.
     """
 
     vocab_size: int = 32000
@@ -72,6 +76,8 @@ class RotaryTransformerConfig(PreTrainedConfig):
     initialization: Literal["normal", "fan_in"] = "normal"
     initializer_range: float | int = 0.02
     tie_word_embeddings: bool = False
+    suppress_tokens: list[int] | None = None
+    unrestricted_softmax: bool = False
 
     def __post_init__(self, **kwargs):
         if self.hidden_size % self.num_attention_heads:
@@ -81,19 +87,29 @@ class RotaryTransformerConfig(PreTrainedConfig):
             )
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act {self.hidden_act!r} is not one of {', '.join(sorted(ACT2FN))}.")
-        if self.rotary_dim % 2 or self.rotary_dim == 0:
+        if self.rotary_dim % 2 or (self.rotary_dim == 0 and not self.learned_positions):
             raise ValueError(
                 f"The rotated part of a head has {self.rotary_dim} dimensions (hidden_size / num_attention_heads x "
-                "partial_rotary_factor); rotation works on pairs: choose an even number."
+                "partial_rotary_factor); rotation works on pairs: choose an even number, or learned_positions and 0."
             )
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
         super().__post_init__(**kwargs)
 
     @property
+    def never_written(self) -> list[int] | None:
+        """The ids that no sequence gets in generation."""
+        return self.suppress_tokens
+
+    @property
+    def outside_softmax(self) -> list[int] | None:
+        """The ids whose logits are -inf."""
+        return None if self.unrestricted_softmax else self.never_written
+
+    @property
     def rotary_dim(self) -> int:
         """Number of dimensions of each head that are rotated."""
-        return int(self.hidden_size // self.num_attention_heads * self.partial_rotary_factor)
+        return round(self.hidden_size // self.num_attention_heads * self.partial_rotary_factor)
 
 
 def rotary_cos_sin(
@@ -119,6 +135,8 @@ def rotary_cos_sin(
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate the first `cos.shape[-1]` dimensions of each head of `x` (B, heads, L, head_dim)."""
     rotary_dim = cos.shape[-1]
+    if rotary_dim == 0:
+        return x
     rotated, passed = x[..., :rotary_dim], x[..., rotary_dim:]
     first, second = rotated.chunk(2, dim=-1)
     rotated = rotated * cos + torch.cat((-second, first), dim=-1) * sin

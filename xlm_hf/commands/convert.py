@@ -1,0 +1,99 @@
+"""`xlm-hf convert --from PROJECT CHECKPOINT OUT`: a published checkpoint as a model folder of ours."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from xlm_hf.commands.common import say, token_options
+from xlm_hf.conversion import convert_checkpoint, read_checkpoint
+from xlm_hf.hub import export_model, families
+from xlm_hf.modules.messages import did_you_mean
+from xlm_hf.tasks.star import SPECIAL_TOKENS, number_tokenizer
+
+_NUMBERS = "numbers"
+
+
+def main(arguments: list[str]) -> None:
+    """Read the checkpoint, and write the folder that `checkpoint=OUT` and `AutoModel` load.
+
+    Args:
+        arguments: of the command line, after `convert`.
+
+    Raises:
+        ValueError: if the checkpoint cannot be read or converted, or the family or the tokenizer is not known.
+    """
+    projects = sorted({project for family in families().values() for project in family.converters})
+    parser = argparse.ArgumentParser("xlm-hf convert", description=__doc__)
+    parser.add_argument("--from", dest="source", required=True, help=f"the project: {', '.join(projects)}")
+    parser.add_argument("checkpoint", help="a Lightning .ckpt, or a folder or Hub id with a model.safetensors")
+    parser.add_argument("output", help="the folder to write")
+    parser.add_argument("--family", help="needed where the tensors fit several")
+    parser.add_argument(
+        "--config", type=Path, help="JSON of the constructor arguments (config.json beside the weights)"
+    )
+    parser.add_argument("--raw", action="store_true", help="the weights themselves, where averages are held too")
+    parser.add_argument("--tokenizer", help=f"a folder or Hub id, or {_NUMBERS!r}: special tokens and numbers")
+    options = parser.parse_args(arguments)
+    if options.source not in projects:
+        raise ValueError(f"No family converts {options.source!r}: {did_you_mean(options.source, projects)}")
+    weights, config = read_checkpoint(options.checkpoint, ema=not options.raw)
+    if options.config is not None:
+        config = json.loads(options.config.read_text())
+    if not config:
+        raise ValueError("The checkpoint has no config.json beside it: give the constructor arguments by --config.")
+    model = _convert(options, weights, config)
+    tokenizer = _tokenizer(options.tokenizer, model.config, config)
+    model = _convert(options, weights, config, token_options(tokenizer))
+    export_model(model, tokenizer, options.output)
+    say(f"{options.output} holds a {type(model).__name__} of {model.num_parameters():,} parameters. Next:")
+    say(f"  xlm-hf family={model.config.model_type} task=TASK job=generate checkpoint={options.output}")
+
+
+def _convert(options, weights: dict[str, Any], config: dict[str, Any], token_ids: dict[str, Any] | None = None) -> Any:
+    """The model, of the family that is named or else of the only one that the tensors fit."""
+    known = [name for name, family in families().items() if options.source in family.converters]
+    models, reasons = {}, {}
+    for name in known if options.family is None else [options.family]:
+        try:
+            models[name] = convert_checkpoint(
+                family=name, state_dict=weights, config=config, source=options.source, token_ids=token_ids
+            )
+        except ValueError as error:
+            reasons[name] = error
+    if not models:
+        raise ValueError(" ".join(f"As {name}: {reason}" for name, reason in reasons.items()))
+    if len(models) > 1:
+        raise ValueError(f"The tensors fit several families: add --family {' or --family '.join(models)}.")
+    return next(iter(models.values()))
+
+
+def _tokenizer(name: str | None, config: Any, arguments: dict[str, Any]) -> Any:
+    """The tokenizer of a checkpoint, which does not hold it, extended by the mask token where that is the last id."""
+    if name is None:
+        if (arguments.get("padding_idx", 0), arguments.get("mask_idx")) != (0, 2):
+            raise ValueError(
+                f"The checkpoint does not hold its tokenizer of {config.vocab_size} tokens: name it by --tokenizer, a "
+                f"folder or Hub id, or {_NUMBERS!r} for special tokens and numbers."
+            )
+        name = _NUMBERS
+    tokenizer: Any
+    if name == _NUMBERS:
+        tokenizer = number_tokenizer(config.vocab_size - len(SPECIAL_TOKENS))
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        if tokenizer.mask_token is None and getattr(config, "mask_token_id", None) == len(tokenizer):
+            tokenizer.add_special_tokens({"mask_token": "[MASK]"})
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+    facts = {"vocab_size": len(tokenizer)}
+    facts |= {role: getattr(tokenizer, role) for role in ("pad_token_id", "mask_token_id") if hasattr(config, role)}
+    for fact, value in facts.items():
+        if value != getattr(config, fact):
+            raise ValueError(
+                f"{fact} is {value} in the tokenizer {name} and {getattr(config, fact)} in the checkpoint: name the "
+                "tokenizer that it was trained with, special tokens added."
+            )
+    return tokenizer
