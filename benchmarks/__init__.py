@@ -1,0 +1,1 @@
+"""How fast the library is: beside two plain implementations of the same mathematics, and the machine's own limit."""

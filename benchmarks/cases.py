@@ -1,0 +1,70 @@
+"""What is measured: one small model of each family, and random text of a given length."""
+
+import random
+
+import torch
+from hydra.utils import get_class
+
+from xlm_hf.tasks.star import number_tokenizer
+
+FAMILIES = ("ilm", "arlm", "mlm", "mdlm")
+NUM_SPECIAL = 7
+SPECIAL_IDS = list(range(NUM_SPECIAL))
+BACKBONE = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 2}
+_MODELS = {
+    "ilm": "ILMForInsertionLM",
+    "arlm": "ARLMForCausalLM",
+    "mlm": "MLMForMaskedLM",
+    "mdlm": "MDLMForMaskedDiffusion",
+}
+
+
+def family_class(family: str, name: str):
+    """A class of a family, by the name that follows the family's own, e.g. `Config`."""
+    return get_class(f"xlm_hf.modeling.{family}.{family.upper()}{name}")
+
+
+def build_model(family: str, vocab_size: int, max_positions: int = 256, **config):
+    """A model of the family with seeded random weights, in evaluation mode, that writes no special ids, not even an end."""
+    torch.manual_seed(0)
+    writes = {"suppress_tokens": SPECIAL_IDS, "eos_token_id": None}
+    options = {**BACKBONE, "max_position_embeddings": max_positions, **writes, **config}
+    model_class = get_class(f"xlm_hf.modeling.{family}.{_MODELS[family]}")
+    return model_class(family_class(family, "Config")(vocab_size=vocab_size, **options)).eval()
+
+
+def build_collator(family: str, kind: str, vocab_size: int, max_positions: int = 256):
+    """A collator of the family, by the name that follows `CollatorFor`."""
+    tokenizer = number_tokenizer(vocab_size - NUM_SPECIAL)
+    return family_class(family, f"CollatorFor{kind}")(tokenizer, max_positions)
+
+
+def random_examples(num: int, prompt: int, target: int, vocab_size: int) -> list[dict]:
+    """Examples with `prompt` and `target` random ids; `input_ids`, for plain text, are those of the target."""
+    draw = random.Random(0)
+
+    def ids(length: int) -> list[int]:
+        return [draw.randrange(NUM_SPECIAL, vocab_size) for _ in range(length)]
+
+    return [
+        {"prompt_ids": ids(prompt), "target_ids": (row := ids(target)), "input_ids": row}
+        | {"example_id": n, "epoch": 0, "position": n}
+        for n in range(num)
+    ]
+
+
+def end_at_given_lengths(model) -> None:
+    """Make an insertion model stop a row when it has written as many tokens as its prompt `[CLS] id [BOS]` says.
+
+    An untrained stopping head ends all rows alike; this one ends them at lengths of their own, id - NUM_SPECIAL, and so
+    shows what finished rows cost.
+    """
+
+    def hook(module, args, kwargs, outputs):
+        ids, mask = args[0], kwargs["attention_mask"].long()
+        first = mask.argmax(dim=-1, keepdim=True)
+        complete = mask.sum(dim=-1) - 3 >= ids.gather(-1, first + 1).squeeze(-1) - NUM_SPECIAL
+        outputs.stop_logits = torch.where(complete[:, None], torch.tensor([1.0, -1.0]), torch.tensor([-1.0, 1.0]))
+        return outputs
+
+    model.register_forward_hook(hook, with_kwargs=True)

@@ -1,0 +1,107 @@
+"""Generation of whole batches on one thread: every family, its samplers, vocabularies and lengths."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from benchmarks.cases import NUM_SPECIAL, build_model, end_at_given_lengths
+from benchmarks.measure import cpu_seconds, summary
+from benchmarks.reference.sampling import SAMPLERS
+
+BOS, CLS = 4, 1
+
+
+@dataclass
+class Setting:
+    """What is written: `rows` sequences of `length` tokens, with the options of the family's `generate`.
+
+    `ragged` rows end at lengths spread evenly up to `length`; `references` says whether the references, which take
+    minutes at some settings, are measured too.
+    """
+
+    name: str
+    family: str
+    rows: int = 16
+    length: int = 128
+    vocab_size: int = 1_000
+    options: dict = field(default_factory=dict)
+    ragged: bool = False
+    references: bool = True
+
+
+SETTINGS = [
+    Setting("one insertion a step", "ilm"),
+    Setting("one insertion a step, 64 rows that end at 2 to 128", "ilm", rows=64, ragged=True),
+    Setting("one token a step", "arlm"),
+    Setting("one token a step, 256 tokens", "arlm", length=256),
+    Setting("128 steps", "mlm", options={"num_steps": 128}),
+    Setting("32 steps", "mlm", options={"num_steps": 32}),
+    Setting("1,024 steps", "mdlm", options={"num_steps": 1024}),
+    Setting("128 steps", "mdlm", options={"num_steps": 128}),
+    Setting("32 steps", "mdlm", options={"num_steps": 32}),
+    Setting("vocabulary 30,522, 32 tokens", "ilm", length=32, vocab_size=30_522),
+    Setting("vocabulary 30,522, 32 tokens", "arlm", length=32, vocab_size=30_522),
+    Setting("vocabulary 30,522, 32 steps", "mlm", vocab_size=30_522, options={"num_steps": 32}),
+    Setting("vocabulary 30,522, 32 steps", "mdlm", vocab_size=30_522, options={"num_steps": 32}),
+    Setting("vocabulary 30,522", "ilm", vocab_size=30_522, references=False),
+    Setting("vocabulary 30,522", "arlm", vocab_size=30_522, references=False),
+    Setting("2,048 tokens, 64 steps, 1 row", "mlm", rows=1, length=2048, options={"num_steps": 64}, references=False),
+    Setting("2,048 tokens, 64 steps, 1 row", "mdlm", rows=1, length=2048, options={"num_steps": 64}, references=False),
+    Setting("2,048 tokens, 1 row", "arlm", rows=1, length=2048, references=False),
+    Setting("512 tokens, 1 row", "ilm", rows=1, length=512, references=False),
+    Setting("latency of one row", "ilm", rows=1),
+    Setting("latency of one row", "arlm", rows=1),
+    Setting("latency of one row, 32 steps", "mlm", rows=1, options={"num_steps": 32}),
+    Setting("latency of one row, 32 steps", "mdlm", rows=1, options={"num_steps": 32}),
+]
+QUICK = [
+    Setting("8 rows of 32, ragged", "ilm", rows=8, length=32, ragged=True),
+    Setting("8 rows of 64", "arlm", rows=8, length=64),
+    Setting("8 rows of 32, 8 steps, vocabulary 8,000", "mlm", 8, 32, 8_000, {"num_steps": 8}),
+    Setting("8 rows of 32, 256 steps", "mdlm", rows=8, length=32, options={"num_steps": 256}),
+]
+
+
+def functions(setting: Setting) -> dict[str, Callable]:
+    """A function for each method that writes the same sequences."""
+    ilm, given = setting.family == "ilm", dict(setting.options)
+    model = build_model(setting.family, setting.vocab_size, setting.length + 3)
+    prompts = torch.tensor([[CLS, BOS] if ilm else [BOS]] * setting.rows)
+    if setting.ragged:
+        end_at_given_lengths(model)
+        ends = torch.linspace(2, setting.length, setting.rows).long() + NUM_SPECIAL
+        prompts = torch.stack((prompts[:, 0], ends, prompts[:, 1]), dim=1)
+    elif ilm:
+        given["stopping_threshold"] = None
+
+    def ours():
+        return model.generate(prompts, max_new_tokens=setting.length, do_sample=True, seed=0, **given)
+
+    def reference(dense):
+        sampler = SAMPLERS[setting.family]
+        return sampler(model, prompts, setting.length, True, 0, dense, stop=setting.ragged, **setting.options)
+
+    methods: dict[str, Callable] = {"ours": ours}
+    if setting.references:
+        methods |= {"dense": lambda: reference(True), "plain": lambda: reference(False)}
+    return methods
+
+
+def measure(setting: Setting, repetitions: int) -> dict:
+    """CPU seconds by method, and of ours the forward passes, the sequences and the tokens a second."""
+    methods = functions(setting)
+    output = methods["ours"]()
+    result = summary(cpu_seconds(methods, repetitions))
+    seconds, written = result["cpu_seconds"]["ours"], int((output.tokens_per_forward * output.nfe).sum().round())
+    return {
+        "family": setting.family,
+        "setting": setting.name,
+        "rows": setting.rows,
+        "length": setting.length,
+        "vocab_size": setting.vocab_size,
+        **result,
+        "nfe": output.nfe.double().mean().item(),
+        "sequences_per_second": setting.rows / seconds,
+        "tokens_per_second": written / seconds,
+    }

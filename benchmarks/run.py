@@ -1,0 +1,97 @@
+"""Run the benchmarks: one thread, CPU seconds, medians of interleaved repetitions, beside the references.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.run [training collation generation preparation] [--quick] [--families ilm]
+
+Without names all are run, which takes about an hour; `--quick` takes a minute. Every benchmark goes to
+`benchmarks/results/speed/NAME.json` (with `--quick` to `NAME_quick.json`), beside the machine and its matrix-product
+rate; `python -m benchmarks.tables` then renews the tables of docs/performance.md.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from benchmarks import collation, generation, preparation, training
+from benchmarks.cases import FAMILIES
+from benchmarks.measure import machine, matrix_product_rate
+
+RESULTS = Path(__file__).parent / "results" / "speed"
+
+
+def run_training(families, quick: bool) -> Iterator[dict]:
+    """An optimiser step at every setting."""
+    for setting in training.QUICK if quick else training.SETTINGS:
+        repetitions = 31 if "star" in setting else 3 if quick else 7
+        for family in families:
+            yield training.measure(family, setting, repetitions, memory=not quick)
+
+
+def run_collation(families, quick: bool) -> Iterator[dict]:
+    """The training collators at every setting."""
+    for setting in collation.QUICK if quick else collation.SETTINGS:
+        for family in families:
+            yield collation.measure(family, setting, 3 if quick else 5)
+
+
+def run_generation(families, quick: bool) -> Iterator[dict]:
+    """Whole batches at every setting."""
+    for setting in generation.QUICK if quick else generation.SETTINGS:
+        if setting.family in families:
+            yield generation.measure(setting, 3)
+
+
+def run_preparation(families, quick: bool) -> Iterator[dict]:
+    """Importing the library, preparing a data set."""
+    yield {"import_cpu_seconds": preparation.import_times(3 if quick else 7)}
+    yield {"examples_per_second": preparation.preparation_speeds(1_000 if quick else 50_000)}
+
+
+BENCHMARKS = {
+    "training": run_training,
+    "collation": run_collation,
+    "generation": run_generation,
+    "preparation": run_preparation,
+}
+
+
+def line(record: dict) -> str:
+    """What a record says, in one line."""
+    names = [str(record[name]) for name in ("family", "setting") if name in record]
+    numbers = {
+        **{f"{name} s": value for name, value in record.get("cpu_seconds", {}).items()},
+        **record.get("examples_per_second", {}),
+        **record.get("import_cpu_seconds", {}),
+        **record.get("ratios", {}),
+        **{f"{name} MiB": value / 2**20 for name, value in record.get("peak_bytes", {}).items()},
+    }
+    return ", ".join(names + [f"{name} {value:,.4g}" for name, value in numbers.items()])
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("benchmarks", nargs="*", metavar="NAME", help=", ".join(BENCHMARKS))
+    parser.add_argument("--quick", action="store_true", help="small settings, a minute in all")
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=FAMILIES)
+    options = parser.parse_args(arguments)
+    unknown = set(options.benchmarks) - set(BENCHMARKS)
+    if unknown:
+        parser.error(f"no benchmark {unknown.pop()!r}: there are {', '.join(BENCHMARKS)}")
+    torch.set_num_threads(1)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    for name in options.benchmarks or BENCHMARKS:
+        result = {**machine(), "records": []}
+        for record in BENCHMARKS[name](options.families, options.quick):
+            result["records"].append(record)
+            print(f"{name}: {line(record)}", flush=True)
+        result["matrix_product_gflops_at_the_end"] = matrix_product_rate() / 1e9
+        file = RESULTS / f"{name}{'_quick' if options.quick else ''}.json"
+        file.write_text(json.dumps(result, indent=1) + "\n")
+        print(f"{name}: {file}")
+
+
+if __name__ == "__main__":
+    main()

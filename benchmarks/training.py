@@ -1,0 +1,70 @@
+"""One optimiser step - loss, backward, AdamW - of every family on one thread, and its peak memory.
+
+python -m benchmarks.training FAMILY SETTING METHOD     peak memory of two steps, in bytes (a process of its own)
+"""
+
+import sys
+
+import torch
+
+from benchmarks.cases import build_collator, build_model, family_class, random_examples
+from benchmarks.measure import cpu_seconds, peak_memory, run_child, summary
+from benchmarks.reference.losses import LOSSES
+
+# name: rows, prompt, target, vocabulary
+SETTINGS = {
+    "16 x 128, vocabulary 30,522": (16, 0, 126, 30_522),
+    "star easy, 64 x 42": (64, 26, 14, 27),
+    "4 x 512, vocabulary 30,522": (4, 0, 510, 30_522),
+    "1 x 2,048, vocabulary 30,522": (1, 0, 2046, 30_522),
+}
+QUICK = {"16 x 64, vocabulary 8,000": (16, 0, 62, 8_000)}
+METHODS = ("ours", "dense", "plain")
+
+
+def steps(family: str, setting: str, methods: tuple[str, ...] = METHODS) -> dict:
+    """A function for each method that makes one step on the same batch."""
+    rows, prompt, target, vocab_size = {**SETTINGS, **QUICK}[setting]
+    block = prompt + target + 2
+    kind = "Seq2Seq" if prompt else "LanguageModeling"
+    collator = build_collator(family, kind, vocab_size, block)
+    batch = collator(random_examples(rows, prompt, target, vocab_size))
+    loss = family_class(family, "Loss")()
+
+    def step(method: str, model, optimizer) -> None:
+        if method == "ours":
+            loss_sum = loss(model, batch).loss_sum
+        else:
+            loss_sum = LOSSES[family](model, batch, block, dense=method == "dense")
+        (loss_sum / loss.num_items(batch)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    functions = {}
+    for method in methods:
+        model = build_model(family, vocab_size, block, suppress_tokens=[]).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        functions[method] = lambda method=method, model=model, optimizer=optimizer: step(method, model, optimizer)
+    return functions
+
+
+def measure(family: str, setting: str, repetitions: int, memory: bool = True) -> dict:
+    """CPU seconds of a step and bytes of peak memory, by method."""
+    functions = steps(family, setting)
+    for function in functions.values():
+        function()
+    record = {"family": family, "setting": setting, **summary(cpu_seconds(functions, repetitions))}
+    if memory:
+        record["peak_bytes"] = {
+            method: int(run_child("-m", "benchmarks.training", family, setting, method).stdout) for method in METHODS
+        }
+    return record
+
+
+if __name__ == "__main__":
+    family, setting, method = sys.argv[1:]
+    torch.set_num_threads(1)
+    step = steps(family, setting, (method,))[method]
+    step()
+    step()
+    print(peak_memory())

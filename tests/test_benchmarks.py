@@ -1,0 +1,61 @@
+"""The benchmarks compare like with like: all implementations compute the same losses and write the same samples."""
+
+import pytest
+import torch
+from benchmarks.cases import FAMILIES, build_collator, build_model, end_at_given_lengths, family_class, random_examples
+from benchmarks.reference.losses import LOSSES
+from benchmarks.reference.sampling import SAMPLERS
+
+VOCABULARY, BLOCK = 50, 20
+PROMPTS = {"ilm": [1, 20, 4], "arlm": [20, 21, 4], "mlm": [20, 4], "mdlm": [20, 4]}
+WIDE = {"initializer_range": 0.3}  # distributions far enough from uniform that a mistake shows
+
+
+@pytest.mark.parametrize("kind", ["Seq2Seq", "LanguageModeling"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dense_plain_and_ours_have_the_same_loss_and_gradients(family, kind):
+    model = build_model(family, VOCABULARY, suppress_tokens=[5, 6], **WIDE)
+    examples = [
+        {
+            **e,
+            "prompt_ids": e["prompt_ids"][i % 3 :],
+            "target_ids": e["target_ids"][i:],
+            "input_ids": e["input_ids"][i:],
+        }
+        for i, e in enumerate(random_examples(7, 4, 9, VOCABULARY))
+    ]
+    batch = build_collator(family, kind, VOCABULARY)(examples)
+    losses = [family_class(family, "Loss")()(model, batch).loss_sum]
+    losses += [LOSSES[family](model, batch, BLOCK, dense) for dense in (True, False)]
+    gradients = [torch.autograd.grad(loss, model.model.embed_tokens.weight)[0] for loss in losses]
+    for loss, gradient in zip(losses[1:], gradients[1:], strict=True):
+        torch.testing.assert_close(loss, losses[0], rtol=1e-5, atol=1e-5)
+        assert (gradient - gradients[0]).norm() < 1e-4 * gradients[0].norm()
+
+
+@pytest.mark.parametrize("num_steps", [None, 4, 30])
+@pytest.mark.parametrize("do_sample", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dense_plain_and_ours_write_the_same(family, do_sample, num_steps):
+    if num_steps and family in ("ilm", "arlm"):
+        pytest.skip("writes one token a step")
+    model = build_model(family, VOCABULARY, **WIDE)
+    prompts = torch.tensor([PROMPTS[family]] * 5)
+    options = {"do_sample": do_sample, **({"num_steps": num_steps} if num_steps else {})}
+    if family == "ilm":
+        options["stopping_threshold"] = None
+    ours = model.generate(prompts, max_new_tokens=12, seed=3, **options).sequences
+    assert do_sample == (len(ours.unique(dim=0)) > 1) or family == "mdlm"
+    for dense in (True, False):
+        theirs = SAMPLERS[family](model, prompts, 12, seed=3, dense=dense, do_sample=do_sample, num_steps=num_steps)
+        assert torch.equal(theirs, ours)
+
+
+def test_rows_that_end_early_are_the_same_too():
+    model = build_model("ilm", VOCABULARY, **WIDE)
+    end_at_given_lengths(model)
+    prompts = torch.tensor([[1, 7 + length, 4] for length in (3, 0, 12, 7)])
+    output = model.generate(prompts, max_new_tokens=12, seed=3, do_sample=True)
+    assert output.nfe.tolist() == [4, 1, 12, 8]
+    for dense in (True, False):
+        assert torch.equal(SAMPLERS["ilm"](model, prompts, 12, True, 3, dense, stop=True), output.sequences)
