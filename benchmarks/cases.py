@@ -25,7 +25,7 @@ def family_class(family: str, name: str):
 
 
 def build_model(family: str, vocab_size: int, max_positions: int = 256, **config):
-    """A model of the family with seeded random weights, in evaluation mode, that writes no special ids, not even an end."""
+    """A model of the family with seeded random weights, in evaluation mode, that writes no special ids."""
     torch.manual_seed(0)
     writes = {"suppress_tokens": SPECIAL_IDS, "eos_token_id": None}
     options = {**BACKBONE, "max_position_embeddings": max_positions, **writes, **config}

@@ -25,7 +25,7 @@ def measurements() -> dict:
     (training_setting,), (collation_setting,) = training.QUICK, collation.QUICK
     watched = {}
     for family in FAMILIES:
-        watched[f"training {family}"] = lambda f=family: training.measure(f, training_setting, 3, memory=False)
+        watched[f"training {family}"] = lambda f=family: training.measure(f, training_setting, 3, with_memory=False)
         watched[f"collation {family}"] = lambda f=family: collation.measure(f, collation_setting, 3)
     for setting in generation.QUICK:
         watched[f"generation {setting.family}"] = lambda s=setting: generation.measure(s, 3)

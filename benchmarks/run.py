@@ -26,7 +26,7 @@ def run_training(families, quick: bool) -> Iterator[dict]:
     for setting in training.QUICK if quick else training.SETTINGS:
         repetitions = 31 if "star" in setting else 3 if quick else 7
         for family in families:
-            yield training.measure(family, setting, repetitions, memory=not quick)
+            yield training.measure(family, setting, repetitions, with_memory=not quick)
 
 
 def run_collation(families, quick: bool) -> Iterator[dict]:

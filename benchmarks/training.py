@@ -1,6 +1,8 @@
 """One optimiser step - loss, backward, AdamW - of every family on one thread, and its peak memory.
 
-python -m benchmarks.training FAMILY SETTING METHOD     peak memory of two steps, in bytes (a process of its own)
+    python -m benchmarks.training FAMILY SETTING METHOD
+
+prints the memory of a process before the first step and its peak after two, in bytes.
 """
 
 import sys
@@ -8,7 +10,7 @@ import sys
 import torch
 
 from benchmarks.cases import build_collator, build_model, family_class, random_examples
-from benchmarks.measure import cpu_seconds, peak_memory, run_child, summary
+from benchmarks.measure import cpu_seconds, memory, run_child, summary
 from benchmarks.reference.losses import LOSSES
 
 # name: rows, prompt, target, vocabulary
@@ -48,16 +50,16 @@ def steps(family: str, setting: str, methods: tuple[str, ...] = METHODS) -> dict
     return functions
 
 
-def measure(family: str, setting: str, repetitions: int, memory: bool = True) -> dict:
-    """CPU seconds of a step and bytes of peak memory, by method."""
+def measure(family: str, setting: str, repetitions: int, with_memory: bool = True) -> dict:
+    """CPU seconds of a step, peak memory, and what of it came with the steps, in bytes, by method."""
     functions = steps(family, setting)
     for function in functions.values():
         function()
     record = {"family": family, "setting": setting, **summary(cpu_seconds(functions, repetitions))}
-    if memory:
-        record["peak_bytes"] = {
-            method: int(run_child("-m", "benchmarks.training", family, setting, method).stdout) for method in METHODS
-        }
+    if with_memory:
+        printed = {m: run_child("-m", "benchmarks.training", family, setting, m).stdout.split() for m in METHODS}
+        record["peak_bytes"] = {method: int(peak) for method, (_, peak) in printed.items()}
+        record["step_bytes"] = {method: int(peak) - int(before) for method, (before, peak) in printed.items()}
     return record
 
 
@@ -65,6 +67,7 @@ if __name__ == "__main__":
     family, setting, method = sys.argv[1:]
     torch.set_num_threads(1)
     step = steps(family, setting, (method,))[method]
+    before = memory("VmRSS")
     step()
     step()
-    print(peak_memory())
+    print(before, memory())

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from benchmarks.cases import FAMILIES, build_collator, build_model, end_at_given_lengths, family_class, random_examples
 from benchmarks.reference.losses import LOSSES
 from benchmarks.reference.sampling import SAMPLERS

@@ -7,7 +7,7 @@ without it only what is written is normalised and drawn.
 
 import torch
 
-from xlm_hf.modules.counter_random import random_bits, uniform
+from xlm_hf.modules.counter_random import uniform
 from xlm_hf.modules.generation import row_seeds
 
 

@@ -69,6 +69,17 @@ def test_loss_and_gradients_equal_a_loop(grouped, rows_per_chunk, seed):
     assert not output.losses.requires_grad
 
 
+@pytest.mark.parametrize("suppressed", [None, (), (0,)])
+def test_no_id_need_be_suppressed(suppressed):
+    hidden, head, ids, options = problem(grouped=False)
+    gradients = []
+    for rows in (8, 3):
+        with chunks_of(rows):
+            loss_sum = linear_cross_entropy(hidden, head, suppressed, ids, **options).loss_sum
+        gradients.append(torch.autograd.grad(loss_sum, (hidden, head.weight)))
+    torch.testing.assert_close(*gradients)
+
+
 @pytest.mark.parametrize("grouped", [False, True])
 def test_many_rows_go_in_chunks_and_groups_stay_whole(grouped, monkeypatch):
     """By default: more logits than a chunk holds, and only under a plain linear head."""

@@ -161,13 +161,14 @@ def _(hidden_states, weight, suppressed_ids, targets, groups, product_dtype, wan
 
 
 def _save_gradients(ctx, inputs, output) -> None:
-    ctx.wanted, ctx.num_targets = inputs[-1], len(inputs[3])
+    # What stands for an argument without a gradient: an empty list has nothing in it to be None.
+    ctx.wanted, ctx.num_targets, ctx.of_suppressed = inputs[-1], len(inputs[3]), None if inputs[2] else []
     ctx.save_for_backward(*output[-2:])
 
 
 def _scale_gradients(ctx, by_sum, *_):
     grads = [by_sum.to(x.dtype) * x if w else None for x, w in zip(ctx.saved_tensors, ctx.wanted, strict=True)]
-    return *grads, None, [None] * ctx.num_targets, None, None, None
+    return *grads, ctx.of_suppressed, [None] * ctx.num_targets, None, None, None
 
 
 _chunked_cross_entropy.register_autograd(_scale_gradients, setup_context=_save_gradients)
