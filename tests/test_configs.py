@@ -102,7 +102,7 @@ def test_every_size_is_a_model_and_a_set_of_arguments(size, family, tmp_path):
     assert trainer.args.max_steps == cfg.trainer.max_steps
 
 
-@pytest.mark.parametrize("group", ["logger", "trainer"])
+@pytest.mark.parametrize("group", ["logger", "trainer", "debug"])
 def test_every_option_of_the_other_groups_composes(group):
     for option in GROUPS[group]:
         cfg = composed("ilm_star", f"{group}={option}")
@@ -110,7 +110,7 @@ def test_every_option_of_the_other_groups_composes(group):
 
 
 def test_no_group_is_left_out():
-    assert set(GROUPS) == {"family", "task", "size", "trainer", "logger", "accelerate"}
+    assert set(GROUPS) == {"family", "task", "size", "trainer", "logger", "debug", "accelerate"}
 
 
 def test_named_experiments_are_thin():

@@ -28,6 +28,8 @@ class XLMTrainingArguments(TrainingArguments):
             which by default the last and the best stay. None keeps no checkpoint for good.
         save_on_exception: save a checkpoint when training ends early: after the step during which SIGTERM or SIGINT
             arrived, on all ranks, or when an error is raised, in a single process.
+        tracked_predictions: how many predictions of an evaluation set Weights & Biases and TensorBoard get as a table.
+        shown_predictions: how many of them the console shows.
 
     Raises:
         ValueError: for a value out of its range, or a `global_batch_size` that the devices cannot make.
@@ -41,6 +43,8 @@ class XLMTrainingArguments(TrainingArguments):
     global_batch_size: int | None = field(default=None, metadata={"help": "Examples of a step over all devices."})
     keep_every: int | None = field(default=None, metadata={"help": "Keep the checkpoints at multiples of it."})
     save_on_exception: bool = field(default=False, metadata={"help": "Save when training ends early."})
+    tracked_predictions: int = field(default=50, metadata={"help": "Rows of the tables of predictions."})
+    shown_predictions: int = field(default=0, metadata={"help": "Predictions that the console shows."})
 
     def __post_init__(self):
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:

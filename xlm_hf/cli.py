@@ -26,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 import xlm_hf.commands
 from xlm_hf.checkpoints import write_text
 from xlm_hf.commands.common import open_override
+from xlm_hf.debugging import apply_debug_options
 from xlm_hf.modules.messages import did_you_mean
 from xlm_hf.signals import TrainingStopped
 from xlm_hf.sweeps import ERROR_FILE
@@ -94,6 +95,8 @@ def _run_of_a_sweep(cfg: DictConfig) -> None:
 def _run(cfg: DictConfig) -> None:
     name = HydraConfig.get().job.config_name
     cfg.experiment = cfg.experiment or (f"{cfg.family}_{cfg.task.name}" if name == "config" else name)
+    if "debug" in cfg:
+        apply_debug_options(cfg, HydraConfig.get().overrides.task)
     if cfg.num_threads is not None:
         torch.set_num_threads(cfg.num_threads)
     modules = pkgutil.iter_modules(xlm_hf.commands.__path__)

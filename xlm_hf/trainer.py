@@ -12,11 +12,12 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.integrations import TensorBoardCallback, WandbCallback
 from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput
 
 from xlm_hf.arguments import XLMTrainingArguments
-from xlm_hf.callbacks import ProgressBar
+from xlm_hf.callbacks import ProgressBar, TensorBoardTracker, WandbTracker, show_predictions, write_predictions
 from xlm_hf.checkpoints import INCOMPLETE_SUFFIX, delete_old_checkpoints, replaced_folder
 from xlm_hf.data import Mixture, keyed
 from xlm_hf.ema import EMA_FILE, ExponentialMovingAverage
@@ -111,6 +112,10 @@ class XLMTrainer(PushesRepositories):
         )
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
+        trackers = {WandbCallback: WandbTracker, TensorBoardCallback: TensorBoardTracker}
+        for parent, tracker in trackers.items():
+            if self.pop_callback(parent) is not None:
+                self.add_callback(tracker())
         self.add_callback(ProgressBar())
         self.callback_handler.callbacks.insert(0, _StepHooks(self))
         self.loss = loss
@@ -348,9 +353,18 @@ class XLMTrainer(PushesRepositories):
             metrics.update(named)
             if records:
                 self.predictions[evaluation_set.name] = records
+                self._show_predictions(evaluation_set.name, records)
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _show_predictions(self, name: str, records: list[dict[str, Any]]) -> None:
+        if self.is_world_process_zero():
+            write_predictions(Path(str(self.args.output_dir)), name, records)
+            show_predictions(name, records[: self.args.shown_predictions])
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, (TensorBoardTracker, WandbTracker)):
+                    callback.log_predictions(self.args, self.state, self.model, name, records)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial) -> bool:
         name = self.args.metric_for_best_model

@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from xlm_hf.arguments import XLMTrainingArguments
-from xlm_hf.callbacks import Budget, EarlyStopping
+from xlm_hf.callbacks import Budget, EarlyStopping, Profiler, write_predictions
 from xlm_hf.checkpoints import resolve_checkpoint, write_text
 from xlm_hf.ema import load_average
 from xlm_hf.evaluation import RECORD_FIELDS, EvaluationSet
@@ -206,10 +206,12 @@ def build_evaluation_sets(cfg: DictConfig, task: Task, model: PreTrainedModel, l
 
 
 def build_callbacks(cfg: DictConfig) -> list[TrainerCallback]:
-    """The callbacks that end a run: its budget, and early stopping where a patience is set."""
+    """The callbacks that the config asks for: a budget, early stopping where a patience is set, the profiler."""
     callbacks: list[TrainerCallback] = [Budget(**plain(cfg.budget))]
     if cfg.early_stopping.patience is not None:
         callbacks.append(EarlyStopping(cfg.early_stopping.patience, cfg.early_stopping.threshold))
+    if cfg.debug.name == "profile":
+        callbacks.append(Profiler())
     return callbacks
 
 
@@ -283,10 +285,8 @@ def build_trainer(cfg: DictConfig, task: Task, model: PreTrainedModel, output_di
 
 def write_results(output_dir: Path, metrics: dict[str, float], predictions: dict[str, list[dict[str, Any]]]) -> None:
     """Write `metrics.json` and `predictions/<set>.jsonl`, overwriting what an earlier call wrote."""
-    (output_dir / "predictions").mkdir(exist_ok=True)
     for name, records in predictions.items():
-        lines = "".join(json.dumps(record) + "\n" for record in records)
-        write_text(output_dir / "predictions" / f"{name}.jsonl", lines)
+        write_predictions(output_dir, name, records)
     write_text(output_dir / "metrics.json", json.dumps(metrics, indent=2, sort_keys=True, default=float) + "\n")
 
 

@@ -1,6 +1,5 @@
 """job=train: prepare, train (or resume), test, and export `model/`."""
 
-import os
 from collections.abc import Sized
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from xlm_hf.commands.common import (
     say,
     write_results,
 )
+from xlm_hf.debugging import FrozenBatch, describe_batch, first_examples
 from xlm_hf.hub import export_model
 
 # What makes two runs different runs; the rest (steps, logging, generation) may change when a run is resumed.
@@ -33,12 +33,18 @@ def run(cfg: DictConfig) -> dict[str, float]:
     Raises:
         ValueError: if `output_dir` holds a different run, or an option does not fit.
     """
-    _use_offline_wandb(cfg)
     output_dir = run_directory(cfg)
     _check_same_run(output_dir / "config.yaml", cfg)
     task = build_task(cfg)
+    if cfg.debug.name == "small_data":
+        task.splits = first_examples(task.splits, cfg.debug.num_train, cfg.debug.num_others)
     model = build_model(cfg, task.tokenizer)
     trainer = build_trainer(cfg, task, model, output_dir)
+    if cfg.debug.name == "print_batch":
+        say(describe_batch(next(iter(trainer.get_train_dataloader())), task.tokenizer))
+        return {}
+    if cfg.debug.name == "overfit":
+        trainer.data_collator = FrozenBatch(trainer.data_collator)
     # Only now is the config known to make a run; a mistaken one must not lay claim to the folder.
     if trainer.is_world_process_zero():
         write_text(output_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
@@ -46,6 +52,9 @@ def run(cfg: DictConfig) -> dict[str, float]:
     _say_summary(trainer, cfg, output_dir, checkpoint)
     trainer.card_variables = card_variables(plain(cfg), {"steps": 0}, {})
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if cfg.debug.name == "dry_run":
+        say(f"A step, an evaluation and a checkpoint work: {output_dir}")
+        return {}
     metrics = trainer.evaluate(metric_key_prefix="test")
     state = trainer.state
     metrics |= {"parameters": model.num_parameters(), "steps": state.global_step}
@@ -63,11 +72,6 @@ def run(cfg: DictConfig) -> dict[str, float]:
         say(f"Model, ready for the Hub: {output_dir}/model")
         say(f"Next: {next_command('job=generate', f'checkpoint={output_dir}')}")
     return metrics
-
-
-def _use_offline_wandb(cfg: DictConfig) -> None:
-    if "wandb" in cfg.logger and "WANDB_API_KEY" not in os.environ:
-        os.environ.setdefault("WANDB_MODE", "offline")
 
 
 def _check_same_run(file: Path, cfg: DictConfig) -> None:
@@ -95,4 +99,8 @@ def _say_summary(trainer, cfg: DictConfig, output_dir: Path, checkpoint: Path | 
     source = f"{len(trainer.train_dataset):,}" if isinstance(trainer.train_dataset, Sized) else "a stream"
     say(f"{cfg.experiment}: {cfg.family} on {cfg.task.name}, {trainer.model.num_parameters():,} parameters")
     say(f"{length} of {batch_size} examples, from {source}; seed {cfg.seed}; {args.device}")
+    if isinstance(trainer.train_dataset, Sized):
+        examples = trainer.train_dataset.__getitems__([(0, i, i) for i in range(min(8, len(trainer.train_dataset)))])
+        tokens = int(trainer.data_collator(examples)["attention_mask"].sum()) * batch_size // len(examples)
+        say(f"About {tokens:,} tokens a step, padding left out")
     say(f"Everything goes to {output_dir}" + (f"; resuming from {checkpoint.name}" if checkpoint else ""))
