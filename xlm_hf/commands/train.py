@@ -99,7 +99,7 @@ def _say_summary(trainer, cfg: DictConfig, output_dir: Path, checkpoint: Path | 
     source = f"{len(trainer.train_dataset):,}" if isinstance(trainer.train_dataset, Sized) else "a stream"
     say(f"{cfg.experiment}: {cfg.family} on {cfg.task.name}, {trainer.model.num_parameters():,} parameters")
     say(f"{length} of {batch_size} examples, from {source}; seed {cfg.seed}; {args.device}")
-    if isinstance(trainer.train_dataset, Sized):
+    if hasattr(trainer.train_dataset, "__getitems__"):
         examples = trainer.train_dataset.__getitems__([(0, i, i) for i in range(min(8, len(trainer.train_dataset)))])
         tokens = int(trainer.data_collator(examples)["attention_mask"].sum()) * batch_size // len(examples)
         say(f"About {tokens:,} tokens a step, padding left out")
