@@ -1,6 +1,6 @@
 """The debug modes: looking at a run before paying for it."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -31,10 +31,12 @@ class FrozenBatch:
         return dict(self.batch)
 
 
-def first_examples(splits: dict[str, Dataset], num_train: int, num_others: int) -> dict[str, Dataset]:
-    """The first examples of every split."""
+def first_examples(splits: Mapping[str, Any], num_train: int, num_others: int) -> dict[str, Any]:
+    """The first examples of every split; a stream stays as it is."""
     return {
         name: split.select(range(min(len(split), num_train if name == "train" else num_others)))
+        if isinstance(split, Dataset)
+        else split
         for name, split in splits.items()
     }
 
