@@ -60,7 +60,7 @@ def code_lines(file):
 
 
 def test_the_core_and_each_family_stay_small():
-    assert sum(map(code_lines, CORE)) < 5000
+    assert sum(map(code_lines, CORE)) < 5500
     folders = [list((ROOT / "modeling" / family).glob("*.py")) for family in families()]
     sizes = [sum(len(file.read_text().splitlines()) for file in files) for files in folders]
     assert max(sizes) <= 850
