@@ -150,3 +150,33 @@ def test_a_mixture_that_cannot_be_is_refused(sets, weights, message):
 def test_an_empty_stream_is_an_error_and_no_endless_wait():
     with pytest.raises(ValueError, match="A stream of training examples is empty"):
         next(iter(KeyedStream(IterableDataset.from_generator(lambda: iter(())))))
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_batches_of_like_length_hold_every_example_once_in_an_order_of_their_own(mixed):
+    lengths = [int(length) for length in torch.randint(1, 100, (1000,), generator=torch.Generator().manual_seed(0))]
+    texts = [list(range(length)) for length in lengths]
+    data = Dataset.from_dict({"input_ids": texts, "example_id": list(range(1000))})
+    if mixed:
+        data = Mixture([data.select(range(400)), data.select(range(400, 1000))], [2.0, 3.0])
+    sampler = KeyedExamples(data).order(seed=3, examples_at_once=8, group_by_length=True)
+    keys = list(sampler)
+    assert [position for _, position, _ in keys] == list(range(len(keys)))
+    ungrouped = list(KeyedExamples(data).order(seed=3, examples_at_once=8))
+    assert sorted(key[2] for key in keys) == sorted(key[2] for key in ungrouped)
+    assert len({key[2] for key in keys}) >= 995
+    batches = [[lengths[key[2] % 1000] for key in keys[start : start + 8]] for start in range(0, len(keys), 8)]
+    # A window of 400 lengths, sorted, changes by 8 / 4 within a batch on average, and at random by 80.
+    assert sum(max(batch) - min(batch) for batch in batches) / len(batches) < 4
+    # The batches of a window are shuffled: long ones do not all come last.
+    means = torch.tensor([sum(batch) / 8 for batch in batches[:50]])
+    assert abs(torch.corrcoef(torch.stack((means, torch.arange(50.0))))[0, 1]) < 0.5
+    assert keys == list(sampler)
+    sampler.set_epoch(1)
+    assert [key[2] for key in keys] != [key[2] for key in sampler]
+
+
+def test_a_stream_cannot_be_grouped_by_length():
+    stream = Dataset.from_dict({"input_ids": [[1]], "example_id": [0]}).to_iterable_dataset()
+    with pytest.raises(ValueError, match=r"A stream cannot be grouped by length: use train_sampling_strategy=random"):
+        KeyedStream(stream).order(seed=0, examples_at_once=1, group_by_length=True)

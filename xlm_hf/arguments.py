@@ -22,6 +22,7 @@ class XLMTrainingArguments(TrainingArguments):
         ema_decay: in [0, 1), of the exponential moving average of the weights (see `ExponentialMovingAverage`), which
             is then evaluated, exported and pushed; None keeps none.
         use_ema: whether evaluation and export take the averaged weights; the average is kept in any case.
+        train_sampling_strategy: "random", or "group_by_length": batches of examples of like length.
         global_batch_size: examples of an optimiser step over all devices, from which `gradient_accumulation_steps`
             follows; None leaves that as it is.
         keep_every: checkpoints whose step is a multiple of it stay for good; `save_total_limit` counts the others, of
@@ -50,6 +51,10 @@ class XLMTrainingArguments(TrainingArguments):
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ValueError(
                 f"ema_decay must be in [0, 1) and is {self.ema_decay}: 0.9999 averages over about 10,000 steps."
+            )
+        if self.train_sampling_strategy not in ("random", "group_by_length"):
+            raise ValueError(
+                f"train_sampling_strategy must be random or group_by_length and is {self.train_sampling_strategy!r}."
             )
         if self.keep_every is not None and self.keep_every < 1:
             raise ValueError(f"keep_every must be a positive number of steps and is {self.keep_every}.")

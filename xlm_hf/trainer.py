@@ -172,7 +172,8 @@ class XLMTrainer(PushesRepositories):
         """Batches of the training set in an order, and with a corruption, that (seed, epoch) alone determine."""
         args = self.args
         seed = args.seed if args.data_seed is None else args.data_seed
-        self._sampler = self.train_dataset.order(seed, self._train_batch_size * args.world_size)
+        by_length = args.train_sampling_strategy == "group_by_length"
+        self._sampler = self.train_dataset.order(seed, self._train_batch_size * args.world_size, by_length)
         loader = DataLoader(
             self.train_dataset,
             batch_size=self._train_batch_size,

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import datasets
+import numpy as np
+import pyarrow.compute as pc
 import torch
 from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
@@ -17,6 +19,8 @@ Key = tuple[int, int, int]
 # Examples among which a stream is shuffled, beside the order of its shards.
 _SHUFFLE_BUFFER = 10_000
 _READ_AT_ONCE = 256
+# Batches among whose examples those of like length are put together.
+_BATCHES_IN_WINDOW = 50
 # Positions that are turned into Python integers at a time: an epoch may have hundreds of millions.
 _BLOCK = 65_536
 
@@ -71,12 +75,24 @@ class EpochSampler(Sampler[Key]):
         sizes: of the sets, which follow one another in the dataset.
         seed: of the order.
         mixture: chooses among the sets; None for a single one.
+        lengths: of the examples of the dataset, (N,). With them, examples of like length go into one batch: each
+            stretch of 50 batches of the shuffled epoch is sorted by length and cut into batches, which are shuffled.
+        examples_at_once: size of a batch, over all ranks.
     """
 
-    def __init__(self, sizes: Sequence[int], seed: int, mixture: Mixture | None = None):
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        seed: int,
+        mixture: Mixture | None = None,
+        lengths: torch.Tensor | None = None,
+        examples_at_once: int = 1,
+    ):
         self.sizes = sizes
         self.seed = seed
         self.mixture = mixture
+        self.lengths = lengths
+        self.examples_at_once = examples_at_once
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -92,10 +108,21 @@ class EpochSampler(Sampler[Key]):
         )
 
     def __iter__(self) -> Iterator[Key]:
-        order = self._order()
+        order = self._order() if self.lengths is None else self._grouped(self._order(), self.lengths)
         for start in range(0, len(order), _BLOCK):
             for position, index in enumerate(order[start : start + _BLOCK].tolist(), start):
                 yield self.epoch, position, index
+
+    def _grouped(self, order: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        windows = []
+        for number, window in enumerate(order.split(_BATCHES_IN_WINDOW * self.examples_at_once)):
+            by_length = window[lengths[window % len(lengths)].argsort(stable=True)]
+            whole = len(window) - len(window) % self.examples_at_once
+            batches = by_length[:whole].view(-1, self.examples_at_once)
+            # A batch that is not full can only be the last of the epoch.
+            shuffled = torch.randperm(len(batches), generator=_generator(self.seed, self.epoch, number))
+            windows += [batches[shuffled].flatten(), by_length[whole:]]
+        return torch.cat(windows)
 
     def _order(self) -> torch.Tensor:
         if self.mixture is None:
@@ -125,9 +152,16 @@ class KeyedExamples(Dataset[dict[str, Any]]):
         self.sets: Any = data.sets if isinstance(data, Mixture) else [data]
         self.dataset = datasets.concatenate_datasets(self.sets) if self.mixture else self.sets[0]
 
-    def order(self, seed: int, examples_at_once: int) -> EpochSampler:
-        """The sampler of a data loader; it depends on the seed alone."""
-        return EpochSampler([len(one) for one in self.sets], seed, self.mixture)
+    def order(self, seed: int, examples_at_once: int, group_by_length: bool = False) -> EpochSampler:
+        """The sampler of a data loader; it depends on the seed, and grouped by length on the size of a batch."""
+        lengths = self._lengths() if group_by_length else None
+        return EpochSampler([len(one) for one in self.sets], seed, self.mixture, lengths, examples_at_once)
+
+    def _lengths(self) -> torch.Tensor:
+        columns = [name for name in ("input_ids", "prompt_ids", "target_ids") if name in self.dataset.column_names]
+        tables = self.dataset.select_columns(columns).with_format("arrow").iter(_BLOCK)
+        counts = [sum(np.array(pc.list_value_length(table[name])) for name in columns) for table in tables]
+        return torch.from_numpy(np.concatenate(counts))
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -169,8 +203,14 @@ class KeyedStream(IterableDataset[dict[str, Any]]):
         self.seed = 0
         self.examples_at_once = 1
 
-    def order(self, seed: int, examples_at_once: int) -> None:
-        """No sampler: the stream keeps its order itself, and the workers take turns at what all ranks take at once."""
+    def order(self, seed: int, examples_at_once: int, group_by_length: bool = False) -> None:
+        """No sampler: the stream keeps its order itself, and the workers take turns at what all ranks take at once.
+
+        Raises:
+            ValueError: if it shall be grouped by length.
+        """
+        if group_by_length:
+            raise ValueError("A stream cannot be grouped by length: use train_sampling_strategy=random or packing.")
         self.seed, self.examples_at_once = seed, examples_at_once
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
