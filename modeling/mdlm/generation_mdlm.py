@@ -15,7 +15,7 @@ from xlm_hf.modules.canvas import (
 from xlm_hf.modules.counter_random import random_bits, uniform
 from xlm_hf.modules.generation import NonAutoregressiveGenerationOutput, row_seeds
 from xlm_hf.modules.noise_schedules import NOISE_SCHEDULES
-from xlm_hf.modules.unmasking import TokenStatistics, commit_ranks, commit_top_k, num_to_commit, order_scores
+from xlm_hf.modules.unmasking import commit_ranks, commit_top_k, num_to_commit, order_scores, statistics_in_place
 
 _EVENT, _TOKEN, _TIME = 0, 1, 2  # last counter of a random number: what it decides
 
@@ -133,8 +133,8 @@ class MDLMGenerationMixin(MaskedGenerationMixin):
         if config.num_steps is None:
             chosen = choose_positions(logits, eligible, positions, seeds, step, config)
         else:
-            statistics = TokenStatistics.of_logits(logits).spread(eligible)
-            ranks = commit_ranks(order_scores(config.order, statistics, seeds, positions), eligible)
+            statistic = statistics_in_place(logits, eligible)
+            ranks = commit_ranks(order_scores(config.order, statistic, seeds, positions), eligible)
             steps_left = process.num_steps(rows) - process.step[rows]
             chosen = commit_top_k(ranks, eligible, num_to_commit(eligible.sum(dim=-1), steps_left))
         uniforms = uniform(seeds[:, None], step, positions, _TOKEN)[chosen]

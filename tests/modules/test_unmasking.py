@@ -7,13 +7,14 @@ from scipy.stats import chisquare
 
 from xlm_hf.modules.unmasking import (
     ORDERS,
-    TokenStatistics,
     commit_bounded,
     commit_confident,
     commit_ranks,
     commit_top_k,
     num_to_commit,
     order_scores,
+    statistics_in_place,
+    token_statistic,
 )
 
 
@@ -95,25 +96,28 @@ def test_statistics_equal_their_definitions():
     logits = torch.randn(30, 6, generator=torch.Generator().manual_seed(0)) * 3
     logits[:, 2] = -torch.inf
     logits[0] = torch.tensor([-torch.inf, 4.0, -torch.inf, -torch.inf, -torch.inf, -torch.inf])
-    statistics = TokenStatistics.of_logits(logits)
+    statistics = {name: token_statistic(name, logits) for name in ("confidence", "margin", "entropy")}
     for row, values in enumerate(logits.double().exp().tolist()):
         p = sorted((v / sum(values) for v in values), reverse=True)
-        assert float(statistics.confidence[row]) == pytest.approx(p[0], abs=1e-6)
-        assert float(statistics.margin[row]) == pytest.approx(p[0] - p[1], abs=1e-6)
-        assert float(statistics.entropy[row]) == pytest.approx(-sum(x * math.log(x) for x in p if x), abs=1e-5)
+        assert float(statistics["confidence"][row]) == pytest.approx(p[0], abs=1e-6)
+        assert float(statistics["margin"][row]) == pytest.approx(p[0] - p[1], abs=1e-6)
+        assert float(statistics["entropy"][row]) == pytest.approx(-sum(x * math.log(x) for x in p if x), abs=1e-5)
     eligible = torch.tensor([[True, False, True], [False, False, True]])
-    spread = TokenStatistics(*(torch.tensor([1.0, 2.0, 3.0]) for _ in range(3))).spread(eligible)
-    assert spread.margin.tolist() == [[1, 0, 2], [0, 0, 3]]
+    margins = statistics_in_place(logits[1:4], eligible)("margin")
+    a, b, c = statistics["margin"][1:4].tolist()
+    assert margins.tolist() == [[a, 0, b], [0, 0, c]]
 
 
 def test_orders_rank_by_their_statistic():
-    statistics = TokenStatistics(
-        torch.tensor([[0.5, 0.6, 0.4]]), torch.tensor([[0.4, 0.2, 0.3]]), torch.tensor([[1.0, 0.9, 0.8]])
-    )
+    statistics = {
+        "confidence": torch.tensor([[0.5, 0.6, 0.4]]),
+        "margin": torch.tensor([[0.4, 0.2, 0.3]]),
+        "entropy": torch.tensor([[1.0, 0.9, 0.8]]),
+    }
     everywhere = torch.ones(1, 3, dtype=torch.bool)
     ranks = {
         order: commit_ranks(
-            order_scores(order, statistics, torch.tensor([0]), torch.arange(3)[None]), everywhere
+            order_scores(order, statistics.__getitem__, torch.tensor([0]), torch.arange(3)[None]), everywhere
         ).tolist()
         for order in ORDERS
     }
@@ -124,7 +128,7 @@ def test_orders_rank_by_their_statistic():
 
 def test_every_random_order_is_as_likely_and_padding_does_not_change_it():
     num, length = 12_000, 4
-    seeds, nothing = torch.arange(num), TokenStatistics(*(torch.zeros(num, length) for _ in range(3)))
+    seeds, nothing = torch.arange(num), {}.__getitem__
     everywhere = torch.ones(num, length, dtype=torch.bool)
     scores = order_scores("random", nothing, seeds, torch.arange(length).expand(num, -1))
     ranks = commit_ranks(scores, everywhere)

@@ -19,13 +19,13 @@ from .generation import (
 from .token_sampling import filter_logits, sample_categorical
 from .unmasking import (
     ORDERS,
-    TokenStatistics,
     commit_bounded,
     commit_confident,
     commit_ranks,
     commit_top_k,
     num_to_commit,
     order_scores,
+    statistics_in_place,
 )
 
 
@@ -267,16 +267,16 @@ def choose_positions(
     `logits` (S, V) are those of the `masked` (R, L) positions in reading order, before temperature, top-k and top-p;
     `positions` (R, L) say the place of each token in its own row, `seeds` (R,) are those of the rows.
     """
-    statistics = TokenStatistics.of_logits(logits).spread(masked)
+    statistic = statistics_in_place(logits, masked)
     # A random order is drawn anew in each step: how far a bound lets one go tells something about the rest of it.
-    scores = order_scores(config.order, statistics, random_bits(seeds, step), positions)
+    scores = order_scores(config.order, statistic, random_bits(seeds, step), positions)
     ranks = commit_ranks(scores, masked)
     if config.confidence_threshold is not None:
-        return commit_confident(ranks, masked, statistics.confidence, config.confidence_threshold)
+        return commit_confident(ranks, masked, statistic("confidence"), config.confidence_threshold)
     if config.entropy_bound is not None:
-        return commit_bounded(ranks, masked, statistics.entropy, config.entropy_bound)
+        return commit_bounded(ranks, masked, statistic("entropy"), config.entropy_bound)
     if config.error_bound is not None:
-        return commit_bounded(ranks, masked, 1 - statistics.confidence, config.error_bound)
+        return commit_bounded(ranks, masked, 1 - statistic("confidence"), config.error_bound)
     k = torch.ones_like(seeds)
     if config.num_steps is not None:
         num_masked = masked.sum(dim=-1)

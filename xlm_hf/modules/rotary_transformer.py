@@ -128,19 +128,21 @@ def rotary_cos_sin(
     """
     exponents = torch.arange(0, rotary_dim, 2, device=position_ids.device, dtype=torch.float32) / rotary_dim
     angles = position_ids[:, None, :, None].float() * theta**-exponents
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    return torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
 
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the first `cos.shape[-1]` dimensions of each head of `x` (B, heads, L, head_dim)."""
-    rotary_dim = cos.shape[-1]
+    """Rotate the first `cos.shape[-1]` dimensions of each head of `x` (..., B, heads, L, head_dim)."""
+    rotary_dim, half = cos.shape[-1], cos.shape[-1] // 2
     if rotary_dim == 0:
         return x
-    rotated, passed = x[..., :rotary_dim], x[..., rotary_dim:]
-    first, second = rotated.chunk(2, dim=-1)
-    rotated = rotated * cos + torch.cat((-second, first), dim=-1) * sin
-    return rotated if passed.shape[-1] == 0 else torch.cat((rotated, passed), dim=-1)
+    first, second = x[..., :half], x[..., half:rotary_dim]
+    rotated = x[..., :rotary_dim] * cos
+    # In place: queries and keys of a batch leave the cache, and every copy of them goes through main memory.
+    rotated[..., :half].sub_(second * sin[..., :half])
+    rotated[..., half:].add_(first * sin[..., half:])
+    return rotated if x.shape[-1] == rotary_dim else torch.cat((rotated, x[..., rotary_dim:]), dim=-1)
 
 
 def eager_attention_forward(
@@ -241,8 +243,8 @@ class RotaryAttention(nn.Module):
             the same shape and the attention weights.
         """
         B, L, _ = hidden_states.shape
-        query, key, value = self.qkv_proj(hidden_states).view(B, L, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)
-        query, key = apply_rotary(query, *cos_sin), apply_rotary(key, *cos_sin)
+        projected = self.qkv_proj(hidden_states).view(B, L, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)
+        (query, key), value = apply_rotary(projected[:2], *cos_sin), projected[2]
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(

@@ -24,7 +24,9 @@ def filter_logits(
     Returns:
         (..., N) float32 logits with the entries that were filtered out at -inf.
     """
-    logits = logits.float() / temperature
+    logits = logits.float()
+    if temperature != 1:
+        logits = logits / temperature
     if top_k and top_k < logits.shape[-1]:
         kth_largest = logits.topk(top_k, dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < kth_largest, -torch.inf)
@@ -47,7 +49,7 @@ def sample_categorical(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Te
     Returns:
         (...) int64 indices; an entry at -inf is never drawn.
     """
-    cumulative = logits.float().softmax(dim=-1).cumsum(dim=-1)
+    cumulative = logits.float().softmax(dim=-1).cumsum_(dim=-1)
     total = cumulative[..., -1:]
     # A product that rounds up to the total would fall behind the last entry.
     threshold = torch.minimum(uniforms.unsqueeze(-1).to(cumulative.dtype) * total, total.nextafter(total.new_zeros(())))

@@ -6,55 +6,65 @@ A rule has two parts: an order of the eligible positions (`commit_ranks` of a sc
 (`commit_top_k`, `commit_confident`, `commit_bounded`). Ties go to the position further left.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import cache
 
 import torch
 
 from .counter_random import random_bits
 
 ORDERS = ("random", "confidence", "margin", "entropy")
+_PART_SIZE = 2**18  # entries
 
 
-@dataclass
-class TokenStatistics:
-    """How sure a distribution over tokens is; the fields share one shape.
+def token_statistic(name: str, logits: torch.Tensor) -> torch.Tensor:
+    """How sure softmax(logits) is: (S,) float32 for logits (S, V), in which entries at -inf count as impossible.
 
-    Attributes:
-        confidence: p1, the largest probability.
-        margin: p1 - p2, the largest less the second largest.
-        entropy: -sum p log p, in nats.
+    The distribution is meant to be the model's own: after the suppression of tokens, before temperature, top-k, top-p
+    and noise, which shape the draw and not the model's certainty.
+
+    Args:
+        name: "confidence", p1, the largest probability; "margin", p1 - p2, the largest less the second largest;
+            "entropy", -sum p log p, in nats.
+        logits: (S, V).
+    """
+    # A part at a time, small enough for the cache: the probabilities of all at once would go through main memory.
+    parts = logits.split(max(1, _PART_SIZE // logits.shape[-1]))
+    return torch.cat([_of_probabilities(name, part.float().softmax(dim=-1)) for part in parts])
+
+
+def _of_probabilities(name: str, probabilities: torch.Tensor) -> torch.Tensor:
+    if name == "entropy":
+        return torch.special.entr(probabilities).sum(dim=-1)
+    if name == "confidence":
+        return probabilities.amax(dim=-1)
+    largest, second = probabilities.topk(2, dim=-1).values.unbind(dim=-1)
+    return largest - second
+
+
+def statistics_in_place(logits: torch.Tensor, eligible: torch.Tensor) -> Callable[[str], torch.Tensor]:
+    """The (B, L) values of a statistic by its name, computed when asked for: 0 where not `eligible` (B, L).
+
+    `logits` (S, V) are those of the eligible positions, in reading order.
     """
 
-    confidence: torch.Tensor
-    margin: torch.Tensor
-    entropy: torch.Tensor
-
-    @classmethod
-    def of_logits(cls, logits: torch.Tensor) -> "TokenStatistics":
-        """Statistics (...,) float32 of softmax(logits) for logits (..., V); entries at -inf count as impossible.
-
-        The distribution is meant to be the model's own: after the suppression of tokens, before temperature, top-k,
-        top-p and noise, which shape the draw and not the model's certainty.
-        """
-        probabilities = logits.float().softmax(dim=-1)
-        largest, second = probabilities.topk(2, dim=-1).values.unbind(dim=-1)
-        return cls(largest, largest - second, torch.special.entr(probabilities).sum(dim=-1))
-
-    def spread(self, eligible: torch.Tensor) -> "TokenStatistics":
-        """Put statistics (S,) of the eligible positions, in reading order, into place: (B, L), 0 elsewhere."""
+    @cache
+    def statistic(name: str) -> torch.Tensor:
         empty = torch.zeros(eligible.shape, device=eligible.device)
-        return TokenStatistics(
-            *(empty.masked_scatter(eligible, values) for values in (self.confidence, self.margin, self.entropy))
-        )
+        return empty.masked_scatter(eligible, token_statistic(name, logits))
+
+    return statistic
 
 
-def order_scores(order: str, statistics: TokenStatistics, seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+def order_scores(
+    order: str, statistic: Callable[[str], torch.Tensor], seeds: torch.Tensor, positions: torch.Tensor
+) -> torch.Tensor:
     """The score by which an order commits, the largest first.
 
     Args:
         order: "random", every order of a row's positions alike (first-hitting, arXiv 2409.02908); "confidence", p1
             (MaskGIT, arXiv 2202.04200); "margin", p1 - p2 (arXiv 2502.06768); "entropy", -H.
-        statistics: (B, L) each.
+        statistic: gives the (B, L) values of a statistic by its name, as `statistics_in_place` does.
         seeds: (B,) for "random". With the same seeds in every step a decode follows one random order; where an order's
             own positions decide how much of it is committed, what is left is in a random order only with new seeds.
         positions: (B, L) place of each token in its own row, so that padding does not change a draw.
@@ -65,9 +75,7 @@ def order_scores(order: str, statistics: TokenStatistics, seeds: torch.Tensor, p
     if order == "random":
         # A fixed key per position: what is left of a random order is a random order of what is left.
         return random_bits(seeds[:, None], positions, 0)
-    if order == "entropy":
-        return -statistics.entropy
-    return statistics.confidence if order == "confidence" else statistics.margin
+    return -statistic(order) if order == "entropy" else statistic(order)
 
 
 def commit_ranks(scores: torch.Tensor, eligible: torch.Tensor) -> torch.Tensor:
