@@ -23,6 +23,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
+from xlm_hf.backbones import merged
 from xlm_hf.checkpoints import replaced_folder
 from xlm_hf.modules.messages import did_you_mean
 
@@ -217,7 +218,7 @@ def export_model(
     _check_replaceable(target)
     variables = {"model_id": target.name, "parameters": model.num_parameters(), **(card_variables or {})}
     with replaced_folder(target) as staging:
-        model.save_pretrained(staging)
+        merged(model).save_pretrained(staging)
         tokenizer.save_pretrained(staging)
         (staging / "README.md").write_text(render_card(_FAMILIES[model_type], variables), encoding="utf-8")
     return Path(directory)

@@ -27,6 +27,8 @@ class ARLMConfig(RotaryTransformerConfig):
     suppress_tokens: list[int] | None = None
 
     def __post_init__(self, **kwargs):
+        if self.backbone_config is not None:
+            raise ValueError("A left-to-right model has the rotary backbone alone: leave backbone_config out.")
         if self.suppress_tokens:
             self.suppress_tokens = [token for token in self.suppress_tokens if token != self.eos_token_id]
         super().__post_init__(**kwargs)

@@ -8,6 +8,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from xlm_hf.modules.rotary_transformer import RotaryTransformer, RotaryTransformerPreTrainedModel
+from xlm_hf.modules.transformer_backbone import TransformerBackbone
 from xlm_hf.modules.vocabulary_head import HeadFunction, vocabulary_logits
 
 from .configuration_ilm import ILMConfig
@@ -62,8 +63,8 @@ class ILMForInsertionLM(ILMPreTrainedModel, ILMGenerationMixin):
 
     def __init__(self, config: ILMConfig):
         super().__init__(config)
-        self.model = RotaryTransformer(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.model = TransformerBackbone(config) if config.backbone_config else RotaryTransformer(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.stop_head = ILMStoppingHead(config) if config.num_missing_classes else None
         self.post_init()
 

@@ -1,10 +1,10 @@
 """Configuration of the masked diffusion language model (MDLM)."""
 
+from typing import ClassVar
+
 from transformers.configuration_utils import strict
 
 from xlm_hf.modules.diffusion_transformer import DiffusionTransformerConfig
-
-BACKBONES = ("rotary", "dit")
 
 
 @strict
@@ -16,10 +16,10 @@ class MDLMConfig(DiffusionTransformerConfig):
 
     Attributes:
         backbone: "rotary", the shared transformer, which is not told the time (the masks say it); "dit", the
-            transformer conditioned on the total noise sigma, as in the published code.
+            transformer conditioned on the total noise sigma, as in the published code; "transformers", which is not
+            told the time either.
         time_conditioning: whether "dit" is told that noise; otherwise it is told sigma = 0 at all times, as the
             published models of the paper are.
-        lm_head_bias: whether the vocabulary head has a bias, as in those models.
         noise_eps: the time-conditioned backbone is told sigma = -log(noise_eps + (1 - noise_eps) alpha_t).
         pad_token_id: fills the canvas after the text, where it is content like any other; and fills ragged rows,
             where it is never seen.
@@ -35,9 +35,9 @@ class MDLMConfig(DiffusionTransformerConfig):
 
     model_type = "mdlm"
 
-    backbone: str = "rotary"
+    own_backbones: ClassVar[tuple[str, ...]] = ("rotary", "dit")
+
     time_conditioning: bool = True
-    lm_head_bias: bool = False
     noise_eps: float = 1e-3
     pad_token_id: int | None = 0
     mask_token_id: int = 2
@@ -46,8 +46,6 @@ class MDLMConfig(DiffusionTransformerConfig):
     suppress_tokens: list[int] | None = None
 
     def __post_init__(self, **kwargs):
-        if self.backbone not in BACKBONES:
-            raise ValueError(f"backbone must be one of {', '.join(BACKBONES)} and is {self.backbone!r}.")
         self.time_conditioning = self.time_conditioning and self.backbone == "dit"
         super().__post_init__(**kwargs)
 

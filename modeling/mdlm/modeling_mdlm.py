@@ -8,6 +8,7 @@ from transformers.utils.generic import can_return_tuple
 from xlm_hf.modules.diffusion_transformer import DiffusionTransformer, DiffusionTransformerPreTrainedModel
 from xlm_hf.modules.noise_schedules import total_noise
 from xlm_hf.modules.rotary_transformer import RotaryTransformer
+from xlm_hf.modules.transformer_backbone import TransformerBackbone
 from xlm_hf.modules.vocabulary_head import HeadFunction, vocabulary_logits
 
 from .configuration_mdlm import MDLMConfig
@@ -32,7 +33,8 @@ class MDLMForMaskedDiffusion(MDLMPreTrainedModel, MDLMGenerationMixin):
 
     def __init__(self, config: MDLMConfig):
         super().__init__(config)
-        self.model = DiffusionTransformer(config) if config.backbone == "dit" else RotaryTransformer(config)
+        backbones = {"rotary": RotaryTransformer, "dit": DiffusionTransformer, "transformers": TransformerBackbone}
+        self.model = backbones[config.backbone](config)
         # On the canvas padding is content, so its embedding learns.
         self.model.embed_tokens.padding_idx = None
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)

@@ -6,6 +6,7 @@ from transformers.modeling_outputs import MaskedLMOutput
 from transformers.utils.generic import can_return_tuple
 
 from xlm_hf.modules.rotary_transformer import RotaryTransformer, RotaryTransformerPreTrainedModel
+from xlm_hf.modules.transformer_backbone import TransformerBackbone
 from xlm_hf.modules.vocabulary_head import HeadFunction, vocabulary_logits
 
 from .configuration_mlm import MLMConfig
@@ -26,8 +27,8 @@ class MLMForMaskedLM(MLMPreTrainedModel, MLMGenerationMixin):
 
     def __init__(self, config: MLMConfig):
         super().__init__(config)
-        self.model = RotaryTransformer(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.model = TransformerBackbone(config) if config.backbone_config else RotaryTransformer(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
 
     @can_return_tuple

@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from xlm_hf.arguments import XLMTrainingArguments
+from xlm_hf.backbones import add_lora, backbone_options, check_sees_both_ways, load_backbone
 from xlm_hf.callbacks import Budget, EarlyStopping, Profiler, write_predictions
 from xlm_hf.checkpoints import resolve_checkpoint, write_text
 from xlm_hf.ema import load_average
@@ -113,12 +114,21 @@ def build_model(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrain
     known = [f.name for f in fields(config_class)]
     options = options_of(cfg.model)
     check_options("model", options, known)
+    source = options.get("backbone", "rotary")
+    adopted = backbone_options(source, getattr(config_class, "own_backbones", ("rotary",)))
     vocabulary = {name: value for name, value in token_options(tokenizer).items() if name in known}
     if "max_length" in cfg.task:
         # A text has at most two special tokens.
         vocabulary["max_position_embeddings"] = cfg.task.max_length + 2
     set_seed(cfg.seed)
-    model = AutoModel.from_config(config_class(**{**vocabulary, **options}))
+    is_adopted = bool(adopted or options.get("backbone_config"))
+    lora = options.pop("lora", None) if is_adopted else None
+    model = AutoModel.from_config(config_class(**{**vocabulary, **options, **adopted}))
+    known_ids = load_backbone(model, source, tokenizer) if adopted else 0
+    if is_adopted:
+        check_sees_both_ways(model)
+    if lora:
+        add_lora(model, lora, known_ids)
     ids = {name: token_options(tokenizer).get(name) for name in ("bos_token_id", "pad_token_id", "eos_token_id")}
     model.generation_config = model.generation_config_class(**ids)
     return _with_generation_options(model, cfg)

@@ -5,10 +5,11 @@ normalisation before each block; rotary positions: Su et al. (arXiv 2104.09864),
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
+from transformers import AutoConfig
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
@@ -50,12 +51,20 @@ class RotaryTransformerConfig(PreTrainedConfig):
         initializer_range: standard deviation of the "normal" initialisation.
         tie_word_embeddings: whether the vocabulary head shares the embedding matrix.
         suppress_tokens: ids that are never written; their logits are -inf in training and in generation.
+        lm_head_bias: whether the vocabulary head has a bias, as in some published models.
+        backbone: "rotary", the transformer described here; "transformers", the one that `backbone_config` describes.
+            On the command line, `model.backbone` may be the folder or Hub id of the latter.
+        backbone_config: configuration of a language model of transformers, as a dictionary with its `model_type`; the
+            sizes above are then that model's, and what else is said above of the layers has no effect.
+        shift_logits: whether such a backbone tells at a token what stands at the next place, as a left-to-right model
+            does, instead of at the token's own.
+        lora: options of `peft.LoraConfig`, with which such a backbone is adapted; None trains all of it.
         unrestricted_softmax: whether those logits stay what they are instead, as in published checkpoints; then it is
             for the generation alone to leave those ids out.
 
     Raises:
-        ValueError: if `num_attention_heads` does not divide `hidden_size`, or the rotated part of a head is odd, or
-            nothing tells the positions.
+        ValueError: for an unknown backbone, or if `num_attention_heads` does not divide `hidden_size`, the rotated part
+            of a head is odd, or nothing tells the positions.
     """
 
     vocab_size: int = 32000
@@ -77,9 +86,29 @@ class RotaryTransformerConfig(PreTrainedConfig):
     initializer_range: float | int = 0.02
     tie_word_embeddings: bool = False
     suppress_tokens: list[int] | None = None
+    lm_head_bias: bool = False
+    backbone: str = "rotary"
+    backbone_config: dict[str, Any] | None = None
+    shift_logits: bool = False
+    lora: dict[str, Any] | None = None
     unrestricted_softmax: bool = False
 
+    own_backbones: ClassVar[tuple[str, ...]] = ("rotary",)
+
     def __post_init__(self, **kwargs):
+        if self.backbone_config is not None:
+            self.backbone = "transformers"
+            inner = AutoConfig.for_model(**self.backbone_config)
+            for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"):
+                setattr(self, name, getattr(inner, name, getattr(self, name)))
+            return super().__post_init__(**kwargs)
+        if self.backbone not in self.own_backbones:
+            raise ValueError(
+                f"backbone must be one of {', '.join(self.own_backbones)} and is {self.backbone!r}; other transformers "
+                "are given by backbone_config."
+            )
+        if self.shift_logits or self.lora:
+            raise ValueError("shift_logits and lora are for a backbone of transformers: unset them or give one.")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads "
