@@ -38,6 +38,7 @@ CODE_FILES = {
     "rotary_transformer.py",
     "vocabulary_head.py",
     "token_sampling.py",
+    "transformer_backbone.py",
 }
 WEIGHT_FILES = {"config.json", "generation_config.json", "model.safetensors"}
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json"}

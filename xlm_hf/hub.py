@@ -23,7 +23,6 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
-from xlm_hf.backbones import merged
 from xlm_hf.checkpoints import replaced_folder
 from xlm_hf.modules.messages import did_you_mean
 
@@ -211,6 +210,9 @@ def export_model(
         ValueError: if the model's family is not registered, or `directory` holds something other than an export.
         OSError: if the folder cannot be written; what `directory` held before is intact.
     """
+    # Here, because `import xlm_hf` needs this file and not that one.
+    from xlm_hf.backbones import merged
+
     target = Path(directory).resolve()
     model_type = model.config.model_type
     if model_type not in _FAMILIES:
