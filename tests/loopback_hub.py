@@ -1,7 +1,7 @@
 """A Hub on this machine: what the client of huggingface_hub needs to create, upload, list and download models.
 
-Run as a script it serves until it is killed and prints its address. Repositories live in memory. `fail_commits` makes
-the next commits break off in the middle, as a lost connection does.
+Run as a script it serves until it is killed and prints its address. Repositories live in memory. `breaks` makes
+commits break off in the middle, as a lost connection does.
 """
 
 import base64
@@ -22,7 +22,7 @@ class LoopbackHub(ThreadingHTTPServer):
     Attributes:
         repositories: id -> {"private": bool, "commits": [{"id": str, "files": {path: bytes}}]}.
         objects: sha256 -> the bytes that were uploaded.
-        fail_commits: how many of the next commits break off.
+        breaks: of each of the next commits whether it breaks off.
         requests: method and path of every request so far.
     """
 
@@ -30,12 +30,16 @@ class LoopbackHub(ThreadingHTTPServer):
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.repositories, self.objects, self.fail_commits, self.requests = {}, {}, 0, []
+        self.repositories, self.objects, self.breaks, self.requests = {}, {}, [], []
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
     def __enter__(self):
         threading.Thread(target=self.serve_forever, daemon=True).start()
         return self
+
+    def add(self, repo_id, files):
+        """Put a public repository there."""
+        self.repositories[repo_id] = {"private": False, "commits": [{"id": "0" * 40, "files": files}]}
 
     def files(self, repo_id):
         """The files of the newest commit."""
@@ -103,7 +107,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not self._is_logged_in():
             self._error(401, "Invalid username or password.")
         elif repo_id.split("/")[0] != USER:
-            self._error(403, f"You don't have the rights to create a model under the namespace {repo_id}")
+            self._error(403, f"You have no rights to the namespace {repo_id.split('/')[0]}.")
         else:
             return True
         return False
@@ -175,8 +179,7 @@ class _Handler(BaseHTTPRequestHandler):
         repository = self._repository(repo) if self._may_write(repo) else None
         if repository is None:
             return None
-        if self.server.fail_commits:
-            self.server.fail_commits -= 1
+        if self.server.breaks and self.server.breaks.pop(0):
             self.close_connection = True
             return self.connection.close()
         files = dict(repository["commits"][-1]["files"])

@@ -55,6 +55,7 @@ CARD_VARIABLES = {
     "metrics": {
         "test/exact_match": 0.98765,
         "test/exact_match_standard_error": 0.00123,
+        "test/perplexity": float("inf"),
         "test/samples": 5000,
         "test/seconds": 3.5,
         "parameters": 31264,

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -120,7 +121,21 @@ def test_the_card_tells_of_the_run(hub, trained):
         assert part in card.text
 
 
-PUSH_ALL = """
+# The example of the card, as a person would run it, and a pipeline.
+EXAMPLES = """
+import re
+from huggingface_hub import hf_hub_download
+from transformers import pipeline
+
+def run_examples(name, **trust):
+    card = open(hf_hub_download(name, "README.md")).read()
+    exec(re.search("```python\\n(.*?)```", card, re.DOTALL)[1], {})
+    print(pipeline("text-generation", model=name, **trust)("1 2 3", max_new_tokens=4, seed=3))
+"""
+
+PUSH_ALL = (
+    EXAMPLES
+    + """
 import json, sys, torch
 from xlm_hf.hub import families
 from xlm_hf.testing import FamilyCase
@@ -132,12 +147,16 @@ for family in families():
     case.task.tokenizer.push_to_hub(f"xlm/{family}")
     prompt = torch.tensor([[7, 8, 9, 10]])
     print(json.dumps(model.generate(prompt, seed=3, max_new_tokens=6).sequences.tolist()))
+    run_examples(f"xlm/{family}")
 """
+)
 
-LOAD_ALL = """
+LOAD_ALL = (
+    textwrap.indent(EXAMPLES, "    ")
+    + """
     import json, sys, torch
     import transformers
-    from transformers import AutoConfig, AutoModel, AutoTokenizer, pipeline
+    from transformers import AutoConfig, AutoModel, AutoTokenizer
     # Without a revision transformers advises to pin one, of every file of code that it downloads.
     trust = {"trust_remote_code": True, "revision": "main"}
     def load(name):
@@ -159,10 +178,10 @@ LOAD_ALL = """
         if "AutoModelForMaskedLM" in model.config.auto_map:
             blanks = pipeline("fill-mask", model=f"xlm/{family}", **trust)(f"1 {tokenizer.mask_token} 3", top_k=2)
             assert len(blanks) == 2 and blanks[0]["score"] >= blanks[1]["score"]
-        text = pipeline("text-generation", model=f"xlm/{family}", **trust)("1 2 3", max_new_tokens=4)
-        assert text[0]["generated_text"].startswith("1 2 3")
         print(json.dumps(first))
+        run_examples(f"xlm/{family}", **trust)
 """
+)
 
 
 def test_every_family_loads_by_id_where_only_torch_and_transformers_are(hub, folder, clean_python):
@@ -176,7 +195,11 @@ def test_every_family_loads_by_id_where_only_torch_and_transformers_are(hub, fol
         assert "xlm-hf" in ModelCard(files["README.md"].decode()).data.tags
     home = folder / "clean"
     out = clean_python(LOAD_ALL, *names, home=home, cwd=folder, **hub.environment(home))
-    assert out.strip().splitlines() == pushed.stdout.strip().splitlines()[-len(names) :]
+    lines = out.strip().splitlines()
+    assert lines == pushed.stdout.strip().splitlines()[-len(lines) :]
+    # Of each family: sequences, the example's decode, and what the pipeline wrote.
+    assert len(lines) == 3 * len(names)
+    assert all("'generated_text': '1 2 3" in line for line in lines[2::3])
 
 
 FOUR_WAYS = """
@@ -193,7 +216,8 @@ for name, saved in {"model": model, "config": model.config}.items():
 """
 
 
-def test_the_pushes_of_transformers_take_the_code_along(hub, trained, folder):
+def test_the_pushes_of_transformers_take_the_code_along_and_keep_a_card_that_somebody_wrote(hub, trained, folder):
+    hub.add("xlm/model-push", {"README.md": b"---\nlicense: mit\n---\nMy words.\n"})
     result = python(hub, folder, "-c", FOUR_WAYS)
     assert result.returncode == 0, result.stderr
     expected = set(hub.files("xlm/ilm-star")) - {"tokenizer.json", "tokenizer_config.json"}
@@ -201,17 +225,43 @@ def test_the_pushes_of_transformers_take_the_code_along(hub, trained, folder):
     for way in ("push", "save"):
         assert hub.files(f"xlm/model-{way}").keys() == expected
         assert hub.files(f"xlm/config-{way}").keys() - {"README.md"} == without
+    assert b"My words." in hub.files("xlm/model-push")["README.md"]
+    assert b"insertion language model" in hub.files("xlm/model-save")["README.md"]
 
 
-def test_the_package_reads_no_code_from_the_hub(hub, trained, run, folder):
+def test_only_with_trust_does_the_package_read_code_from_the_hub(hub, trained, calls, folder):
+    ours = hub.files("xlm/ilm-star")
+    strange = {
+        file: content if file.endswith(".safetensors") else content.replace(b'"ilm"', b'"strange"')
+        for file, content in ours.items()
+    }
+    hub.add("xlm/strange", strange)
+    hub.add("xlm/trusted", strange)
+    pickled = {file: content for file, content in ours.items() if not file.endswith(".safetensors")}
+    hub.add("xlm/pickled", {**pickled, "pytorch_model.bin": b""})
     before = len(hub.requests)
-    result = run("job=evaluate", "checkpoint=xlm/ilm-star", "output_dir=evaluated")
-    assert result.returncode == 0, result.stderr
+    generate = ["job=generate", "num_samples=3"]
+    sentences = calls(
+        ["job=evaluate", "checkpoint=xlm/ilm-star", "output_dir=evaluated"],
+        [*generate, "checkpoint=xlm/ilm-star", "output_dir=generated"],
+        [*generate, "checkpoint=xlm/trusted", "output_dir=generated-by-theirs", "trust_remote_code=true"],
+        [*generate, "checkpoint=xlm/strange", "output_dir=none"],
+        [*generate, "checkpoint=xlm/pickled", "output_dir=none"],
+    )
+    assert sentences == [
+        *["0"] * 3,
+        "Error: xlm/strange brings code of its own: read it, and add trust_remote_code=true to run it.",
+        "Error: xlm/pickled holds no weights in safetensors, the one format that is loaded.",
+    ]
     read = [path for method, path in hub.requests[before:] if method == "GET"]
-    assert any(path.endswith("model.safetensors") for path in read)
-    assert not [path for path in read if path.endswith((".py", ".md", ".yaml"))]
+    assert any(path.startswith("/xlm/ilm-star") and path.endswith("model.safetensors") for path in read)
+    others = [path for path in read if path.endswith((".py", ".md", ".yaml", ".bin"))]
+    assert others
+    assert all(path.startswith("/xlm/trusted/") and path.endswith(".py") for path in others)
     metrics = [json.loads((path / "metrics.json").read_text()) for path in (trained, folder / "evaluated")]
     assert metrics[0]["test/loss"] == pytest.approx(metrics[1]["test/loss"], rel=1e-6)
+    decodes = [folder / name / "predictions/generate.jsonl" for name in ("generated", "generated-by-theirs")]
+    assert decodes[0].read_text() == decodes[1].read_text()
 
 
 def test_pushing_a_checkpoint_and_the_end_of_a_run_by_hand(hub, trained, calls):
@@ -240,7 +290,7 @@ def test_pushing_a_checkpoint_and_the_end_of_a_run_by_hand(hub, trained, calls):
 def test_what_is_in_the_way_is_one_sentence_and_nothing_is_lost(hub, trained, calls):
     push = ["job=push_to_hub", f"checkpoint={trained}"]
     training = ["output_dir=never", "trainer.push_to_hub=true"]
-    hub.fail_commits = 1
+    hub.breaks = [True]
     broken, again, unnamed, no_token, no_token_for_training, no_right = calls(
         [*push, "trainer.hub_model_id=xlm/broken"],
         [*push, "trainer.hub_model_id=xlm/broken", "exist_ok=true"],
@@ -259,15 +309,35 @@ def test_what_is_in_the_way_is_one_sentence_and_nothing_is_lost(hub, trained, ca
     assert no_token == no_token_for_training
     assert no_token == "Error: Writing xlm/mine needs a token of the Hub: set HF_TOKEN, or log in by `hf auth login`."
     assert no_right == (
-        "Error: This token may not write somebody/else: name a repository of your own, or use a token with write "
-        "access."
+        "Error: This token may not write somebody/else (You have no rights to the namespace somebody): name a "
+        "repository of your own, or use a token with write access."
     )
 
 
-def test_a_checkpoint_pushed_as_such_can_be_resumed(hub, run, folder):
+def test_a_push_that_breaks_off_stops_no_training_and_the_last_one_is_made_up_for(hub, run, folder):
+    """The pushes are of steps 2 and 4, each a model and its checkpoint, and of the end."""
     strategy = ["trainer.push_to_hub=true", "trainer.hub_strategy=checkpoint", "trainer.hub_model_id=xlm/resumable"]
-    assert run("output_dir=resumable", *strategy).returncode == 0
-    files = hub.files("xlm/resumable")
-    kept = {name.split("/")[1] for name in files if name.startswith("last-checkpoint/")}
-    assert kept == {file.name for file in (folder / "resumable" / "checkpoint-4").iterdir()}
-    assert not [name for name in files if name.endswith((".bin", ".log", ".jsonl"))]
+    command = ["output_dir=resumable", *strategy, "trainer.hub_always_push=true"]
+    hub.breaks = [True, False, False, True]
+    broken = run(*command)
+    assert broken.returncode == 1
+    assert "Training goes on, and the push of step 2 has failed. The connection to the Hub broke off (" in broken.stderr
+    last = broken.stderr.strip().splitlines()[-1]
+    assert last.startswith("Error: The connection to the Hub broke off (")
+    assert last.endswith(f"is kept here, and the same command with output_dir={folder}/resumable tries again.")
+    commits = hub.repositories["xlm/resumable"]["commits"]
+    assert len(commits) == 3
+    checkpoint = {f"last-checkpoint/{file.name}": file for file in (folder / "resumable" / "checkpoint-4").iterdir()}
+    assert {name for name in commits[-1]["files"] if "/" in name} == checkpoint.keys()
+    assert all(commits[-1]["files"][name] == file.read_bytes() for name, file in checkpoint.items())
+    assert not [name for name in hub.files("xlm/resumable") if name.endswith((".bin", ".log", ".jsonl"))]
+    assert {"metrics.json", "model"} < {path.name for path in (folder / "resumable").iterdir()}
+    assert not (folder / "resumable" / "model-in-progress").exists()
+    # Of weights in another form only the newest are left; what somebody else put there stays.
+    commits[-1]["files"].update(dict.fromkeys(["model-00001-of-00002.safetensors", "notes.txt"], b"mine"))
+    again = run(*command)
+    assert again.returncode == 0, again.stderr
+    assert f"Pushed to {hub.url}/xlm/resumable" in again.stdout
+    uploaded = {name: content for name, content in hub.files("xlm/resumable").items() if "/" not in name}
+    assert uploaded.pop("notes.txt") == b"mine"
+    assert uploaded == {file.name: file.read_bytes() for file in (folder / "resumable" / "model").iterdir()}

@@ -7,6 +7,7 @@ files that the model needs, so that the folder loads by `trust_remote_code=True`
 import ast
 import copy
 import inspect
+import math
 import os
 import re
 import sys
@@ -19,7 +20,7 @@ from typing import Any
 
 import jinja2
 import transformers
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
@@ -116,9 +117,9 @@ def _save_config_and_code(self, save_directory, push_to_hub=False, **kwargs):
 
 
 def _upload_with_card(self, working_dir, repo_id, files_timestamps, **kwargs):
-    """Upload as transformers does, with the family's card in place of the empty one."""
+    """Upload as transformers does, with the family's card in place of the empty one; a written one stays."""
     card = Path(working_dir) / "README.md"
-    if "xlm-hf" not in (ModelCard.load(card).data.tags or []):
+    if "This model card has been automatically generated." in card.read_text(encoding="utf-8"):
         variables = {"model_id": repo_id, "parameters": self.num_parameters()}
         card.write_text(render_card(_FAMILIES[self.config.model_type], variables), encoding="utf-8")
     return PreTrainedModel._upload_modified_files(self, working_dir, repo_id, files_timestamps, **kwargs)
@@ -296,6 +297,9 @@ def _eval_results(task: str, metrics: dict[str, float]) -> list[EvalResult]:
     for name, value in metrics.items():
         set_name, _, metric = name.rpartition("/")
         if not set_name or metric in ("samples", "seconds") or metric.endswith("_standard_error"):
+            continue
+        if not math.isfinite(value):
+            # The Hub keeps metadata as JSON, which has no such number.
             continue
         details = {"samples": f"{set_name}/samples", "standard_error": f"{name}_standard_error"}
         results.append(

@@ -1,6 +1,8 @@
 """Uploads to the Hub: whole repositories, and one sentence where something is in the way."""
 
 import contextlib
+import logging
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,12 @@ from xlm_hf.checkpoints import INCOMPLETE_SUFFIX
 from xlm_hf.ema import load_average
 from xlm_hf.hub import export_model
 
+logger = logging.getLogger(__name__)
+
 # What is never uploaded: what a write that was cut off has left, and hidden files.
 _LEFT_OUT = [f"*{INCOMPLETE_SUFFIX}*", ".*"]
+# Weights in one file hide newer ones in shards, so those of an earlier push must go.
+_EARLIER_WEIGHTS = "model*.safetensors*"
 
 
 @contextlib.contextmanager
@@ -31,10 +37,11 @@ def hub_errors(repo_id: str, remedy: str = "the same command tries again") -> It
         raise OSError(f"{repo_id} cannot be reached because HF_HUB_OFFLINE is set: unset it to use the Hub.") from error
     except HfHubHTTPError as error:
         raise OSError(_refusal(repo_id, error)) from error
+    except ValueError:
+        # A name that no repository can have, which the client says well.
+        raise
     except Exception as error:
-        # The client passes on whatever its HTTP library raises when a connection breaks.
-        if not type(error).__module__.startswith(("httpx", "httpcore", "requests", "urllib3")):
-            raise
+        # The client passes on whatever its libraries raise when a connection breaks.
         cause = str(error).rstrip(".") or type(error).__name__
         raise OSError(
             f"The connection to the Hub broke off ({cause}): {repo_id} is as it was, all is kept here, and {remedy}."
@@ -47,15 +54,18 @@ def _no_token(repo_id: str) -> str:
 
 def _refusal(repo_id: str, error: HfHubHTTPError) -> str:
     status = error.response.status_code
+    reason = " ".join((error.server_message or f"status {status}").split()).rstrip(".")
     if status == 401:
         return _no_token(repo_id)
     if status == 403:
-        return f"This token may not write {repo_id}: name a repository of your own, or use a token with write access."
+        return (
+            f"This token may not write {repo_id} ({reason}): name a repository of your "
+            "own, or use a token with write access."
+        )
     if status == 404:
         return f"There is no model {repo_id} on the Hub, or it is private and this token may not read it."
     if status == 409:
         return f"{repo_id} exists already: add exist_ok=true to add a commit to it, or choose another name."
-    reason = error.server_message or f"status {status}"
     return f"The Hub refused {repo_id} ({reason}); everything is kept here, and the same command tries again."
 
 
@@ -79,10 +89,19 @@ def push_folder(folder: Path, repo_id: str, private: bool | None, token: str | N
     with hub_errors(repo_id):
         url = api.create_repo(repo_id, private=private, exist_ok=exist_ok)
     with hub_errors(repo_id, "the same command with exist_ok=true tries again"):
-        api.upload_folder(
-            repo_id=url.repo_id, folder_path=folder, commit_message="Upload model", ignore_patterns=_LEFT_OUT
-        )
+        _upload(api, url.repo_id, folder, "Upload model")
     return str(url)
+
+
+def _upload(api: HfApi, repo_id: str, folder: Path, message: str | None, **options: Any) -> Any:
+    return api.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        commit_message=message,
+        ignore_patterns=[*_LEFT_OUT],
+        delete_patterns=_EARLIER_WEIGHTS,
+        **options,
+    )
 
 
 class PushesRepositories(Trainer):
@@ -136,8 +155,8 @@ class PushesRepositories(Trainer):
         variables = {**self._card_of_this_step(), **card_variables}
         with self.averaged_weights():  # type: ignore[attr-defined]
             export_model(self.accelerator.unwrap_model(self.model), self.processing_class, folder, variables)
-        with hub_errors(str(self.hub_model_id)):
-            return self._upload(folder, None, commit_message, blocking, token, revision)
+        with hub_errors(str(self.hub_model_id), f"the same command with output_dir={self.args.output_dir} tries again"):
+            return self._upload(folder, commit_message, run_as_future=not blocking, token=token, revision=revision)
 
     def _card_of_this_step(self) -> dict[str, Any]:
         measured = [{name: value for name, value in log.items() if "/" in name} for log in self.state.log_history]
@@ -149,17 +168,10 @@ class PushesRepositories(Trainer):
             "model_id": str(self.hub_model_id),
         }
 
-    def _upload(self, folder, path_in_repo, message, blocking, token=None, revision=None) -> Any:
-        api: Any = HfApi(token=token or self.args.hub_token)
-        return api.upload_folder(
-            repo_id=str(self.hub_model_id),
-            folder_path=folder,
-            path_in_repo=path_in_repo,
-            commit_message=message,
-            run_as_future=not blocking,
-            ignore_patterns=_LEFT_OUT,
-            revision=revision or self.args.hub_revision,
-        )
+    def _upload(self, folder: Path, message: str | None, token=None, revision=None, **options: Any) -> Any:
+        api = HfApi(token=token or self.args.hub_token)
+        revision = revision or self.args.hub_revision
+        return _upload(api, str(self.hub_model_id), folder, message, revision=revision, **options)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Export a checkpoint, its averaged weights if it has any, and upload it while training goes on."""
@@ -176,10 +188,24 @@ class PushesRepositories(Trainer):
         model = AutoModel.from_pretrained(checkpoint, dtype=torch.float32)
         if self.args.use_ema:
             load_average(model, checkpoint)
-        folder, message = checkpoint.with_name("model"), f"Training in progress, step {self.state.global_step}"
-        export_model(model, AutoTokenizer.from_pretrained(checkpoint), folder, self._card_of_this_step())
-        jobs = [self._upload(folder, None, message, blocking=False)]
-        if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-            name = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else checkpoint.name
-            jobs.append(self._upload(checkpoint, name, f"{message}, checkpoint", blocking=False))
-        self.push_in_progress: Any = PushInProgress(jobs)  # type: ignore[arg-type]
+        # `model/` is that of a run that is finished.
+        export = checkpoint.with_name("model-in-progress")
+        export_model(model, AutoTokenizer.from_pretrained(checkpoint), export, self._card_of_this_step())
+        places = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: checkpoint.name}
+        job = HfApi().run_as_future(
+            self._upload_in_background, export, checkpoint, places.get(strategy), self.state.global_step
+        )
+        self.push_in_progress: Any = PushInProgress([job])  # type: ignore[arg-type]
+
+    def _upload_in_background(self, export: Path, checkpoint: Path, place: str | None, step: int) -> None:
+        """Upload an export and, if there is a place for it, its checkpoint; a failure is a warning."""
+        message = f"Training in progress, step {step}"
+        try:
+            with hub_errors(str(self.hub_model_id), "the next push tries again"):
+                self._upload(export, message)
+                if place is not None:
+                    self._upload(checkpoint, f"{message}, checkpoint", path_in_repo=place)
+        except OSError as error:
+            logger.warning("Training goes on, and the push of step %d has failed. %s", step, error)
+        finally:
+            shutil.rmtree(export)

@@ -1,12 +1,14 @@
 """From a composed config to objects: the steps that the jobs share."""
 
+import contextlib
 import inspect
 import json
 import logging
+import os
 import re
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
@@ -147,14 +149,12 @@ def load_model(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase | None = None
     if cfg.checkpoint is None:
         raise ValueError(f"job={cfg.job} needs a model: add checkpoint=DIR, a run, a checkpoint or a Hub id.")
     source = resolve_checkpoint(cfg.checkpoint)
-    try:
-        model = AutoModel.from_pretrained(source, dtype=torch.float32, trust_remote_code=cfg.trust_remote_code)
-    except OSError as error:
-        if isinstance(error.__cause__, RepositoryNotFoundError):
-            raise ValueError(
-                f"There is no model {source} on the Hub, or it is private and HF_TOKEN may not read it."
-            ) from None
-        raise
+    # Otherwise transformers asks a service to convert the pickles of a repository that has nothing else.
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "true"
+    with _loading(source):
+        model = AutoModel.from_pretrained(
+            source, dtype=torch.float32, trust_remote_code=cfg.trust_remote_code, use_safetensors=True
+        )
     if tokenizer is not None and len(tokenizer) != model.config.vocab_size:
         raise ValueError(
             f"{source} has a vocabulary of {model.config.vocab_size} and task {cfg.task.name!r} one of "
@@ -167,7 +167,30 @@ def load_model(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase | None = None
 
 def load_tokenizer(cfg: DictConfig) -> PreTrainedTokenizerBase:
     """The tokenizer that was saved with the model of `checkpoint=`."""
-    return AutoTokenizer.from_pretrained(resolve_checkpoint(cfg.checkpoint), trust_remote_code=cfg.trust_remote_code)
+    source = resolve_checkpoint(cfg.checkpoint)
+    with _loading(source):
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=cfg.trust_remote_code)
+
+
+@contextlib.contextmanager
+def _loading(source: str) -> Iterator[None]:
+    """Say in one sentence why nothing can be loaded from a Hub id or a folder."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error.__cause__, RepositoryNotFoundError):
+            raise ValueError(
+                f"There is no model {source} on the Hub, or it is private and HF_TOKEN may not read it."
+            ) from None
+        if "use_safetensors" in str(error):
+            raise ValueError(f"{source} holds no weights in safetensors, the one format that is loaded.") from None
+        raise
+    except ValueError as error:
+        if "trust_remote_code=True" in str(error):
+            raise ValueError(
+                f"{source} brings code of its own: read it, and add trust_remote_code=true to run it."
+            ) from None
+        raise
 
 
 def _with_generation_options(model: PreTrainedModel, cfg: DictConfig) -> PreTrainedModel:

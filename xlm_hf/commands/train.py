@@ -63,7 +63,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
         write_results(output_dir, metrics, trainer.predictions)
         trainer.card_variables = card_variables(plain(cfg), metrics, trainer.predictions)
         if trainer.args.push_to_hub:
-            trainer.push_to_hub()
+            say(f"Pushed to {trainer.push_to_hub().repo_url}")
         else:
             with trainer.averaged_weights():
                 export_model(model, task.tokenizer, output_dir / "model", trainer.card_variables)
