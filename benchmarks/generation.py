@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from benchmarks.cases import NUM_SPECIAL, build_model, end_at_given_lengths
-from benchmarks.measure import cpu_seconds, summary
+from benchmarks.measure import compare
 from benchmarks.reference.sampling import SAMPLERS
 
 BOS, CLS = 4, 1
@@ -63,8 +63,11 @@ QUICK = [
 ]
 
 
-def functions(setting: Setting) -> dict[str, Callable]:
-    """A function for each method that writes the same sequences."""
+REFERENCES: dict[str, tuple[str, ...]] = {"dense": (), "plain": ("gather",)}
+
+
+def functions(setting: Setting, references: dict[str, tuple[str, ...]]) -> dict[str, Callable]:
+    """Functions that all write the same sequences: "ours", and the references by name with their savings."""
     ilm, given = setting.family == "ilm", dict(setting.options)
     model = build_model(setting.family, setting.vocab_size, setting.length + 3)
     prompts = torch.tensor([[CLS, BOS] if ilm else [BOS]] * setting.rows)
@@ -78,21 +81,18 @@ def functions(setting: Setting) -> dict[str, Callable]:
     def ours():
         return model.generate(prompts, max_new_tokens=setting.length, do_sample=True, seed=0, **given)
 
-    def reference(dense):
+    def reference(savings):
         sampler = SAMPLERS[setting.family]
-        return sampler(model, prompts, setting.length, True, 0, dense, stop=setting.ragged, **setting.options)
+        return sampler(model, prompts, setting.length, True, 0, savings, stop=setting.ragged, **setting.options)
 
-    methods: dict[str, Callable] = {"ours": ours}
-    if setting.references:
-        methods |= {"dense": lambda: reference(True), "plain": lambda: reference(False)}
-    return methods
+    return {"ours": ours} | {name: lambda s=savings: reference(s) for name, savings in references.items()}
 
 
 def measure(setting: Setting, repetitions: int) -> dict:
-    """CPU seconds by method, and of ours the forward passes, the sequences and the tokens a second."""
-    methods = functions(setting)
+    """CPU seconds and operations by method, and of ours the forward passes and the tokens a second."""
+    methods = functions(setting, REFERENCES if setting.references else {})
     output = methods["ours"]()
-    result = summary(cpu_seconds(methods, repetitions))
+    result = compare(methods, repetitions)
     seconds, written = result["cpu_seconds"]["ours"], int((output.tokens_per_forward * output.nfe).sum().round())
     return {
         "family": setting.family,

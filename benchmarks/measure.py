@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.operations import executed
+
 ROOT = Path(__file__).parent.parent
 MATRIX_SIZE = 1024
 
@@ -27,11 +29,25 @@ def cpu_seconds(functions: dict[str, Callable[[], object]], repetitions: int) ->
     return samples
 
 
-def summary(samples: dict[str, list[float]]) -> dict:
-    """Median CPU seconds of each function, every sample, and how many times the others' time is that of "ours"."""
+def compare(functions: dict[str, Callable[[], object]], repetitions: int) -> dict:
+    """Measure functions that do the same, beside a matrix product that takes its turn with them.
+
+    Returns:
+        median CPU seconds of each, all samples, how many times the others' time is that of "ours", and of ours the
+        operations that it executes and how near their rate is to that of the matrix product.
+    """
+    a, b = torch.randn(2, MATRIX_SIZE, MATRIX_SIZE)
+    samples = cpu_seconds({**functions, "product": lambda: [a @ b for _ in range(8)]}, repetitions)
     medians = {name: statistics.median(values) for name, values in samples.items()}
-    ratios = {f"{name}/ours": medians[name] / medians["ours"] for name in medians if name != "ours"}
-    return {"cpu_seconds": medians, "ratios": ratios, "samples": samples}
+    rate = 8 * 2 * MATRIX_SIZE**3 / medians.pop("product")
+    operations = executed(functions["ours"])
+    return {
+        "cpu_seconds": medians,
+        "ratios": {f"{name}/ours": medians[name] / medians["ours"] for name in medians if name != "ours"},
+        "operations": operations,
+        "share_of_matrix_product_rate": operations / medians["ours"] / rate,
+        "samples": samples,
+    }
 
 
 def matrix_product_rate() -> float:

@@ -1,10 +1,10 @@
 """Run the benchmarks: one thread, CPU seconds, medians of interleaved repetitions, beside the references.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.run [training collation generation preparation] [--quick] [--families ilm]
+    OMP_NUM_THREADS=1 python -m benchmarks.run [training generation ...] [--quick] [--families ilm]
 
-Without names all are run, which takes about an hour; `--quick` takes a minute. Every benchmark goes to
-`benchmarks/results/speed/NAME.json` (with `--quick` to `NAME_quick.json`), beside the machine and its matrix-product
-rate; `python -m benchmarks.tables` then renews the tables of docs/performance.md.
+Without names all are run, which takes about an hour; `--quick` takes one or two minutes and leaves the ablation out.
+Every benchmark goes to `benchmarks/results/speed/NAME.json` (with `--quick` to `NAME_quick.json`), beside the machine
+and its matrix-product rate; `python -m benchmarks.tables` then renews the tables of docs/performance.md.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import collation, generation, preparation, training
+from benchmarks import ablation, collation, generation, preparation, training
 from benchmarks.cases import FAMILIES
 from benchmarks.measure import machine, matrix_product_rate
 
@@ -49,11 +49,17 @@ def run_preparation(families, quick: bool) -> Iterator[dict]:
     yield {"examples_per_second": preparation.preparation_speeds(1_000 if quick else 50_000)}
 
 
+def run_ablation(families, quick: bool) -> Iterator[dict]:
+    """What each optimisation brings."""
+    yield from ablation.measure(1 if quick else 5)
+
+
 BENCHMARKS = {
     "training": run_training,
     "collation": run_collation,
     "generation": run_generation,
     "preparation": run_preparation,
+    "ablation": run_ablation,
 }
 
 
@@ -65,6 +71,7 @@ def line(record: dict) -> str:
         **record.get("examples_per_second", {}),
         **record.get("import_cpu_seconds", {}),
         **record.get("ratios", {}),
+        **{name: record[name] for name in ("share_of_matrix_product_rate", "nfe") if name in record},
         **{f"{name} MiB": value / 2**20 for name, value in record.get("peak_bytes", {}).items()},
     }
     return ", ".join(names + [f"{name} {value:,.4g}" for name, value in numbers.items()])
@@ -74,7 +81,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("benchmarks", nargs="*", metavar="NAME", help=", ".join(BENCHMARKS))
-    parser.add_argument("--quick", action="store_true", help="small settings, a minute in all")
+    parser.add_argument("--quick", action="store_true", help="small settings, no ablation")
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=FAMILIES)
     options = parser.parse_args(arguments)
     unknown = set(options.benchmarks) - set(BENCHMARKS)
@@ -82,7 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"no benchmark {unknown.pop()!r}: there are {', '.join(BENCHMARKS)}")
     torch.set_num_threads(1)
     RESULTS.mkdir(parents=True, exist_ok=True)
-    for name in options.benchmarks or BENCHMARKS:
+    for name in options.benchmarks or [n for n in BENCHMARKS if not (options.quick and n == "ablation")]:
         result = {**machine(), "records": []}
         for record in BENCHMARKS[name](options.families, options.quick):
             result["records"].append(record)

@@ -10,7 +10,7 @@ import sys
 import torch
 
 from benchmarks.cases import build_collator, build_model, family_class, random_examples
-from benchmarks.measure import cpu_seconds, memory, run_child, summary
+from benchmarks.measure import compare, memory, run_child
 from benchmarks.reference.losses import LOSSES
 
 # name: rows, prompt, target, vocabulary
@@ -25,7 +25,7 @@ METHODS = ("ours", "dense", "plain")
 
 
 def steps(family: str, setting: str, methods: tuple[str, ...] = METHODS) -> dict:
-    """A function for each method that makes one step on the same batch."""
+    """A function for each method that makes one step on the same batch; "unpadded" is plain without the padding."""
     rows, prompt, target, vocab_size = {**SETTINGS, **QUICK}[setting]
     block = prompt + target + 2
     kind = "Seq2Seq" if prompt else "LanguageModeling"
@@ -37,7 +37,8 @@ def steps(family: str, setting: str, methods: tuple[str, ...] = METHODS) -> dict
         if method == "ours":
             loss_sum = loss(model, batch).loss_sum
         else:
-            loss_sum = LOSSES[family](model, batch, block, dense=method == "dense")
+            columns = batch["input_ids"].shape[1] if method == "unpadded" else block
+            loss_sum = LOSSES[family](model, batch, columns, dense=method == "dense")
         (loss_sum / loss.num_items(batch)).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -51,11 +52,11 @@ def steps(family: str, setting: str, methods: tuple[str, ...] = METHODS) -> dict
 
 
 def measure(family: str, setting: str, repetitions: int, with_memory: bool = True) -> dict:
-    """CPU seconds of a step, peak memory, and what of it came with the steps, in bytes, by method."""
+    """CPU seconds of a step, operations, peak memory, and what of it came with the steps, in bytes."""
     functions = steps(family, setting)
     for function in functions.values():
         function()
-    record = {"family": family, "setting": setting, **summary(cpu_seconds(functions, repetitions))}
+    record = {"family": family, "setting": setting, **compare(functions, repetitions)}
     if with_memory:
         printed = {m: run_child("-m", "benchmarks.training", family, setting, m).stdout.split() for m in METHODS}
         record["peak_bytes"] = {method: int(peak) for method, (_, peak) in printed.items()}

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from benchmarks import operations, training
 from benchmarks.cases import FAMILIES, build_collator, build_model, end_at_given_lengths, family_class, random_examples
 from benchmarks.reference.losses import LOSSES
-from benchmarks.reference.sampling import SAMPLERS
+from benchmarks.reference.sampling import LADDERS, SAMPLERS
+from xlm_hf.modules.cross_entropy import CHUNK_SIZES
 
 VOCABULARY, BLOCK = 50, 20
 PROMPTS = {"ilm": [1, 20, 4], "arlm": [20, 21, 4], "mlm": [20, 4], "mdlm": [20, 4]}
@@ -37,7 +39,7 @@ def test_dense_plain_and_ours_have_the_same_loss_and_gradients(family, kind):
 @pytest.mark.parametrize("num_steps", [None, 4, 30])
 @pytest.mark.parametrize("do_sample", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_dense_plain_and_ours_write_the_same(family, do_sample, num_steps):
+def test_every_reference_and_ours_write_the_same(family, do_sample, num_steps):
     if num_steps and family in ("ilm", "arlm"):
         pytest.skip("writes one token a step")
     model = build_model(family, VOCABULARY, **WIDE)
@@ -47,9 +49,9 @@ def test_dense_plain_and_ours_write_the_same(family, do_sample, num_steps):
         options["stopping_threshold"] = None
     ours = model.generate(prompts, max_new_tokens=12, seed=3, **options).sequences
     assert do_sample == (len(ours.unique(dim=0)) > 1) or family == "mdlm"
-    for dense in (True, False):
-        theirs = SAMPLERS[family](model, prompts, 12, seed=3, dense=dense, do_sample=do_sample, num_steps=num_steps)
-        assert torch.equal(theirs, ours)
+    for rung in range(len(LADDERS[family]) + 1):
+        theirs = SAMPLERS[family](model, prompts, 12, do_sample, 3, LADDERS[family][:rung], num_steps=num_steps)
+        assert torch.equal(theirs, ours), LADDERS[family][:rung]
 
 
 def test_rows_that_end_early_are_the_same_too():
@@ -58,5 +60,22 @@ def test_rows_that_end_early_are_the_same_too():
     prompts = torch.tensor([[1, 7 + length, 4] for length in (3, 0, 12, 7)])
     output = model.generate(prompts, max_new_tokens=12, seed=3, do_sample=True)
     assert output.nfe.tolist() == [4, 1, 12, 8]
-    for dense in (True, False):
-        assert torch.equal(SAMPLERS["ilm"](model, prompts, 12, True, 3, dense, stop=True), output.sequences)
+    for rung in range(len(LADDERS["ilm"]) + 1):
+        theirs = SAMPLERS["ilm"](model, prompts, 12, True, 3, LADDERS["ilm"][:rung], stop=True)
+        assert torch.equal(theirs, output.sequences)
+
+
+def test_counted_operations_are_those_of_the_formula():
+    model = build_model("mlm", VOCABULARY)
+    ids, index = torch.full((3, 10), 20), torch.arange(4)
+    with torch.no_grad():
+        counted = operations.executed(lambda: model(ids, logits_index=index))
+    assert counted == operations.of_forward(model.config, num_tokens=30, context=10, head_rows=4)
+
+
+def test_the_chunked_loss_is_counted_like_one_that_makes_all_logits(monkeypatch):
+    (setting,), counted = training.QUICK, []
+    for size in (2**10, 2**40):
+        monkeypatch.setitem(CHUNK_SIZES, "cpu", size)
+        counted.append(operations.executed(training.steps("mlm", setting, ("ours",))["ours"]))
+    assert counted[0] == counted[1] > 1e9
