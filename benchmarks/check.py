@@ -28,7 +28,7 @@ def measurements() -> dict:
         watched[f"training {family}"] = lambda f=family: training.measure(f, training_setting, 3, with_memory=False)
         watched[f"collation {family}"] = lambda f=family: collation.measure(f, collation_setting, 3)
     for setting in generation.QUICK:
-        watched[f"generation {setting.family}"] = lambda s=setting: generation.measure(s, 3)
+        watched[f"generation {setting.family}"] = lambda s=setting: generation.measure(s)
     return watched
 
 
