@@ -89,7 +89,8 @@ def test_the_files_that_it_names_exist(page):
 
 def test_ci_runs_the_test_command_of_the_readme():
     section = (ROOT / "README.md").read_text().split("## Tests")[1].split("\n## ")[0]
-    assert re.search(r"```bash\n(.*?)\n```", section)[1] == 'pip install -e ".[test]" && python -m pytest'
+    command = 'pip install -e ".[test]" && python -m pytest -n 2 --dist loadfile'
+    assert re.search(r"```bash\n(.*?)\n```", section)[1] == command
     assert "## Tests" in (ROOT / ".ci" / "run").read_text()
 
 
