@@ -14,6 +14,7 @@ from xlm_hf.modules.generation import (
     row_seeds,
 )
 from xlm_hf.modules.token_sampling import filter_logits, sample_categorical
+from xlm_hf.modules.vocabulary_head import suppress_
 
 
 class ILMGenerationConfig(NonAutoregressiveGenerationConfig):
@@ -107,24 +108,22 @@ class ILMGenerationMixin(NonAutoregressiveGenerationMixin):
     def _step(self: Any, state, rows, config: ILMGenerationConfig, logits_processor, seeds, step: int) -> None:
         """One forward pass over `rows`: end those that are complete, insert into the others."""
         sequences, mask, width = state.view(rows)
-        prompt_length = state.prompt.shape[1]
-        slots = torch.arange(prompt_length - 1, prompt_length + width, device=sequences.device)
-        slot_index = torch.arange(len(rows), device=rows.device)[:, None] * sequences.shape[1] + slots
-        outputs = self(sequences, attention_mask=mask, slot_index=slot_index.flatten())
+        L = sequences.shape[1]
+        slot_exists = torch.arange(width + 1, device=rows.device) <= state.lengths[rows, None]
+        in_sequence = torch.nn.functional.pad(slot_exists, (L - width - 1, 0))
+        slot_index = in_sequence.flatten().nonzero().squeeze(-1)
+        outputs = self(sequences, attention_mask=mask, slot_index=slot_index)
         state.nfe[rows] += 1
-        grid = outputs.logits.float().view(len(rows), width + 1, -1)
+        logits = outputs.logits.float()
         if logits_processor is not None:
-            ids = sequences.repeat_interleave(width + 1, dim=0)
-            grid = logits_processor(ids, grid.flatten(0, 1), cur_step=step).view_as(grid)
-        if config.suppress_tokens:
-            grid[..., config.suppress_tokens] = -torch.inf
-        slot_exists = torch.arange(width + 1, device=grid.device) <= state.lengths[rows, None]
-        grid = grid.masked_fill(~slot_exists[..., None], -torch.inf)
+            logits = logits_processor(sequences[slot_index // L], logits, cur_step=step)
+        suppress_(logits, config.suppress_tokens)
+        slots = (slot_exists.flatten().cumsum(dim=0) - 1).view_as(slot_exists).masked_fill(~slot_exists, -1)
         if config.stopping_threshold is not None and outputs.stop_logits is not None:
             complete = outputs.stop_logits.float().softmax(dim=-1)[:, 0] >= config.stopping_threshold
             state.finish(rows[complete])
-            rows, grid, seeds = rows[~complete], grid[~complete], seeds[~complete]
-        state.insert(rows, *_draw_insertions(grid, config, seeds, step), step)
+            rows, slots, seeds = rows[~complete], slots[~complete], seeds[~complete]
+        state.insert(rows, *_draw_insertions(logits, slots, config, seeds, step), step)
 
     @property
     def _pad_token_id(self) -> int:
@@ -155,12 +154,13 @@ class ILMGenerationMixin(NonAutoregressiveGenerationMixin):
 
 
 def _draw_insertions(
-    grid: torch.Tensor, config: ILMGenerationConfig, seeds: torch.Tensor, step: int
+    logits: torch.Tensor, slots: torch.Tensor, config: ILMGenerationConfig, seeds: torch.Tensor, step: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Draw up to `insertions_per_step` insertions without replacement, no two in neighbouring slots.
 
     Args:
-        grid: (R, S, V) float32 logits of (slot, token); -inf where nothing can be inserted.
+        logits: (N, V) float32 logits of the tokens of N slots.
+        slots: (R, S) which of them each slot of the rows is; -1 where nothing can be inserted.
         config: the options.
         seeds: (R,) seeds of the rows.
         step: number of the step, from 0.
@@ -168,31 +168,40 @@ def _draw_insertions(
     Returns:
         slots, tokens and whether each is a real draw, all (R, insertions_per_step).
     """
-    R, S, V = grid.shape
+    (R, S), V, exists = slots.shape, logits.shape[-1], slots >= 0
     joint = config.sampling_method == "joint"
     token_filter = (config.temperature, config.top_k, config.top_p)
-    if joint:
-        grid = filter_logits(grid.flatten(1), *token_filter).view(R, S, V)
+    if joint and token_filter != (1.0, None, None):
+        grid = logits[slots].masked_fill(~exists[..., None], -torch.inf)
+        logits = filter_logits(grid.flatten(1), *token_filter).view(R * S, V)
+        slots = torch.arange(R * S, device=slots.device).view(R, S)
     # Greedy joint decoding takes the best pair; everywhere else a slot counts with the mass of all its tokens.
-    scores = grid.amax(dim=-1) if joint and not config.do_sample else grid.logsumexp(dim=-1)
+    greedy = joint and not config.do_sample
+    scores = (logits.amax(dim=-1) if greedy else _log_masses(logits))[slots].masked_fill(~exists, -torch.inf)
     if not joint:
         scores = filter_logits(scores, config.slot_temperature, config.slot_top_k, config.slot_top_p)
-    rows, slot_numbers = torch.arange(R, device=grid.device), torch.arange(S, device=grid.device)
-    slots, tokens, drawn = [], [], []
+    rows, slot_numbers = torch.arange(R, device=slots.device), torch.arange(S, device=slots.device)
+    chosen, tokens, drawn = [], [], []
     for draw in range(config.insertions_per_step):
         possible = scores.isfinite().any(dim=-1)
         # A row without a free slot draws from a uniform law instead, and the draw is marked as void.
         candidates = scores.masked_fill(~possible[:, None], 0.0)
         slot = _choose(candidates, config.do_sample, uniform(seeds, step, draw, 0))
-        token_logits = grid[rows, slot]
+        token_logits = logits[slots[rows, slot]]
         if not joint:
             token_logits = filter_logits(token_logits, *token_filter)
         token_logits = token_logits.masked_fill(~possible[:, None], 0.0)
         tokens.append(_choose(token_logits, config.do_sample, uniform(seeds, step, draw, 1)))
-        slots.append(slot)
+        chosen.append(slot)
         drawn.append(possible)
         scores = scores.masked_fill((slot_numbers - slot[:, None]).abs() <= 1, -torch.inf)
-    return torch.stack(slots, 1), torch.stack(tokens, 1), torch.stack(drawn, 1)
+    return torch.stack(chosen, 1), torch.stack(tokens, 1), torch.stack(drawn, 1)
+
+
+def _log_masses(logits: torch.Tensor) -> torch.Tensor:
+    """Log sum exp of each row of (N, V) logits, a part at a time, small enough for the cache."""
+    parts = logits.split(max(1, 2**18 // logits.shape[-1]))
+    return torch.cat([part.logsumexp(dim=-1) for part in parts])
 
 
 def _choose(logits: torch.Tensor, do_sample: bool, uniforms: torch.Tensor) -> torch.Tensor:

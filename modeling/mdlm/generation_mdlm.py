@@ -16,6 +16,7 @@ from xlm_hf.modules.counter_random import random_bits, uniform
 from xlm_hf.modules.generation import NonAutoregressiveGenerationOutput, row_seeds
 from xlm_hf.modules.noise_schedules import NOISE_SCHEDULES
 from xlm_hf.modules.unmasking import commit_ranks, commit_top_k, num_to_commit, order_scores, statistics_in_place
+from xlm_hf.modules.vocabulary_head import suppress_
 
 _EVENT, _TOKEN, _TIME = 0, 1, 2  # last counter of a random number: what it decides
 
@@ -158,18 +159,22 @@ class MDLMGenerationMixin(MaskedGenerationMixin):
             unmask, sigma = process.transition(rows)
             events = uniform(seeds[:, None], step, positions, _EVENT)
             chosen = eligible & (events < unmask)
-            remasked = process.in_block(rows) & ~eligible & (events < sigma)
+            if config.sampler == "remask":
+                remasked = process.in_block(rows) & ~eligible & (events < sigma)
         # A network that ignores the time has nothing to say to a row in which nothing is written.
         called = (eligible if self.config.time_conditioning else chosen).any(dim=-1)
+        if config.sampler == "ancestral" and not called.any():
+            return
         share = process.masked_share(rows)[called]
         logits = self._logits(process, rows[called], chosen[called], share, logits_processor, step)
         uniforms = uniform(seeds[:, None], step, positions, _TOKEN)[chosen]
         tokens = draw_tokens(logits, uniforms, config)
         canvas.commit(rows, chosen, tokens, step)
-        canvas.ids[rows] = canvas.ids[rows].masked_fill(remasked, self.config.mask_token_id)
-        canvas.masked[rows] |= remasked
-        probabilities = logits.softmax(dim=-1).gather(-1, tokens[:, None]).squeeze(-1)
-        process.confidence[rows] = process.confidence[rows].masked_scatter(chosen, probabilities)
+        if config.sampler == "remask":
+            canvas.ids[rows] = canvas.ids[rows].masked_fill(remasked, self.config.mask_token_id)
+            canvas.masked[rows] |= remasked
+            probabilities = logits.softmax(dim=-1).gather(-1, tokens[:, None]).squeeze(-1)
+            process.confidence[rows] = process.confidence[rows].masked_scatter(chosen, probabilities)
 
     def _logits(self: Any, process: "_Process", rows, wanted, share, logits_processor, step: int) -> torch.Tensor:
         """Logits (S, V) float32 at the S `wanted` positions of (rows, L), by one forward pass over `rows`."""
@@ -182,9 +187,7 @@ class MDLMGenerationMixin(MaskedGenerationMixin):
         logits = outputs.logits.float()
         if logits_processor is not None:
             logits = logits_processor(ids[index // ids.shape[1]], logits, cur_step=step)
-        if process.config.suppress_tokens:
-            logits[:, process.config.suppress_tokens] = -torch.inf
-        return logits
+        return suppress_(logits, process.config.suppress_tokens)
 
 
 class _Process:

@@ -27,6 +27,7 @@ from .unmasking import (
     order_scores,
     statistics_in_place,
 )
+from .vocabulary_head import suppress_
 
 
 class UnmaskingGenerationConfig(NonAutoregressiveGenerationConfig):
@@ -115,7 +116,8 @@ class MaskedCanvas:
         self.ids[rows] = self.ids[rows].masked_scatter(chosen, tokens)
         self._steps[rows] = self._steps[rows].masked_fill(chosen, step)
         self.masked[rows] &= ~chosen
-        self.masked &= ~self._behind_eos()
+        if self.eos_token_id is not None:
+            self.masked &= ~self._behind_eos()
 
     def written(self) -> torch.Tensor:
         """What stands after the prompts, mask tokens included; the whole rows where nothing was appended to any."""
@@ -249,9 +251,7 @@ class MaskedGenerationMixin(NonAutoregressiveGenerationMixin):
         logits = outputs.logits.float()
         if logits_processor is not None:
             logits = logits_processor(ids[index // ids.shape[1]], logits, cur_step=step)
-        if generation_config.suppress_tokens:
-            logits[:, generation_config.suppress_tokens] = -torch.inf
-        return logits
+        return suppress_(logits, generation_config.suppress_tokens)
 
 
 def choose_positions(
