@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _COLUMNS = {"lm": ("example_id",), "seq2seq": ("example_id", "prompt_ids", "target_ids"), "infill": ("example_id",)}
 
 # What a task's config says to the evaluation and the generation; no arguments of its target.
-_FOR_OTHERS = ("evaluation", "max_new_tokens", "canvas_length", "canvas_lengths")
+_FOR_OTHERS = ("evaluation", "max_new_tokens", "do_sample", "canvas_length", "canvas_lengths")
 
 
 @dataclass
