@@ -113,8 +113,11 @@ def explain(error: BaseException) -> str:
         if error.options:
             group, name = missing.rsplit("/", 1)
             return f"There is no {group} {name!r}: {did_you_mean(name, list(error.options))}"
-        named = [file.name for file in files("xlm_hf.configs").iterdir() if file.name.endswith(".yaml")]
-        experiments = [name.removesuffix(".yaml") for name in named if name != "config.yaml"]
+        folders = {prefix: files("xlm_hf.configs").joinpath(prefix).iterdir() for prefix in ("", "paper/")}
+        named = [prefix + file.name for prefix, folder in folders.items() for file in folder]
+        experiments = [
+            name[:-5] for name in named if re.search(r"(^|/)[^_/]+\w*\.yaml$", name) and name != "config.yaml"
+        ]
         return f"There is no config {missing!r}: {did_you_mean(missing, experiments)}"
     cause: BaseException = error
     while cause.__cause__ is not None:

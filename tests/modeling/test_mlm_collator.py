@@ -93,6 +93,12 @@ def test_the_masked_share_follows_its_law(mask_beta):
     assert kstest((batch["input_ids"] == MASK).float().sum(-1).numpy() / 401, "beta", (mask_beta, 1)).pvalue > 0.5
 
 
+def test_a_text_that_fills_the_canvas_has_no_end():
+    examples = [{"input_ids": [9] * n, "example_id": n, "epoch": 0, "position": n} for n in (5, 4)]
+    batch = MLMCollatorForLanguageModeling(SpecialIds(), max_length=24, canvas_length=5)(examples)
+    assert restore(batch).tolist() == [[BOS, *[9] * 5], [BOS, *[9] * 4, EOS]]
+
+
 def test_infilling_masks_only_what_the_input_leaves_open():
     examples = [
         {**e, "input_ids": [MASK if i % 2 else t for i, t in enumerate(e["target_ids"])]} for e in make_examples(40)

@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -314,6 +314,33 @@ def test_mistakes_end_in_one_sentence(path, options, message, own_data, tmp_path
     with pytest.raises(ValueError, match=message) as error:
         load(path, tmp_path, **options)
     assert "\n" not in str(error.value)
+
+
+def test_a_mixture_shares_the_tokenizer_and_leaves_the_evaluation_alone(corpus, tmp_path):
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps({"content": f"the of {number}"}) + "\n" for number in range(40)))
+    plain = load(corpus, tmp_path)
+    entries = [{"path": str(corpus), "weight": 3}, {"path": str(other), "text_column": "content"}]
+    task = load(corpus, tmp_path, mixture=entries)
+    mixture = task.splits["train"]
+    assert mixture.weights == [3, 1.0]
+    assert mixture.sets[0][:] == plain.splits["train"][:]
+    assert {task.tokenizer.decode(ids) for ids in mixture.sets[1]["input_ids"][:]} == {"the of [UNK]"}
+    assert all(task.splits[name][:] == plain.splits[name][:] for name in ("validation", "test"))
+    with pytest.raises(ValueError, match=r"entry of task.mixture has no option 'wieght': did you mean 'weight'\?"):
+        load(corpus, tmp_path, mixture=[{"path": str(corpus), "wieght": 3}])
+
+
+def test_a_stream_holds_the_prepared_examples(corpus, tmp_path):
+    for options in ({}, {"protocol": "packed", "max_length": 16}):
+        plain = load(corpus, tmp_path, **options).splits["train"]
+        task = load(corpus, tmp_path, streaming=True, **options)
+        assert isinstance(task.splits["train"], IterableDataset)
+        assert list(task.splits["train"]) == list(plain)
+        assert isinstance(task.splits["validation"], Dataset)
+    entries = [{"path": str(corpus), "weight": 2}, {"path": str(corpus), "seed": 1}]
+    mixture = load(corpus, tmp_path, streaming=True, mixture=entries).splits["train"]
+    assert all(isinstance(one, IterableDataset) for one in mixture.sets)
 
 
 def test_what_the_cache_depends_on(corpus, tmp_path, monkeypatch):
