@@ -475,6 +475,18 @@ def test_a_full_card_says_everything():
         assert part in card.text
 
 
+@pytest.mark.parametrize("folder", [False, True])
+def test_weights_from_elsewhere_keep_their_licence(folder, tmp_path):
+    (tmp_path / "theirs").mkdir()
+    source = str(tmp_path / "theirs") if folder else "somebody/theirs"
+    card = ModelCard(hub.render_card(hub.families()["ilm"], {"base_model": source}))
+    assert card.data.license is None
+    assert card.data.base_model == (None if folder else source)
+    assert f"taken from `{'theirs' if folder else source}`, whose licence" in card.text
+    assert "code and weights alike" not in card.text
+    assert str(tmp_path) not in card.content
+
+
 def test_sections_without_content_are_left_out():
     sections = {"Use", "Training", "Results", "Samples", "Limitations", "Licence", "Citation"}
     for variables, missing in (

@@ -33,7 +33,7 @@ _FILE_IMPORT = re.compile(r"^([ \t]*)from[ \t]+(xlm_hf\.modules)?\.(\w+)[ \t]+im
 _EXPORTED_SUFFIXES = {".json", ".safetensors", ".py", ".md", ".txt", ".jinja", ".model"}
 _CARD_VARIABLES = {
     *("model_id", "parameters", "experiment", "task", "dataset", "steps"),
-    *("seed", "config", "metrics", "protocol", "samples"),
+    *("seed", "config", "metrics", "protocol", "samples", "base_model"),
 }
 
 
@@ -250,6 +250,7 @@ def render_card(family: Family, variables: dict[str, Any]) -> str:
             metrics (dict): the flat object of metrics.json: `<set>/<metric>`, its `<set>/<metric>_standard_error` where
                 there is one, and `<set>/samples`.
             protocol (str): how the metrics were measured.
+            base_model (str): folder or Hub id of what the weights were taken from, whose licence then holds.
             samples (list of dict): decodes, each a `prediction`, and a `prompt` and `reference` where it has them.
 
     Returns:
@@ -262,10 +263,14 @@ def render_card(family: Family, variables: dict[str, Any]) -> str:
         raise ValueError(f"A model card has no variable {unknown[0]!r}: {did_you_mean(unknown[0], _CARD_VARIABLES)}")
     model_type = family.config_class.model_type
     results = _eval_results(variables.get("task", model_type), variables.get("metrics", {}))
+    origin = variables.get("base_model")
+    if is_folder := origin is not None and Path(origin).exists():
+        variables = {**variables, "base_model": Path(origin).name}
     card_data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
-        license="apache-2.0",
+        license=None if origin else "apache-2.0",
+        base_model=None if is_folder else origin,
         tags=["xlm-hf", *(family.model_class.model_tags or ["non-autoregressive"]), model_type],
         model_name=variables.get("model_id", model_type) if results else None,
         eval_results=results or None,

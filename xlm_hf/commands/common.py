@@ -31,6 +31,7 @@ from xlm_hf.callbacks import Budget, EarlyStopping, Profiler, write_predictions
 from xlm_hf.checkpoints import resolve_checkpoint, write_text
 from xlm_hf.ema import load_average
 from xlm_hf.evaluation import RECORD_FIELDS, EvaluationSet
+from xlm_hf.hub import families
 from xlm_hf.metrics import load_metric
 from xlm_hf.modules.messages import check_options, did_you_mean
 from xlm_hf.tasks import Task, load_task
@@ -333,9 +334,13 @@ def card_variables(
     public = {name: value for name, value in config.items() if name not in hidden}
     public["trainer"] = {name: value for name, value in config["trainer"].items() if "token" not in name}
     task, generation = config["task"], config["generation"]
+    # From the registry and not by its `_target_`, since a config that came from elsewhere imports nothing.
+    family, backbone = families().get(config["family"]), config["model"].get("backbone", "rotary")
+    own = getattr(family and family.config_class, "own_backbones", ("rotary",))
     options = ", ".join(f"{name}={value}" for name, value in generation.items() if value is not None)
     return {
         "experiment": config["experiment"],
+        "base_model": None if backbone in own else backbone,
         "task": task["name"],
         "dataset": f"`{task['_target_']}`, with the options under `task` below",
         "seed": config["seed"],

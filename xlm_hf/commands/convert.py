@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> None:
     model = _convert(options, weights, config)
     tokenizer = _tokenizer(options.tokenizer, model.config, config)
     model = _convert(options, weights, config, token_options(tokenizer))
-    export_model(model, tokenizer, options.output)
+    export_model(model, tokenizer, options.output, {"base_model": options.checkpoint})
     say(f"{options.output} holds a {type(model).__name__} of {model.num_parameters():,} parameters. Next:")
     say(f"  xlm-hf family={model.config.model_type} task=TASK job=generate checkpoint={options.output}")
 
