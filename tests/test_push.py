@@ -287,17 +287,21 @@ def test_pushing_a_checkpoint_and_the_end_of_a_run_by_hand(hub, trained, calls):
     assert second["model.safetensors"] != first["model.safetensors"]
 
 
-def test_what_is_in_the_way_is_one_sentence_and_nothing_is_lost(hub, trained, calls):
+def test_what_is_in_the_way_is_one_sentence_and_nothing_is_lost(hub, trained, calls, folder):
     push = ["job=push_to_hub", f"checkpoint={trained}"]
     training = ["output_dir=never", "trainer.push_to_hub=true"]
     hub.breaks = [True]
-    broken, again, unnamed, no_token, no_token_for_training, no_right = calls(
+    in_the_way = folder / "blocked" / "model-in-progress" / "thesis.txt"
+    in_the_way.parent.mkdir(parents=True)
+    in_the_way.write_text("mine")
+    broken, again, unnamed, no_token, no_token_for_training, no_right, blocked = calls(
         [*push, "trainer.hub_model_id=xlm/broken"],
         [*push, "trainer.hub_model_id=xlm/broken", "exist_ok=true"],
         push,
         [*push, "trainer.hub_model_id=xlm/mine", "HF_TOKEN="],
         [*training, "trainer.hub_model_id=xlm/mine", "HF_TOKEN="],
         [*training, "trainer.hub_model_id=somebody/else"],
+        ["output_dir=blocked", *training[1:], "trainer.hub_model_id=xlm/blocked", "trainer.hub_strategy=every_save"],
     )
     assert broken.startswith("Error: The connection to the Hub broke off (")
     assert broken.endswith(
@@ -312,6 +316,10 @@ def test_what_is_in_the_way_is_one_sentence_and_nothing_is_lost(hub, trained, ca
         "Error: This token may not write somebody/else (You have no rights to the namespace somebody): name a "
         "repository of your own, or use a token with write access."
     )
+    # What cannot be exported in training is not pushed then, but at the end.
+    assert (blocked, in_the_way.read_text()) == ("0", "mine")
+    assert f"the push of step 2 has failed. {in_the_way.parent} holds" in (folder / "blocked/train.log").read_text()
+    assert [len(commit["files"]) > 0 for commit in hub.repositories["xlm/blocked"]["commits"]] == [False, True]
 
 
 def test_a_push_that_breaks_off_stops_no_training_and_the_last_one_is_made_up_for(hub, run, folder):

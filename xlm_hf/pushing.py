@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoTokenizer, Trainer
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
-from xlm_hf.checkpoints import INCOMPLETE_SUFFIX
+from xlm_hf.checkpoints import INCOMPLETE_SUFFIX, resolve_checkpoint
 from xlm_hf.ema import load_average
 from xlm_hf.hub import export_model
 
@@ -104,6 +104,10 @@ def _upload(api: HfApi, repo_id: str, folder: Path, message: str | None, **optio
     )
 
 
+def _warn_of_failure(step: int, error: Exception) -> None:
+    logger.warning("Training goes on, and the push of step %d has failed. %s", step, error)
+
+
 class PushesRepositories(Trainer):
     """The pushes of `Trainer` as self-contained repositories: weights, configurations, tokenizer, code and card.
 
@@ -184,13 +188,16 @@ class PushesRepositories(Trainer):
             # What it uploads would change under it.
             self._finish_current_push()
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        # From its files, so that no other rank need take part.
-        model = AutoModel.from_pretrained(checkpoint, dtype=torch.float32)
-        if self.args.use_ema:
-            load_average(model, checkpoint)
         # `model/` is that of a run that is finished.
         export = checkpoint.with_name("model-in-progress")
-        export_model(model, AutoTokenizer.from_pretrained(checkpoint), export, self._card_of_this_step())
+        try:
+            # From its files, so that no other rank need take part.
+            model = AutoModel.from_pretrained(resolve_checkpoint(checkpoint_folder), dtype=torch.float32)
+            if self.args.use_ema:
+                load_average(model, checkpoint)
+            export_model(model, AutoTokenizer.from_pretrained(checkpoint), export, self._card_of_this_step())
+        except (OSError, ValueError) as error:
+            return _warn_of_failure(self.state.global_step, error)
         places = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: checkpoint.name}
         job = HfApi().run_as_future(
             self._upload_in_background, export, checkpoint, places.get(strategy), self.state.global_step
@@ -206,6 +213,6 @@ class PushesRepositories(Trainer):
                 if place is not None:
                     self._upload(checkpoint, f"{message}, checkpoint", path_in_repo=place)
         except OSError as error:
-            logger.warning("Training goes on, and the push of step %d has failed. %s", step, error)
+            _warn_of_failure(step, error)
         finally:
             shutil.rmtree(export)
