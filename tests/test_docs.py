@@ -18,7 +18,7 @@ from xlm_hf.cli import main
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "modeling").glob("*/README.md"))]
-# tests/test_tutorial.py follows it.
+# It installs packages of its own, which only a new process finds.
 TUTORIAL = ROOT / "docs" / "tutorial.md"
 BLOCK = re.compile(r"^(<!-- not run: .+? -->\n)?```(\w+)(?: title=\"(.+?)\")?\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 SMALLEST = {
