@@ -58,7 +58,9 @@ def _write_package(folder: Path, name: str, source: str) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(filled(file.read_text()))
     package, shipped = folder / name, template.parent
-    copies = {file: _renamed(file.name, source, name, title) for file in _code(source).glob("*.py")}
+    # Nobody has published checkpoints of a family that is only now begun.
+    files = [file for file in _code(source).glob("*.py") if not file.name.startswith("conversion_")]
+    copies = {file: _renamed(file.name, source, name, title) for file in files}
     copies[shipped / "configs" / "family" / f"{source}.yaml"] = f"configs/family/{name}.yaml"
     copies[shipped / "configs" / f"{source}_star.yaml"] = f"configs/{name}_star.yaml"
     copies[shipped / "hub_cards" / f"{source}.md"] = "hub_card.md"
@@ -73,5 +75,6 @@ def _code(source: str) -> Path:
 
 def _renamed(text: str, source: str, name: str, title: str) -> str:
     """Replace the family's name in code (`collator_f`, `FConfig`, `xlm_hf.modeling.f`) and words by the new one."""
+    text = re.sub(r"(?m)^(from \.conversion_|    converters=).*\n", "", text)
     text = re.sub(rf"(?<![a-z])(xlm_hf\.modeling\.)?{source}(?![a-z])", name, text)
     return re.sub(rf"(?<![A-Za-z]){source.upper()}(?![a-z])", title, text)
