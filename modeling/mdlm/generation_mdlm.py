@@ -19,6 +19,7 @@ from xlm_hf.modules.unmasking import commit_ranks, commit_top_k, num_to_commit, 
 from xlm_hf.modules.vocabulary_head import suppress_
 
 _EVENT, _TOKEN, _TIME = 0, 1, 2  # last counter of a random number: what it decides
+_AHEAD = 8  # steps that are looked through at once for one in which something is written
 
 
 class MDLMGenerationConfig(UnmaskingGenerationConfig):
@@ -109,8 +110,12 @@ class MDLMGenerationMixin(MaskedGenerationMixin):
         seeds = row_seeds(seed, len(canvas.ids), canvas.ids.device)
         if streamer is not None:
             streamer.put(canvas.ids[:, : canvas.prompt_width].cpu())
+        # Whoever watches every step, or is told the time of it, gets every step.
+        jumps = not (streamer or logits_processor or self.config.time_conditioning) and config.sampler == "ancestral"
         step = 0
         while len(rows := process.open_rows()):
+            if jumps:
+                process.pass_idle_steps(rows, seeds[rows])
             take_step = self._rule_step if config.sampler == "rule" else self._process_step
             take_step(process, rows, seeds[rows], logits_processor, step)
             process.advance(rows)
@@ -148,28 +153,26 @@ class MDLMGenerationMixin(MaskedGenerationMixin):
         too small for float32. The two draws apart need no product, and ask the network only about what is written.
         """
         canvas, config, positions = process.canvas, process.config, process.canvas.positions[rows]
-        eligible = process.eligible(rows)
+        eligible, clock = process.eligible(rows), process.clock[rows, None]
         remasked = torch.zeros_like(eligible)
         if config.sampler == "first_hitting":
             # n masks are all still there at r' < r with probability (r' / r)^n, r being the mask probability.
-            process.mask_probability[rows] *= uniform(seeds, step, 0, _TIME) ** (1 / eligible.sum(dim=-1))
+            process.mask_probability[rows] *= uniform(seeds, clock[:, 0], 0, _TIME) ** (1 / eligible.sum(dim=-1))
             ranks = commit_ranks(random_bits(seeds[:, None], positions), eligible)
             chosen = commit_top_k(ranks, eligible, torch.ones_like(rows))
         else:
-            unmask, sigma = process.transition(rows)
-            events = uniform(seeds[:, None], step, positions, _EVENT)
+            unmask, sigma, process.mask_probability[rows] = process.transition(rows, process.step[rows])
+            events = uniform(seeds[:, None], clock, positions, _EVENT)
             chosen = eligible & (events < unmask)
             if config.sampler == "remask":
                 remasked = process.in_block(rows) & ~eligible & (events < sigma)
         # A network that ignores the time has nothing to say to a row in which nothing is written.
         called = (eligible if self.config.time_conditioning else chosen).any(dim=-1)
-        if config.sampler == "ancestral" and not called.any():
-            return
         share = process.masked_share(rows)[called]
         logits = self._logits(process, rows[called], chosen[called], share, logits_processor, step)
-        uniforms = uniform(seeds[:, None], step, positions, _TOKEN)[chosen]
+        uniforms = uniform(seeds[:, None], clock, positions, _TOKEN)[chosen]
         tokens = draw_tokens(logits, uniforms, config)
-        canvas.commit(rows, chosen, tokens, step)
+        canvas.commit(rows, chosen, tokens, clock)
         if config.sampler == "remask":
             canvas.ids[rows] = canvas.ids[rows].masked_fill(remasked, self.config.mask_token_id)
             canvas.masked[rows] |= remasked
@@ -196,7 +199,7 @@ class _Process:
     Attributes:
         blocks: (B, L) the block of each place of the canvas, -1 elsewhere.
         sizes: (B,) places of the canvas.
-        block, last, step: (B,) the block a row is at, its last one, and the steps made in the block.
+        block, last, step, clock: (B,) the block a row is at, its last one, and the steps made in the block and in all.
         mask_probability: (B,) float64, 1 - alpha_t of a row, in its block.
         confidence: (B, L) the probability of each token when it was written.
         eos_token_id: ends the text.
@@ -210,7 +213,7 @@ class _Process:
         numbers = canvas.masked.long().cumsum(dim=-1) - 1
         self.blocks = (numbers // (config.block_length or canvas.ids.shape[1])).masked_fill(~canvas.masked, -1)
         self.sizes, self.last = canvas.masked.sum(dim=-1), self.blocks.amax(dim=-1)
-        self.block, self.step = torch.zeros_like(self.last), torch.zeros_like(self.last)
+        self.block, self.step, self.clock = (torch.zeros_like(self.last) for _ in range(3))
         self.mask_probability = torch.ones_like(self.last, dtype=torch.float64)
         self.confidence = torch.zeros(canvas.ids.shape, device=canvas.ids.device)
 
@@ -237,16 +240,30 @@ class _Process:
         later = (self.blocks[rows] > self.block[rows, None]).sum(dim=-1)
         return (self.mask_probability[rows] * self.in_block(rows).sum(dim=-1) + later) / self.sizes[rows]
 
-    def transition(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Probabilities of the step from t to s, float64 (R, 1) or (R, L) (arXiv 2503.00307, equations 4 to 8).
+    def pass_idle_steps(self, rows: torch.Tensor, seeds: torch.Tensor) -> None:
+        """Let each of `rows` (R,) pass the steps in which it writes nothing; which those are, no network decides."""
+        while len(rows):
+            each, ahead = rows.repeat_interleave(_AHEAD), torch.arange(_AHEAD, device=rows.device).repeat(len(rows))
+            clock, keys = (self.clock[each] + ahead)[:, None], seeds.repeat_interleave(_AHEAD)[:, None]
+            unmask, _, _ = self.transition(each, self.step[each] + ahead)
+            writes = self.eligible(each) & (uniform(keys, clock, self.canvas.positions[each], _EVENT) < unmask)
+            # In the last step everything is written, so what lies beyond it is never reached.
+            writes = writes.any(dim=-1).view(-1, _AHEAD)
+            passed = torch.where(writes.any(dim=-1), writes.int().argmax(dim=-1), _AHEAD)
+            self.step[rows] += passed
+            self.clock[rows] += passed
+            rows, seeds = rows[passed == _AHEAD], seeds[passed == _AHEAD]
+
+    def transition(self, rows: torch.Tensor, step: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Probabilities of step (R,), from t to s, float64 (R, 1) or (R, L) (arXiv 2503.00307, equations 4 to 8).
 
         Returns:
-            that a mask is written, (alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t), and that a token is masked, sigma.
+            that a mask is written, (alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t); that a token is masked, sigma; and
+            (R,) 1 - alpha_t.
         """
         config, n = self.config, self.num_steps(rows).double()
-        schedule, steps_left = NOISE_SCHEDULES[config.noise_schedule], n - self.step[rows]
-        self.mask_probability[rows] = schedule.mask_probability(steps_left / n)
-        mask_t = self.mask_probability[rows, None]
+        schedule, steps_left = NOISE_SCHEDULES[config.noise_schedule], n - step
+        mask_t = schedule.mask_probability(steps_left / n)[:, None]
         mask_s = schedule.mask_probability((steps_left - 1) / n)[:, None]
         alpha_t = 1 - mask_t
         sigma = torch.zeros_like(mask_t)
@@ -258,11 +275,12 @@ class _Process:
                 confidence = self.confidence[rows].double().masked_fill(~written, torch.inf)
                 # In a row without a written token the softmax is 0 / 0, and there is nothing to mask again.
                 sigma = sigma * (-confidence).softmax(dim=-1).nan_to_num(0.0)
-        return (mask_t - mask_s + sigma * alpha_t) / mask_t, sigma
+        return (mask_t - mask_s + sigma * alpha_t) / mask_t, sigma, mask_t[:, 0]
 
     def advance(self, rows: torch.Tensor) -> None:
         """Count a step of `rows`, and send those whose block is finished to the next one, or home."""
         self.step[rows] += 1
+        self.clock[rows] += 1
         if self.config.sampler == "remask":
             finished = self.step[rows] == self.num_steps(rows)
         else:

@@ -231,10 +231,28 @@ def test_many_steps_cost_no_more_than_one_call_a_token():
     model = TableModel()
     output = model.generate(torch.tensor([[BOS]] * 3), seed=0, do_sample=True, max_new_tokens=4, num_steps=5000)
     assert (output.nfe <= 4).all()
-    assert model.calls <= 12
+    # The rows are called together, each at its own next step in which something is written.
+    assert model.calls == output.nfe.max()
     timed = TableModel(uses_time=True)
     output = timed.generate(torch.tensor([[BOS]]), seed=0, max_new_tokens=4, num_steps=50, return_history=True)
     assert timed.calls == int(output.nfe) == int(output.history.max()) + 1
+
+
+@pytest.mark.parametrize("schedule", ["log_linear", "cosine"])
+@pytest.mark.parametrize(("num_steps", "block_length"), [(3, None), (40, None), (40, 4), (7, 2)])
+def test_idle_steps_are_passed_without_a_trace(num_steps, block_length, schedule):
+    model = make_model()
+    options = {"num_steps": num_steps, "block_length": block_length, "noise_schedule": schedule, "do_sample": True}
+    jumping, watched = (
+        model.generate(
+            batch_of(PROMPTS), seed=5, max_new_tokens=12, return_history=True, logits_processor=processor, **options
+        )
+        for processor in (None, lambda ids, scores, cur_step: scores)
+    )
+    assert torch.equal(jumping.sequences, watched.sequences)
+    assert torch.equal(jumping.history, watched.history)
+    assert torch.equal(jumping.nfe, watched.nfe)
+    assert jumping.finish_reason == watched.finish_reason
 
 
 OPTIONS = {

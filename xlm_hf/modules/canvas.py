@@ -111,10 +111,13 @@ class MaskedCanvas:
         """Indices of the rows in which something is still to be written."""
         return self.masked.any(dim=-1).nonzero().squeeze(-1)
 
-    def commit(self, rows: torch.Tensor, chosen: torch.Tensor, tokens: torch.Tensor, step: int) -> None:
-        """Write `tokens` (S,), in reading order, where `chosen` (R, L) in the rows of indices `rows` (R,)."""
+    def commit(self, rows: torch.Tensor, chosen: torch.Tensor, tokens: torch.Tensor, step: int | torch.Tensor) -> None:
+        """Write `tokens` (S,), in reading order, where `chosen` (R, L) in the rows of indices `rows` (R,).
+
+        `step` is what the history says of them: a number, or (R, 1).
+        """
         self.ids[rows] = self.ids[rows].masked_scatter(chosen, tokens)
-        self._steps[rows] = self._steps[rows].masked_fill(chosen, step)
+        self._steps[rows] = torch.where(chosen, step, self._steps[rows])
         self.masked[rows] &= ~chosen
         if self.eos_token_id is not None:
             self.masked &= ~self._behind_eos()
