@@ -18,16 +18,24 @@ from safetensors.torch import load_file
 from tests.test_cli import command
 from tests.test_trainer import EXACT, Tokenizer, V, assert_same_weights, make_trainer
 from xlm_hf.checkpoints import last_sound_checkpoint
+from xlm_hf.data import keyed
 from xlm_hf.modeling.ilm import ILMCollatorForSeq2Seq, ILMLoss
 
 STEPS = 12
-# packing, workers, accumulation, processes
-COVERING = [(False, 0, 1, 1), (True, 0, 2, 1), (False, 2, 2, 1), (True, 2, 1, 1), (False, 0, 2, 2), (True, 2, 1, 2)]
+# stream, packing, workers, accumulation, processes
+COVERING = [
+    (False, False, 0, 1, 1),
+    (True, True, 0, 2, 1),
+    (True, False, 2, 2, 1),
+    (False, True, 2, 1, 1),
+    (False, False, 0, 2, 2),
+    (True, True, 2, 1, 2),
+]
 
 
 def train(output_dir, config, rank, port):
     """What the command of a run does, in a process of its own."""
-    packing, workers, accumulation, processes = config
+    stream, packing, workers, accumulation, processes = config
     if processes > 1:
         distributed = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
         os.environ.update({name: str(value) for name, value in distributed.items()}, MASTER_ADDR="127.0.0.1")
@@ -48,6 +56,8 @@ def train(output_dir, config, rank, port):
     )
     trainer.data_collator = ILMCollatorForSeq2Seq(Tokenizer(V), max_length=32, seed=7, packing=packing)
     trainer.loss = ILMLoss()
+    if stream:
+        trainer.train_dataset = keyed(trainer.train_dataset.dataset.to_iterable_dataset(num_shards=2))
     checkpoint = last_sound_checkpoint(output_dir)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     os._exit(0)
