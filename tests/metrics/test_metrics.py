@@ -400,3 +400,20 @@ def test_the_values_of_the_examples_average_to_the_metric(name):
     values = metric.per_example(**inputs)[name]
     assert len(set(values)) > 1
     assert metric.compute(**inputs)[name] == pytest.approx(np.mean(values))
+
+
+def test_a_judge_that_never_writes_its_padding_token_scores_rows_of_all_lengths(judge):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(judge), AutoTokenizer.from_pretrained(judge)
+
+    def never_write_token_0(module, inputs, logits):
+        return logits.index_fill(-1, torch.tensor([0]), -torch.inf)
+
+    model.get_output_embeddings().register_forward_hook(never_write_token_0)
+    alone, together = (
+        load_metric("generative_perplexity", eval_model=model, eval_tokenizer=tokenizer, batch_size=size).compute(
+            predictions=["a b c", "b a c d a b c d"]
+        )
+        for size in (1, 2)
+    )
+    assert math.isfinite(together["generative_nll"])
+    assert together["generative_nll"] == pytest.approx(alone["generative_nll"], rel=1e-5)

@@ -75,7 +75,8 @@ def _nlls(model, rows, batch_size):
         mask = torch.arange(width, device=model.device) < lengths[:, None]
         logits = model(input_ids=ids, attention_mask=mask.long()).logits[:, :-1].float()
         losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
-        nlls += (losses * mask[:, 1:]).sum(dim=-1).tolist()
+        # Not a product: a judge that never writes its padding token gives it an infinite loss.
+        nlls += losses.masked_fill(~mask[:, 1:], 0.0).sum(dim=-1).tolist()
     return nlls
 
 
