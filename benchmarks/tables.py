@@ -51,12 +51,12 @@ def generation(records: list[dict]) -> str:
     """Seconds, ratios, passes and tokens a second."""
     header = ["setting", "family", "rows x tokens", "ours, s", "dense / ours", "plain / ours", "NFE", "tokens / s"]
     return _table(
-        [*header, "Gflop", "share of product rate"],
+        [*header, "Gflop", "share of product rate", "repetitions"],
         [
             [r["setting"], r["family"], f"{r['rows']} x {r['length']}", _number(r["cpu_seconds"]["ours"])]
             + [_number(r["ratios"].get(f"{name}/ours")) for name in ("dense", "plain")]
             + [_number(r["nfe"]), _number(r["tokens_per_second"]), _number(r["operations"] / 1e9)]
-            + [f"{r['share_of_matrix_product_rate']:.0%}"]
+            + [f"{r['share_of_matrix_product_rate']:.0%}", str(len(r["samples"]["ours"]))]
             for r in records
         ],
     )
