@@ -85,7 +85,7 @@ class ARLMGenerationOutput(NonAutoregressiveGenerationOutput):
         beam_indices: (B, new tokens) hypothesis that each token was written to, of a beam search; -1 for padding.
         attentions: per step and layer, with `output_attentions=True`.
         hidden_states: per step and layer, with `output_hidden_states=True`.
-        past_key_values: the cache.
+        cache: the cache.
     """
 
     sequences_scores: torch.Tensor | None = None
@@ -94,7 +94,7 @@ class ARLMGenerationOutput(NonAutoregressiveGenerationOutput):
     beam_indices: torch.Tensor | None = None
     attentions: tuple[tuple[torch.Tensor, ...], ...] | None = None
     hidden_states: tuple[tuple[torch.Tensor, ...], ...] | None = None
-    past_key_values: Cache | None = None
+    cache: Cache | None = None
 
 
 class _RoomCriteria(StoppingCriteria):
@@ -207,7 +207,7 @@ class ARLMGenerationMixin(NonAutoregressiveGenerationMixin, GenerationMixin):  #
         if not self.config.conv_kernel_size or config.use_cache is False:
             return {}
         config.cache_implementation = None
-        return {"past_key_values": self.new_cache()}
+        return {"cache": self.new_cache()}
 
     def resolve_generation_config(self, generation_config: GenerationConfig | None, overrides: dict[str, Any]) -> Any:
         """Options of one call: `overrides` over what `generation_config` sets over the model's own."""

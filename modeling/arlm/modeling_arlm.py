@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 
 from xlm_hf.modules.rotary_transformer import RotaryTransformer, RotaryTransformerPreTrainedModel
@@ -17,7 +18,6 @@ class ARLMPreTrainedModel(RotaryTransformerPreTrainedModel):
     """Ties the family to its configuration."""
 
     config: ARLMConfig
-    _skip_keys_device_placement = ["past_key_values"]
 
 
 class ARLMForCausalLM(ARLMPreTrainedModel, ARLMGenerationMixin):  # type: ignore[misc]
@@ -33,13 +33,14 @@ class ARLMForCausalLM(ARLMPreTrainedModel, ARLMGenerationMixin):  # type: ignore
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         use_cache: bool | None = None,
         logits_index: torch.Tensor | None = None,
         logits_to_keep: int = 0,
@@ -52,7 +53,7 @@ class ARLMForCausalLM(ARLMPreTrainedModel, ARLMGenerationMixin):  # type: ignore
             input_ids: (B, L) token ids; with a cache, those after the cached ones.
             attention_mask: (B, L), 1 for tokens and 0 for padding on either side; with a cache, (B, cached + L).
             position_ids: (B, L) rotary positions; by default each row counts its own tokens.
-            past_key_values: keys and values of the tokens before these; those of these are added to it.
+            cache: keys and values of the tokens before these; those of these are added to it.
             use_cache: whether to begin a cache where none is given.
             logits_index: (S,) indices into the flattened (B x L) tokens whose logits are wanted; None means all. The
                 vocabulary head is the largest product of a small model, and few of its rows matter.
@@ -64,15 +65,9 @@ class ARLMForCausalLM(ARLMPreTrainedModel, ARLMGenerationMixin):  # type: ignore
             transformers' `CausalLMOutputWithPast`, its `logits` (B, L, V), or (S, V) with `logits_index`; those at a
             token score the token after it, and those of `config.suppress_tokens` are -inf.
         """
-        if use_cache and past_key_values is None:
-            past_key_values = self.new_cache()
-        outputs = self.model(
-            input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            **kwargs,
-        )
+        if use_cache and cache is None:
+            cache = self.new_cache()
+        outputs = self.model(input_ids, attention_mask=attention_mask, position_ids=position_ids, cache=cache, **kwargs)
         hidden_states = outputs.last_hidden_state
         if logits_index is not None:
             hidden_states = hidden_states.flatten(0, 1)[logits_index]
@@ -80,8 +75,5 @@ class ARLMForCausalLM(ARLMPreTrainedModel, ARLMGenerationMixin):  # type: ignore
             hidden_states = hidden_states[:, -logits_to_keep:]
         logits = head_function(hidden_states, self.lm_head, self.config.outside_softmax)
         return CausalLMOutputWithPast(
-            logits=logits,
-            past_key_values=past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            logits=logits, cache=cache, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )

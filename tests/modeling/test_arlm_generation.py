@@ -139,12 +139,12 @@ def test_a_sequence_fed_in_pieces_gives_the_same_logits(attention, padded, conv_
     whole = model(input_ids, attention_mask=attention_mask).logits
     cache = model.new_cache()
     for start, end in itertools.pairwise((0, 5, 6, 10, 11)):
-        piece = model(input_ids[:, start:end], attention_mask=mask[:, :end] if padded else None, past_key_values=cache)
+        piece = model(input_ids[:, start:end], attention_mask=mask[:, :end] if padded else None, cache=cache)
         visible = mask[:, start:end].bool()
         torch.testing.assert_close(piece.logits[visible], whole[:, start:end][visible])
     assert cache.get_seq_length() == 11
-    assert model(input_ids).past_key_values is None
-    assert model(input_ids, use_cache=True).past_key_values.get_seq_length() == 11
+    assert model(input_ids).cache is None
+    assert model(input_ids, use_cache=True).cache.get_seq_length() == 11
 
 
 @pytest.mark.parametrize("decoding", DECODINGS)

@@ -217,7 +217,7 @@ class ShortConvolution(nn.Module):
         self.weight = nn.Parameter(torch.empty(kernel_size, hidden_size))
 
     def forward(
-        self, hidden_states: torch.Tensor, document_ids: torch.Tensor | None, past_key_values: Cache | None = None
+        self, hidden_states: torch.Tensor, document_ids: torch.Tensor | None, cache: Cache | None = None
     ) -> torch.Tensor:
         """Map (B, L, hidden_size) to the same shape.
 
@@ -225,13 +225,13 @@ class ShortConvolution(nn.Module):
             hidden_states: the residual stream.
             document_ids: (B, L), equal for tokens that may see each other, negative for padding; None means that all
                 tokens of a row do.
-            past_key_values: in a causal model, holds the last inputs, to which these are added.
+            cache: in a causal model, holds the last inputs, to which these are added.
         """
         L = hidden_states.shape[1]
         output = hidden_states
-        if past_key_values is not None:
+        if cache is not None:
             inputs = hidden_states if document_ids is None else hidden_states * (document_ids >= 0)[..., None]
-            taken = past_key_values.update_conv_state(inputs.mT, self.layer_idx, conv_kernel_size=len(self.weight)).mT
+            taken = cache.update_conv_state(inputs.mT, self.layer_idx, conv_kernel_size=len(self.weight)).mT
             taken = nn.functional.pad(taken, (0, 0, len(self.weight), 0))
             for offset, weight in zip(self.offsets, self.weight, strict=True):
                 end = taken.shape[1] + offset
@@ -265,7 +265,7 @@ class RotaryAttention(nn.Module):
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.o_proj.writes_to_residual = True  # type: ignore[assignment]
 
-    def forward(self, hidden_states, attention_mask, cos_sin, past_key_values=None, **kwargs):
+    def forward(self, hidden_states, attention_mask, cos_sin, cache=None, **kwargs):
         """Attend within (B, L, hidden_size) `hidden_states`, and to the tokens whose keys and values are cached.
 
         Returns:
@@ -274,8 +274,8 @@ class RotaryAttention(nn.Module):
         B, L, _ = hidden_states.shape
         projected = self.qkv_proj(hidden_states).view(B, L, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)
         (query, key), value = apply_rotary(projected[:2], *cos_sin), projected[2]
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -324,7 +324,7 @@ class RotaryTransformerLayer(GradientCheckpointingLayer):
     def forward(self, hidden_states, attention_mask=None, cos_sin=None, document_ids=None, **kwargs):
         """Map (B, L, hidden_size) to the same shape."""
         if self.conv is not None:
-            hidden_states = self.conv(hidden_states, document_ids, kwargs.get("past_key_values"))
+            hidden_states = self.conv(hidden_states, document_ids, kwargs.get("cache"))
         attended, _ = self.self_attn(self.input_layernorm(hidden_states), attention_mask, cos_sin, **kwargs)
         hidden_states = hidden_states + self.dropout(attended)
         return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
@@ -380,13 +380,13 @@ class RotaryTransformer(RotaryTransformerPreTrainedModel):
         )
         self.post_init()
 
-    def _mask(self, embeddings, attention_mask, segment_ids, past_key_values):
+    def _mask(self, embeddings, attention_mask, segment_ids, cache):
         make_mask = create_causal_mask if self.is_causal else create_bidirectional_mask
         return make_mask(
             config=self.config,
             inputs_embeds=embeddings,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            cache=cache,
             and_mask_function=None if segment_ids is None else packed_sequence_mask_function(segment_ids),
         )
 
@@ -398,7 +398,7 @@ class RotaryTransformer(RotaryTransformerPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         segment_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> BaseModelOutput:
         """Encode a batch.
@@ -410,22 +410,22 @@ class RotaryTransformer(RotaryTransformerPreTrainedModel):
             position_ids: (B, L) rotary positions; by default each row counts its own tokens, so that padding on the
                 left and on the right give the same result.
             segment_ids: (B, L) document of each token in a packed row; no token sees another document.
-            past_key_values: keys and values of the tokens before these, and inputs of the short convolution; those of
-                these are added to it.
+            cache: keys and values of the tokens before these, and inputs of the short convolution; those of these are
+                added to it.
 
         Returns:
             `last_hidden_state` (B, L, hidden_size), and `hidden_states` and `attentions` where asked for.
         """
         if position_ids is None:
             L = input_ids.shape[1]
-            past = 0 if past_key_values is None else past_key_values.get_seq_length()
+            past = 0 if cache is None else cache.get_seq_length()
             mask = input_ids.new_ones(1, past + L) if attention_mask is None else attention_mask.long()
             position_ids = (mask.cumsum(dim=-1) - 1).clamp(min=0)[:, -L:]
         hidden_states = self.embed_tokens(input_ids)
         if self.embed_positions is not None:
             hidden_states = hidden_states + self.embed_positions(position_ids)
         cos_sin = rotary_cos_sin(position_ids, self.config.rotary_dim, self.config.rope_theta, hidden_states.dtype)
-        mask = self._mask(hidden_states, attention_mask, segment_ids, past_key_values)
+        mask = self._mask(hidden_states, attention_mask, segment_ids, cache)
         document_ids = segment_ids
         if attention_mask is not None and self.config.conv_kernel_size:
             document_ids = (torch.zeros_like(input_ids) if segment_ids is None else segment_ids).masked_fill(
@@ -433,11 +433,6 @@ class RotaryTransformer(RotaryTransformerPreTrainedModel):
             )
         for layer in self.layers:
             hidden_states = layer(
-                hidden_states,
-                attention_mask=mask,
-                cos_sin=cos_sin,
-                document_ids=document_ids,
-                past_key_values=past_key_values,
-                **kwargs,
+                hidden_states, attention_mask=mask, cos_sin=cos_sin, document_ids=document_ids, cache=cache, **kwargs
             )
         return BaseModelOutput(last_hidden_state=self.norm(hidden_states))
