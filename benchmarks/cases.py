@@ -5,7 +5,7 @@ import random
 import torch
 from hydra.utils import get_class
 
-from xlm_hf.tasks.star import number_tokenizer
+from xlm_hf.tasks.tokenizers import number_tokenizer
 
 FAMILIES = ("ilm", "arlm", "mlm", "mdlm")
 NUM_SPECIAL = 7

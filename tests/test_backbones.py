@@ -19,7 +19,7 @@ from xlm_hf.modeling.ilm import ILMConfig
 from xlm_hf.modeling.mdlm import MDLMConfig
 from xlm_hf.modeling.mlm import MLMConfig
 from xlm_hf.modules.transformer_backbone import TransformerBackbone
-from xlm_hf.tasks.star import number_tokenizer
+from xlm_hf.tasks.tokenizers import number_tokenizer
 
 V = 31
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48, "vocab_size": V}

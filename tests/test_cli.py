@@ -14,10 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
 from xlm_hf.cli import main, open_override
+from xlm_hf.commands.common import run_directory
 
 ROOT = Path(__file__).parent.parent
 TINY = [
@@ -29,6 +31,7 @@ TINY = [
     "task.num_test=30",
     "trainer.per_device_eval_batch_size=7",
 ]
+TEXT = ["family=ilm", "task=text", "size=tiny", "task.path=corpus.txt"]
 
 
 def command(*arguments):
@@ -225,6 +228,7 @@ def mistake(capsys, monkeypatch, tmp_path, *arguments):
         ([*TINY, "generation.top_p=7"], "top_p must be in (0, 1] and is 7."),
         ([*TINY, "task.dgree=3"], "unknown option 'dgree' of task"),
         ([*TINY, "task.num_train=0"], "num_train"),
+        ([*TEXT, "task.protocol=packd"], "unknown protocol 'packd': did you mean 'packed'?"),
         ([*TINY, "model.max_position_embeddings=20"], "the model has 20 positions"),
         ([*TINY, "job=evaluate"], "job=evaluate needs a model: add checkpoint=DIR"),
         ([*TINY, "job=evaluate", "checkpoint=nowhere"], "There is no checkpoint at nowhere"),
@@ -236,6 +240,12 @@ def test_a_mistake_ends_in_one_sentence(arguments, sentence, capsys, monkeypatch
     assert sentence in code
     assert code.startswith("Error: ")
     assert "\n" not in code
+
+
+def test_runs_that_begin_within_a_second_have_folders_of_their_own(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    folders = [run_directory(OmegaConf.create({"output_dir": None, "experiment": "e"})) for _ in range(2)]
+    assert sorted(folders) == sorted((tmp_path / "outputs" / "e").iterdir())
 
 
 def test_a_mistaken_config_lays_no_claim_to_the_folder(capsys, monkeypatch, tmp_path):

@@ -557,7 +557,8 @@ def test_importing_the_package_loads_nothing_heavy(tmp_path):
         cwd=tmp_path,
     )
     new, ours = out.splitlines()
-    assert set(new.split()) <= {"xlm_hf", "tokenizers"} | sys.stdlib_module_names
+    # psutil is what transformers' GenerationMixin loads.
+    assert set(new.split()) <= {"xlm_hf", "tokenizers", "psutil"} | sys.stdlib_module_names
     assert ours == "xlm_hf.checkpoints xlm_hf.hub xlm_hf.modeling xlm_hf.modules"
 
 

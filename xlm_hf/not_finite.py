@@ -82,10 +82,6 @@ class FiniteGuard:
             optimizer.found_inf = self.failed.float()
         return fused
 
-    def first_failure(self) -> Step:
-        """The first of the kept steps with a loss that is not finite; the last one if only a gradient was not."""
-        return next((step for step in self.steps if not torch.stack(step.losses).isfinite().all()), self.steps[-1])
-
     def save_batches(self, step: Step, folder: Path, rank: int) -> list[int]:
         """Write the micro-batches that are to blame, `batch-<rank>-<number>.safetensors`; returns their example ids.
 

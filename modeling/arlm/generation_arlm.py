@@ -137,7 +137,7 @@ class ARLMGenerationMixin(NonAutoregressiveGenerationMixin, GenerationMixin):  #
     """Adds `generate` to the left-to-right language model."""
 
     @torch.no_grad()
-    def generate(  # type: ignore[override]
+    def generate(
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
@@ -180,7 +180,7 @@ class ARLMGenerationMixin(NonAutoregressiveGenerationMixin, GenerationMixin):  #
         draw = [_SeededDraw(seeds, returned, prompt.shape[1])] if config.do_sample else []
         # transformers draws from what _SeededDraw leaves it, which is no choice but moves the global generator.
         with _kept_generators(prompt.device):
-            output: Any = super().generate(  # type: ignore[misc]
+            output: Any = super().generate(
                 prompt,
                 attention_mask=mask.long(),
                 generation_config=config,

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from xlm_hf.data import Mixture
 from xlm_hf.metrics import load_metric
 from xlm_hf.tasks import _FOR_OTHERS, Task, _resolve, _shipped_config, load_task
-from xlm_hf.tasks.star import number_tokenizer
+from xlm_hf.tasks.tokenizers import number_tokenizer
 
 SHIPPED = sorted(
     file.name.removesuffix(".yaml")
@@ -33,7 +33,7 @@ def own_module(tmp_path, monkeypatch):
         """
 from datasets import Dataset, DatasetDict
 from xlm_hf.tasks import Task
-from xlm_hf.tasks.star import number_tokenizer
+from xlm_hf.tasks.tokenizers import number_tokenizer
 
 calls = []
 

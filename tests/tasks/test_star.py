@@ -16,7 +16,7 @@ from datasets import load_from_disk
 from scipy.stats import chisquare
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from xlm_hf.tasks import cache, load_task, star
+from xlm_hf.tasks import cache, load_task, star, tokenizers
 
 SPECIALS = ["[PAD]", "[CLS]", "[MASK]", "[EOS]", "[BOS]", "[SEP]", "[UNK]"]
 SETTINGS = {
@@ -395,7 +395,7 @@ print(star.star_graphs(**{SMALL!r}, cache_dir=root / "cache").splits["train"][:]
 
 
 def test_tokenizer(tmp_path):
-    tokenizer = star.number_tokenizer(20)
+    tokenizer = tokenizers.number_tokenizer(20)
     assert tokenizer.convert_ids_to_tokens(range(27)) == [*SPECIALS, *map(str, range(20))]
     assert len(tokenizer) == 27
     assert tokenizer("3 19 0 20 [MASK] seven")["input_ids"] == [10, 26, 7, 6, 2, 6]
@@ -413,7 +413,7 @@ def test_tokenizer_round_trip_without_a_warning(tmp_path):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            tokenizer = star.number_tokenizer(20)
+            tokenizer = tokenizers.number_tokenizer(20)
             tokenizer.save_pretrained(tmp_path)
             loaded = [cls.from_pretrained(tmp_path) for cls in (PreTrainedTokenizerFast, AutoTokenizer)]
     finally:

@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from datetime import datetime
@@ -66,8 +67,7 @@ def run_directory(cfg: DictConfig) -> Path:
     """
     process = PartialState(cpu=bool(OmegaConf.select(cfg, "trainer.use_cpu")))
     if cfg.output_dir is None:
-        time = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-        cfg.output_dir = broadcast_object_list([str(Path("outputs") / cfg.experiment / time)])[0]
+        cfg.output_dir = broadcast_object_list([_fresh_folder(cfg.experiment) if process.is_main_process else ""])[0]
     folder = Path(cfg.output_dir).expanduser().absolute()
     folder.mkdir(parents=True, exist_ok=True)
     log = logging.getLogger("xlm_hf")
@@ -81,6 +81,17 @@ def run_directory(cfg: DictConfig) -> Path:
     handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
     log.addHandler(handler)
     return folder
+
+
+def _fresh_folder(experiment: str) -> str:
+    """Make `outputs/<experiment>/<time>`, once no other run has begun within the same second."""
+    while True:
+        folder = Path("outputs") / experiment / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+        try:
+            folder.mkdir(parents=True)
+            return str(folder)
+        except FileExistsError:
+            time.sleep(0.1)
 
 
 def plain(node: Any) -> Any:

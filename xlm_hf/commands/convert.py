@@ -11,7 +11,7 @@ from xlm_hf.commands.common import say, token_options
 from xlm_hf.conversion import convert_checkpoint, read_checkpoint
 from xlm_hf.hub import export_model, families
 from xlm_hf.modules.messages import did_you_mean
-from xlm_hf.tasks.star import SPECIAL_TOKENS, number_tokenizer
+from xlm_hf.tasks.tokenizers import NUMBER_TOKENS, number_tokenizer
 
 _NUMBERS = "numbers"
 
@@ -81,7 +81,7 @@ def _tokenizer(name: str | None, config: Any, arguments: dict[str, Any]) -> Any:
         name = _NUMBERS
     tokenizer: Any
     if name == _NUMBERS:
-        tokenizer = number_tokenizer(config.vocab_size - len(SPECIAL_TOKENS))
+        tokenizer = number_tokenizer(config.vocab_size - len(NUMBER_TOKENS))
     else:
         tokenizer = AutoTokenizer.from_pretrained(name)
         if tokenizer.mask_token is None and getattr(config, "mask_token_id", None) == len(tokenizer):

@@ -12,27 +12,16 @@ import numpy as np
 import pyarrow as pa
 import torch
 from datasets import Dataset, DatasetDict
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 from xlm_hf.modules.counter_random import uniform
 from xlm_hf.tasks import Task
 from xlm_hf.tasks.cache import cached
+from xlm_hf.tasks.tokenizers import NUMBER_TOKENS, number_tokenizer
 
 # Part of the cache key: raise it with every change that makes other graphs or other columns from the same settings.
 GENERATOR_VERSION = 1
 
-SPECIAL_TOKENS = {
-    "pad_token": "[PAD]",
-    "cls_token": "[CLS]",
-    "mask_token": "[MASK]",
-    "eos_token": "[EOS]",
-    "bos_token": "[BOS]",
-    "sep_token": "[SEP]",
-    "unk_token": "[UNK]",
-}
 PATH_FORMATS = ("edges", "nodes")
 
 # Graphs drawn at a time: enough for the share of repeats to mean something, and few enough for memory.
@@ -135,15 +124,6 @@ def _build(
         for (split, size), end in zip(sizes.items(), ends, strict=True)
     }
     return DatasetDict(splits), number_tokenizer(settings["num_labels"])
-
-
-def number_tokenizer(num_labels: int) -> PreTrainedTokenizerFast:
-    """Make a tokenizer of whitespace-separated words: `SPECIAL_TOKENS` in their order, then "0" .. "num_labels - 1"."""
-    words = [*SPECIAL_TOKENS.values(), *map(str, range(num_labels))]
-    vocabulary = {word: i for i, word in enumerate(words)}
-    model = Tokenizer(WordLevel(vocabulary, unk_token=SPECIAL_TOKENS["unk_token"]))
-    model.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=model, **SPECIAL_TOKENS)
 
 
 def _check(settings: dict[str, int], sizes: dict[str, int], path_format: str, blank_rate: float | None) -> None:
@@ -263,4 +243,4 @@ def _ragged(labels: np.ndarray) -> pa.ListArray:
     """Token ids of the non-negative entries of each row."""
     used = labels >= 0
     offsets = np.concatenate([[0], np.cumsum(used.sum(axis=1))]).astype(np.int32)
-    return pa.ListArray.from_arrays(offsets, labels[used] + np.int32(len(SPECIAL_TOKENS)))
+    return pa.ListArray.from_arrays(offsets, labels[used] + np.int32(len(NUMBER_TOKENS)))

@@ -1,4 +1,4 @@
-"""Tokenizers of text corpora: words, bytes, or any fast tokenizer, with the special tokens that the families need."""
+"""Tokenizers of numbers, words, bytes, or any fast tokenizer, with the special tokens that the families need."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -8,14 +8,27 @@ from tokenizers.models import BPE, WordLevel
 from tokenizers.trainers import WordLevelTrainer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-SPECIAL_TOKENS = {
+# Of `number_tokenizer`, in the order of the published checkpoints of star graphs.
+NUMBER_TOKENS = {
     "pad_token": "[PAD]",
     "cls_token": "[CLS]",
     "mask_token": "[MASK]",
     "eos_token": "[EOS]",
     "bos_token": "[BOS]",
+    "sep_token": "[SEP]",
     "unk_token": "[UNK]",
 }
+# Of texts, in which nothing is separated.
+SPECIAL_TOKENS = {role: token for role, token in NUMBER_TOKENS.items() if role != "sep_token"}
+
+
+def number_tokenizer(num_labels: int) -> PreTrainedTokenizerFast:
+    """Make a tokenizer of whitespace-separated words: `NUMBER_TOKENS` in their order, then "0" .. "num_labels - 1"."""
+    words = [*NUMBER_TOKENS.values(), *map(str, range(num_labels))]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    model = Tokenizer(WordLevel(vocabulary, unk_token=NUMBER_TOKENS["unk_token"]))
+    model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=model, **NUMBER_TOKENS)
 
 
 def word_tokenizer(texts: Iterator[list[str]], vocab_size: int) -> PreTrainedTokenizerFast:
