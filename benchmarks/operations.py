@@ -47,8 +47,10 @@ def of_forward(config, num_tokens: int, context: float, head_rows: int) -> int:
         config: of the model; the rotary backbone.
         num_tokens: tokens that go through the layers.
         context: tokens that each of them looks at.
-        head_rows: tokens whose logits are made.
+        head_rows: tokens whose logits are made; of the others the last layer makes keys, values and queries alone.
     """
     H, M = config.hidden_size, config.intermediate_size
-    layer = 2 * (4 * H * H + 2 * H * M) + 4 * context * H
-    return int(config.num_hidden_layers * num_tokens * layer + 2 * head_rows * H * config.vocab_size)
+    attention, rest = 2 * 3 * H * H + 4 * context * H, 2 * (H * H + 2 * H * M)
+    num_tokens_in_layers = (config.num_hidden_layers - 1) * num_tokens
+    operations = attention * (num_tokens_in_layers + num_tokens) + rest * (num_tokens_in_layers + head_rows)
+    return int(operations + 2 * head_rows * H * config.vocab_size)

@@ -24,6 +24,7 @@ from xlm_hf.checkpoints import last_sound_checkpoint
 from xlm_hf.commands.common import build_collator, build_model, build_task, build_trainer
 from xlm_hf.hub import export_model
 from xlm_hf.modules import cross_entropy
+from xlm_hf.modules.rotary_transformer import take
 
 _FEW = ["task.num_train=40", "task.num_validation=4", "task.num_test=8", "size=tiny"]
 _SHORT = [
@@ -146,8 +147,8 @@ def check_packing(case: FamilyCase, tmp_path: Path) -> None:
 def check_ways_to_compute(case: FamilyCase, tmp_path: Path) -> None:
     """The same loss, metrics and gradients in every way to compute them.
 
-    By eager attention as by sdpa, with the vocabulary head in chunks, as one compiled graph, and with activations that
-    are computed anew in the backward pass.
+    By eager attention as by sdpa, with the last layer at every position, with the vocabulary head in chunks, as one
+    compiled graph, and with activations that are computed anew in the backward pass.
     """
     model, loss = case.model(), case.trainer(tmp_path).loss
     batch = case.collator("seq2seq", model)(case.examples())
@@ -155,6 +156,15 @@ def check_ways_to_compute(case: FamilyCase, tmp_path: Path) -> None:
     model.set_attn_implementation("eager")
     assert_close(loss_and_gradients(model, loss, batch), expected)
     model.set_attn_implementation("sdpa")
+    trimmed = model.base_model.forward
+
+    def everywhere(*args, output_index=None, **kwargs):
+        outputs = trimmed(*args, **kwargs)
+        outputs.last_hidden_state = take(outputs.last_hidden_state, output_index)
+        return outputs
+
+    with mock.patch.object(model.base_model, "forward", everywhere):
+        assert_close(loss_and_gradients(model, loss, batch), expected)
     with mock.patch.dict(cross_entropy.CHUNK_SIZES, cpu=4 * model.config.vocab_size):
         assert_close(loss_and_gradients(model, loss, batch), expected)
     compiled = torch.compile(loss.__call__, fullgraph=True, backend="aot_eager")

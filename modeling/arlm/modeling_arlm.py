@@ -67,11 +67,16 @@ class ARLMForCausalLM(ARLMPreTrainedModel, ARLMGenerationMixin):  # type: ignore
         """
         if use_cache and cache is None:
             cache = self.new_cache()
-        outputs = self.model(input_ids, attention_mask=attention_mask, position_ids=position_ids, cache=cache, **kwargs)
+        outputs = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache,
+            output_index=logits_index,
+            **kwargs,
+        )
         hidden_states = outputs.last_hidden_state
-        if logits_index is not None:
-            hidden_states = hidden_states.flatten(0, 1)[logits_index]
-        elif logits_to_keep:
+        if logits_index is None and logits_to_keep:
             hidden_states = hidden_states[:, -logits_to_keep:]
         logits = head_function(hidden_states, self.lm_head, self.config.outside_softmax)
         return CausalLMOutputWithPast(

@@ -7,7 +7,7 @@ from torch import nn
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
-from xlm_hf.modules.rotary_transformer import RotaryTransformer, RotaryTransformerPreTrainedModel
+from xlm_hf.modules.rotary_transformer import RotaryTransformer, RotaryTransformerPreTrainedModel, take
 from xlm_hf.modules.transformer_backbone import TransformerBackbone
 from xlm_hf.modules.vocabulary_head import HeadFunction, vocabulary_logits
 
@@ -94,17 +94,21 @@ class ILMForInsertionLM(ILMPreTrainedModel, ILMGenerationMixin):
         Returns:
             `ILMOutput`; the logits of `config.suppress_tokens` are -inf.
         """
-        outputs = self.model(input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
-        hidden_states = outputs.last_hidden_state
         if cls_index is None:
             cls_index = torch.arange(len(input_ids), device=input_ids.device) * input_ids.shape[1]
             if attention_mask is not None:
                 cls_index = cls_index + attention_mask.long().argmax(dim=-1)
-        flat = hidden_states.flatten(0, 1)
-        selected = hidden_states if slot_index is None else flat[slot_index]
+        index = None if slot_index is None else torch.cat((slot_index, cls_index))
+        outputs = self.model(
+            input_ids, attention_mask=attention_mask, position_ids=position_ids, output_index=index, **kwargs
+        )
+        if slot_index is None:
+            of_slots, of_cls = outputs.last_hidden_state, take(outputs.last_hidden_state, cls_index)
+        else:
+            of_slots, of_cls = outputs.last_hidden_state.split((len(slot_index), len(cls_index)))
         return ILMOutput(
-            logits=head_function(selected, self.lm_head, self.config.outside_softmax),
-            stop_logits=None if self.stop_head is None else self.stop_head(flat[cls_index]),
+            logits=head_function(of_slots, self.lm_head, self.config.outside_softmax),
+            stop_logits=None if self.stop_head is None else self.stop_head(of_cls),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

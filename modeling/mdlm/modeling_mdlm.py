@@ -80,8 +80,8 @@ class MDLMForMaskedDiffusion(MDLMPreTrainedModel, MDLMGenerationMixin):
             kwargs["timesteps"] = sigma
         elif self.config.backbone == "dit":
             kwargs["timesteps"] = torch.zeros(len(input_ids), device=input_ids.device)
-        outputs = self.model(input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
-        hidden_states = outputs.last_hidden_state
-        selected = hidden_states if logits_index is None else hidden_states.flatten(0, 1)[logits_index]
-        logits = head_function(selected, self.lm_head, self.config.outside_softmax)
+        outputs = self.model(
+            input_ids, attention_mask=attention_mask, position_ids=position_ids, output_index=logits_index, **kwargs
+        )
+        logits = head_function(outputs.last_hidden_state, self.lm_head, self.config.outside_softmax)
         return MaskedLMOutput(logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions)

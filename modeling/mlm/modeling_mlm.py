@@ -54,8 +54,8 @@ class MLMForMaskedLM(MLMPreTrainedModel, MLMGenerationMixin):
             transformers' `MaskedLMOutput` without a loss: `logits` (B, L, V), or (S, V) with `logits_index`, those of
             `config.suppress_tokens` -inf; `hidden_states` and `attentions` where asked for.
         """
-        outputs = self.model(input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
-        hidden_states = outputs.last_hidden_state
-        selected = hidden_states if logits_index is None else hidden_states.flatten(0, 1)[logits_index]
-        logits = head_function(selected, self.lm_head, self.config.outside_softmax)
+        outputs = self.model(
+            input_ids, attention_mask=attention_mask, position_ids=position_ids, output_index=logits_index, **kwargs
+        )
+        logits = head_function(outputs.last_hidden_state, self.lm_head, self.config.outside_softmax)
         return MaskedLMOutput(logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions)

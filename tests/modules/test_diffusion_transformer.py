@@ -55,6 +55,20 @@ def test_packed_documents_equal_separate_ones(model):
     torch.testing.assert_close(packed, separate)
 
 
+@pytest.mark.parametrize("times", [TIMES[:2], torch.linspace(0.1, 2.0, 16).view(2, 8)], ids=["rows", "tokens"])
+def test_states_of_some_tokens_are_those_of_the_whole_with_gradients(model, times):
+    index, results = torch.tensor([3, 0, 15, 9, 9]), []
+    mask = torch.tensor([[1] * 5 + [0] * 3, [1] * 8])
+    for output_index in (None, index):
+        model.zero_grad()
+        output = model(ids(2, 8), times, attention_mask=mask, output_index=output_index).last_hidden_state
+        output = output.flatten(0, 1)[index] if output_index is None else output
+        (output**3).sum().backward()
+        results.append([output, *(p.grad.clone() for p in model.parameters())])
+    for whole, some in zip(*results, strict=True):
+        torch.testing.assert_close(some, whole)
+
+
 def parts(modulation, number, conditioning):
     return (modulation.weight @ conditioning + modulation.bias).view(number, 32)
 

@@ -96,6 +96,26 @@ def test_eager_equals_sdpa_with_gradients(variant):
         torch.testing.assert_close(eager, sdpa)
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_states_of_some_tokens_are_those_of_the_whole_with_gradients(variant, attention):
+    """In any order and more than once, with padding and packed documents; the hidden states before stay whole."""
+    index = torch.tensor([3, 0, 15, 9, 9])
+    rows = {"input_ids": ids(2, 8), "attention_mask": torch.ones(2, 8).long()}
+    rows["attention_mask"][0, 5:] = 0
+    documents = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0, 1, 1]])
+    for is_causal, extra in ((False, {}), (True, {}), (False, {"segment_ids": documents})):
+        model, results = make_model(is_causal, **variant), []
+        model.set_attn_implementation(attention)
+        for output_index in (None, index):
+            model.zero_grad()
+            output = model(**rows, **extra, output_index=output_index).last_hidden_state
+            output = output.flatten(0, 1)[index] if output_index is None else output
+            (output**3).sum().backward()
+            results.append([output, *(p.grad.clone() for p in model.parameters())])
+        for whole, some in zip(*results, strict=True):
+            torch.testing.assert_close(some, whole)
+
+
 def test_every_token_sees_every_other_and_only_the_past_when_causal(variant):
     input_ids = ids(1, 8)
     for is_causal in (False, True):

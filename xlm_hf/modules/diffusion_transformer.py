@@ -20,6 +20,7 @@ from .rotary_transformer import (
     RotaryTransformerConfig,
     RotaryTransformerPreTrainedModel,
     ShortConvolution,
+    take,
 )
 
 
@@ -69,6 +70,11 @@ class AdaptiveModulation(nn.Linear):
         return super().forward(conditioning).chunk(self.num_parts, dim=-1)
 
 
+def _of_tokens(x: torch.Tensor, L: int, index: torch.Tensor | None) -> torch.Tensor:
+    """What `index` names of `x` (B, 1 or L, H), which has one entry for all the L tokens of a row or one for each."""
+    return take(x, index if index is None or x.shape[1] == L else index // L)
+
+
 class AdaptiveLayerNorm(nn.Module):
     """LN(x) (1 + scale) + shift, the norm without a bias, scale and shift from the conditioning."""
 
@@ -99,14 +105,25 @@ class DiffusionTransformerLayer(GradientCheckpointingLayer):
         self.modulation = AdaptiveModulation(config, 6)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, hidden_states, attention_mask=None, cos_sin=None, document_ids=None, conditioning=None, **kwargs):
-        """Map (B, L, hidden_size) to the same shape."""
-        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(conditioning)
+    def forward(
+        self,
+        hidden_states,
+        attention_mask=None,
+        cos_sin=None,
+        document_ids=None,
+        conditioning=None,
+        output_index=None,
+        **kwargs,
+    ):
+        """Map (B, L, hidden_size) to the same shape, or to (S, hidden_size) with `output_index` (S,)."""
+        shift_1, scale_1, *of_output = self.modulation(conditioning)
         if self.conv is not None:
             hidden_states = self.conv(hidden_states, document_ids)
         modulated = self.input_layernorm(hidden_states) * (1 + scale_1) + shift_1
-        attended, _ = self.self_attn(modulated, attention_mask, cos_sin, **kwargs)
-        residual = modulated if self.legacy_modulated_residual else hidden_states
+        attended, _ = self.self_attn(modulated, attention_mask, cos_sin, output_index=output_index, **kwargs)
+        residual = take(modulated if self.legacy_modulated_residual else hidden_states, output_index)
+        L = hidden_states.shape[1]
+        gate_1, shift_2, scale_2, gate_2 = (_of_tokens(x, L, output_index) for x in of_output)
         hidden_states = residual + gate_1 * self.dropout(attended)
         modulated = self.post_attention_layernorm(hidden_states) * (1 + scale_2) + shift_2
         return hidden_states + gate_2 * self.dropout(self.mlp(modulated))
@@ -138,18 +155,23 @@ class DiffusionTransformer(DiffusionTransformerPreTrainedModel, RotaryTransforme
         self.final_norm = AdaptiveLayerNorm(config)
         self.post_init()
 
-    def forward(self, input_ids: torch.Tensor, timesteps: torch.Tensor, **kwargs) -> BaseModelOutput:
+    def forward(
+        self, input_ids: torch.Tensor, timesteps: torch.Tensor, output_index: torch.Tensor | None = None, **kwargs
+    ) -> BaseModelOutput:
         """Encode a batch.
 
         Args:
             input_ids: (B, L) token ids.
             timesteps: the time or noise of each row (B,), or of each token (B, L) where a row holds several documents.
-            **kwargs: as for `RotaryTransformer`: `attention_mask`, `position_ids`, `segment_ids`.
+            output_index: as for `RotaryTransformer`.
+            **kwargs: likewise `attention_mask`, `position_ids`, `segment_ids`.
 
         Returns:
-            `last_hidden_state` (B, L, hidden_size), and `hidden_states` and `attentions` where asked for.
+            `last_hidden_state` (B, L, hidden_size), or (S, hidden_size) with `output_index`, and `hidden_states` and
+            `attentions` where asked for.
         """
         conditioning = self.time_embedding(timesteps if timesteps.dim() == 2 else timesteps[:, None])
-        outputs = super().forward(input_ids, conditioning=conditioning, **kwargs)
+        outputs = super().forward(input_ids, conditioning=conditioning, output_index=output_index, **kwargs)
+        conditioning = _of_tokens(conditioning, input_ids.shape[1], output_index)
         outputs.last_hidden_state = self.final_norm(outputs.last_hidden_state, conditioning)
         return outputs

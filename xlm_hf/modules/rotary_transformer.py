@@ -174,6 +174,11 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     return rotated if x.shape[-1] == rotary_dim else torch.cat((rotated, x[..., rotary_dim:]), dim=-1)
 
 
+def take(x: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
+    """Of `x` (B, L, ...), what `index` (S,) names in the flattened (B x L): (S, ...); all of it without an index."""
+    return x if index is None else x.flatten(0, 1).index_select(0, index)
+
+
 def eager_attention_forward(
     module: nn.Module,
     query: torch.Tensor,
@@ -265,11 +270,11 @@ class RotaryAttention(nn.Module):
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.o_proj.writes_to_residual = True  # type: ignore[assignment]
 
-    def forward(self, hidden_states, attention_mask, cos_sin, cache=None, **kwargs):
+    def forward(self, hidden_states, attention_mask, cos_sin, cache=None, output_index=None, **kwargs):
         """Attend within (B, L, hidden_size) `hidden_states`, and to the tokens whose keys and values are cached.
 
         Returns:
-            the same shape and the attention weights.
+            the same shape, or (S, hidden_size) with `output_index` (S,), and the attention weights.
         """
         B, L, _ = hidden_states.shape
         projected = self.qkv_proj(hidden_states).view(B, L, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)
@@ -289,7 +294,7 @@ class RotaryAttention(nn.Module):
             dropout=self.config.attention_dropout if self.training else 0.0,
             **kwargs,
         )
-        return self.o_proj(attended.reshape(B, L, -1)), weights
+        return self.o_proj(take(attended.reshape(B, L, -1), output_index)), weights
 
 
 class FeedForward(nn.Module):
@@ -321,12 +326,14 @@ class RotaryTransformerLayer(GradientCheckpointingLayer):
         self.mlp = FeedForward(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, hidden_states, attention_mask=None, cos_sin=None, document_ids=None, **kwargs):
-        """Map (B, L, hidden_size) to the same shape."""
+    def forward(self, hidden_states, attention_mask=None, cos_sin=None, document_ids=None, output_index=None, **kwargs):
+        """Map (B, L, hidden_size) to the same shape, or to (S, hidden_size) with `output_index` (S,)."""
         if self.conv is not None:
             hidden_states = self.conv(hidden_states, document_ids, kwargs.get("cache"))
-        attended, _ = self.self_attn(self.input_layernorm(hidden_states), attention_mask, cos_sin, **kwargs)
-        hidden_states = hidden_states + self.dropout(attended)
+        attended, _ = self.self_attn(
+            self.input_layernorm(hidden_states), attention_mask, cos_sin, output_index=output_index, **kwargs
+        )
+        hidden_states = take(hidden_states, output_index) + self.dropout(attended)
         return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
 
 
@@ -399,6 +406,7 @@ class RotaryTransformer(RotaryTransformerPreTrainedModel):
         position_ids: torch.Tensor | None = None,
         segment_ids: torch.Tensor | None = None,
         cache: Cache | None = None,
+        output_index: torch.Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutput:
         """Encode a batch.
@@ -412,9 +420,12 @@ class RotaryTransformer(RotaryTransformerPreTrainedModel):
             segment_ids: (B, L) document of each token in a packed row; no token sees another document.
             cache: keys and values of the tokens before these, and inputs of the short convolution; those of these are
                 added to it.
+            output_index: (S,) indices into the flattened (B x L) tokens whose last hidden states are wanted; None means
+                all. In the last layer every token is looked at, but only these go on to its feed-forward block.
 
         Returns:
-            `last_hidden_state` (B, L, hidden_size), and `hidden_states` and `attentions` where asked for.
+            `last_hidden_state` (B, L, hidden_size), or (S, hidden_size) with `output_index`, and `hidden_states` and
+            `attentions` where asked for.
         """
         if position_ids is None:
             L = input_ids.shape[1]
@@ -431,8 +442,8 @@ class RotaryTransformer(RotaryTransformerPreTrainedModel):
             document_ids = (torch.zeros_like(input_ids) if segment_ids is None else segment_ids).masked_fill(
                 ~attention_mask[:, -input_ids.shape[1] :].bool(), -1
             )
-        for layer in self.layers:
-            hidden_states = layer(
-                hidden_states, attention_mask=mask, cos_sin=cos_sin, document_ids=document_ids, cache=cache, **kwargs
-            )
+        kwargs.update(attention_mask=mask, cos_sin=cos_sin, document_ids=document_ids, cache=cache)
+        for layer in self.layers[:-1]:
+            hidden_states = layer(hidden_states, **kwargs)
+        hidden_states = self.layers[-1](hidden_states, output_index=output_index, **kwargs)
         return BaseModelOutput(last_hidden_state=self.norm(hidden_states))

@@ -17,7 +17,7 @@ from transformers.masking_utils import (
 )
 from transformers.modeling_outputs import BaseModelOutput
 
-from .rotary_transformer import RotaryTransformerConfig
+from .rotary_transformer import RotaryTransformerConfig, take
 
 
 def language_model_class(config: Any) -> Any:
@@ -82,6 +82,7 @@ class TransformerBackbone(nn.Module):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         segment_ids: torch.Tensor | None = None,
+        output_index: torch.Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
     ) -> BaseModelOutput:
@@ -92,12 +93,13 @@ class TransformerBackbone(nn.Module):
             attention_mask: (B, L), 1 for tokens and 0 for padding on either side; None means no padding.
             position_ids: (B, L); by default each row counts its own tokens.
             segment_ids: (B, L) document of each token in a packed row; no token sees another document.
+            output_index: (S,) indices into the flattened (B x L) tokens whose states are wanted; None means all.
             output_hidden_states: return those of all layers too.
             output_attentions: return the attention weights too.
 
         Returns:
-            `last_hidden_state` (B, L, hidden_size), ready for the head. With `shift_logits` that of token l stands at
-            l + 1, since a left-to-right model tells there what comes next.
+            `last_hidden_state` (B, L, hidden_size), or (S, hidden_size) with `output_index`, ready for the head. With
+            `shift_logits` that of token l stands at l + 1, since a left-to-right model tells there what comes next.
         """
         embeddings = self.embed_tokens(input_ids)
         if attention_mask is None:
@@ -115,7 +117,9 @@ class TransformerBackbone(nn.Module):
         if self.shift_logits:
             states = torch.cat((states[:, :1], states[:, :-1]), dim=1)
         return BaseModelOutput(
-            last_hidden_state=states, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+            last_hidden_state=take(states, output_index),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
         )
 
     def _masks(self, embeddings, attention_mask, segment_ids) -> Any:
