@@ -15,20 +15,26 @@ from xlm_hf.checkpoints import fault, list_checkpoints
 ROOT = Path(__file__).parent.parent
 
 
+def launch(processes, *arguments, cwd=ROOT):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    result = subprocess.run([*torchrun, *arguments], cwd=cwd, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return result
+
+
 def run(output_dir, batch_size, processes):
     output_dir.mkdir()
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [*launch, "-m", "tests.distributed_run", str(output_dir), str(batch_size)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-4000:]
+    launch(processes, "-m", "tests.distributed_run", str(output_dir), str(batch_size))
     return json.loads((output_dir / "results.json").read_text())
 
 
+def test_weights_in_shards_give_the_same_gradients():
+    launch(2, "-m", "tests.fully_sharded_run")
+
+
 def test_all_ranks_of_the_command_line_share_one_fresh_folder(tmp_path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     script = [str(ROOT / "examples" / "run_xlm.py"), *TINY, "trainer.global_batch_size=16", "trainer.use_cpu=true"]
-    result = subprocess.run([*launch, *script], cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-4000:]
+    result = launch(2, *script, cwd=tmp_path)
     (run_folder,) = (tmp_path / "outputs" / "ilm_star").iterdir()
     lines = (run_folder / "predictions" / "test.jsonl").read_text().splitlines()
     assert sorted(json.loads(line)["example_id"] for line in lines) == list(range(30))

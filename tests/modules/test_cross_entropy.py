@@ -91,6 +91,9 @@ def test_many_rows_go_in_chunks_and_groups_stay_whole(grouped, monkeypatch):
     assert sizes == ([2, 5, 1] if grouped else [3, 3, 2])
     sizes.clear()
     linear_cross_entropy(hidden, nn.Sequential(head), SUPPRESSED, ids, **options)
+    monkeypatch.setattr(head.weight, "ds_id", 0, raising=False)
+    linear_cross_entropy(hidden, head, SUPPRESSED, ids, **options)
+    monkeypatch.delattr(head.weight, "ds_id")
     monkeypatch.setitem(cross_entropy.CHUNK_SIZES, "cpu", 8 * V)
     linear_cross_entropy(hidden, head, SUPPRESSED, ids, **options)
     assert sizes == []
