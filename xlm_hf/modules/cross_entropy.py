@@ -63,9 +63,10 @@ def linear_cross_entropy(
     device, dtype = hidden_states.device.type, torch.promote_types(hidden_states.dtype, torch.float32)
     rows = torch.arange(len(target_ids), device=target_ids.device) if target_rows is None else target_rows
     weights = torch.ones_like(rows, dtype=dtype) if target_weights is None else target_weights.to(dtype)
+    num_words = 0
     # DeepSpeed gathers a weight that it keeps in shards where its module is called, and nowhere else.
-    is_plain = type(head) is nn.Linear and head.bias is None and not hasattr(head.weight, "ds_id")
-    num_words = head.out_features if is_plain else 0
+    if type(head) is nn.Linear and head.bias is None and not hasattr(head.weight, "ds_id"):
+        num_words = head.out_features
     if len(hidden_states) * num_words <= CHUNK_SIZES.get(device, _CHUNK_SIZE):
         logits = vocabulary_logits(hidden_states, head, suppressed_ids).to(dtype)
         scores = logits[rows, target_ids]
