@@ -2,10 +2,11 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from xlm_hf.modules.collation import Collator, Documents, Rows, counted
+from xlm_hf.modules.collation import Collator, Documents, Rows, parts, runs, starts_of
 
 
 class _ARLMCollator(Collator):
@@ -23,23 +24,20 @@ class _ARLMCollator(Collator):
         self.check_ids(documents.prompt_ids, documents.target_ids)
         lengths = prompt_lengths + 1 + target_lengths
         self.check_lengths(lengths + 1, "sequence", "[BOS] and [EOS]")
-        rows = Rows(lengths, documents, self.packing)
-        batch = rows.batch(documents, self.pad_token_id)
-        input_ids = batch["input_ids"].view(-1)
-        input_ids[rows.index(0, prompt_lengths)] = documents.prompt_ids
-        input_ids[rows.first + prompt_lengths] = self.bos_token_id
-        input_ids[rows.index(prompt_lengths + 1, target_lengths)] = documents.target_ids
+        rows = Rows(lengths, documents, self.pad_token_id, self.packing)
+        rows.input_ids[rows.index(0, prompt_lengths)] = documents.prompt_ids
+        rows.input_ids[rows.first + prompt_lengths] = self.bos_token_id
+        rows.input_ids[rows.index(prompt_lengths + 1, target_lengths)] = documents.target_ids
         # A document's last tokens, from [BOS] on, each predict the one after it.
-        target_ids = torch.full((len(documents.target_ids) + len(lengths),), self.eos_token_id)
-        document, _ = counted(target_lengths)
-        target_ids[torch.arange(len(document)) + document] = documents.target_ids
-        return {
-            **batch,
-            "logits_index": rows.index(prompt_lengths, target_lengths + 1),
-            "target_ids": target_ids,
-            "target_documents": torch.repeat_interleave(target_lengths + 1),
-            "target_lengths": target_lengths + 1,
-        }
+        predicted = target_lengths + 1
+        target_ids = np.full(predicted.sum(), self.eos_token_id)
+        target_ids[runs(starts_of(predicted), target_lengths)] = documents.target_ids
+        return rows.batch(
+            logits_index=rows.index(prompt_lengths, predicted),
+            target_ids=target_ids,
+            target_documents=parts(predicted),
+            target_lengths=predicted,
+        )
 
     def _prompts_only(self, examples: list[dict[str, Any]], prompts: list[list[int]]) -> dict[str, torch.Tensor]:
         """Prompts `prompt [BOS]`, padded on the left."""

@@ -2,11 +2,11 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from xlm_hf.modules.collation import Collator, Documents, Rows, counted, ranks, starts_of
-from xlm_hf.modules.counter_random import random_bits
+from xlm_hf.modules.collation import Collator, Documents, Rows, parts, smallest, starts_of
 
 
 class _ILMCollator(Collator):
@@ -36,32 +36,30 @@ class _ILMCollator(Collator):
 
         # The number n, evenly spread over the epoch; then the n tokens with the smallest random keys go.
         share = documents.even_draws(self.seed) ** (1 / self.drop_beta)
-        num_dropped = (share * (target_lengths + 1)).long()
-        document, place = counted(target_lengths)
-        keys = random_bits(self.seed, documents.epoch[document], documents.key[document], place)
-        dropped = ranks(keys, document, place)[0] < num_dropped[document]
+        num_dropped = (share * (target_lengths + 1)).astype(np.int64)
+        # With the first bit turned, in the order of the signed integers that tensors hold.
+        keys = documents.random_bits(self.seed, target_lengths) ^ np.uint64(1 << 63)
+        is_dropped, _ = smallest(keys, target_lengths, num_dropped)
+        dropped, kept = np.flatnonzero(is_dropped), np.flatnonzero(~is_dropped)
         num_kept = target_lengths - num_dropped
 
-        rows = Rows(prefix_lengths + num_kept, documents, self.packing)
-        batch = rows.batch(documents, self.pad_token_id)
-        input_ids = batch["input_ids"].view(-1)
-        input_ids[rows.first] = self.cls_token_id
-        input_ids[rows.index(1, prompt_lengths)] = documents.prompt_ids
-        input_ids[rows.first + prompt_lengths + 1] = self.bos_token_id
-        input_ids[rows.index(prefix_lengths, num_kept)] = documents.target_ids[~dropped]
+        rows = Rows(prefix_lengths + num_kept, documents, self.pad_token_id, self.packing)
+        rows.input_ids[rows.first] = self.cls_token_id
+        rows.input_ids[rows.index(1, prompt_lengths)] = documents.prompt_ids
+        rows.input_ids[rows.first + prompt_lengths + 1] = self.bos_token_id
+        rows.input_ids[rows.index(prefix_lengths, num_kept)] = documents.target_ids[kept]
 
         # Slots of documents that lack something, one after the other: [BOS], then every kept token.
-        num_slots = torch.where(num_dropped > 0, num_kept + 1, 0)
-        kept_before = (~dropped).cumsum(0) - starts_of(num_kept)[document]
-        return {
-            **batch,
-            "cls_index": rows.first,
-            "num_dropped": num_dropped,
-            "slot_index": rows.index(prefix_lengths - 1, num_slots),
-            "slot_documents": torch.repeat_interleave(num_slots),
-            "target_slots": (starts_of(num_slots)[document] + kept_before)[dropped],
-            "target_ids": documents.target_ids[dropped],
-        }
+        num_slots = np.where(num_dropped > 0, num_kept + 1, 0)
+        kept_before = dropped - np.arange(len(dropped))
+        return rows.batch(
+            cls_index=rows.first,
+            num_dropped=num_dropped,
+            slot_index=rows.index(prefix_lengths - 1, num_slots),
+            slot_documents=parts(num_slots),
+            target_slots=kept_before + np.repeat(starts_of(num_slots) - starts_of(num_kept), num_dropped),
+            target_ids=documents.target_ids[dropped],
+        )
 
     def _prompts_only(self, examples: list[dict[str, Any]], prompts: list[list[int]]) -> dict[str, torch.Tensor]:
         """Prompts `[CLS] prompt [BOS]`, padded on the left."""

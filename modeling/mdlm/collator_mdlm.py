@@ -2,11 +2,12 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from xlm_hf.modules.collation import Collator, Documents, Rows, counted, ragged, ranks, starts_of
-from xlm_hf.modules.counter_random import uniform
+from xlm_hf.modules.collation import Collator, Documents, Rows, parts, ragged, smallest
+from xlm_hf.modules.counter_random import unit_interval
 from xlm_hf.modules.messages import did_you_mean
 from xlm_hf.modules.noise_schedules import NOISE_SCHEDULES
 
@@ -24,12 +25,12 @@ class _MDLMCollator(Collator):
         self.eos_token_id = tokenizer.eos_token_id
 
 
-def _times(rows: Rows, batch: dict[str, torch.Tensor], alpha: torch.Tensor) -> torch.Tensor:
+def _times(rows: Rows, alpha: np.ndarray) -> np.ndarray:
     """`alpha` (D,) of each row, or of each token (B, L) where a row holds several documents."""
-    if "segment_ids" not in batch:
+    if not rows.several:
         return alpha
-    of_tokens = torch.ones(rows.shape)
-    of_tokens.view(-1)[rows.index(0, rows.lengths)] = alpha.repeat_interleave(rows.lengths)
+    of_tokens = np.ones(rows.shape, dtype=np.float32)
+    of_tokens.reshape(-1)[rows.index(0, rows.lengths)] = np.repeat(alpha, rows.lengths)
     return of_tokens
 
 
@@ -72,7 +73,7 @@ class _MDLMTrainingCollator(_MDLMCollator):
                 f"noise_schedule {noise_schedule!r} does not exist: {did_you_mean(noise_schedule, NOISE_SCHEDULES)}"
             )
         writable = {tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
-        self.never_written = torch.tensor(sorted(set(tokenizer.all_special_ids) - writable))
+        self.never_written = np.isin(np.arange(len(tokenizer)), list(set(tokenizer.all_special_ids) - writable))
         self.canvas_length = canvas_length
         self.masking = masking
         self.schedule = NOISE_SCHEDULES[noise_schedule]
@@ -84,68 +85,60 @@ class _MDLMTrainingCollator(_MDLMCollator):
         self.check_ids(documents.prompt_ids, documents.target_ids)
         canvas_lengths = text_lengths + 1
         if self.canvas_length is not None:
-            if int(text_lengths.max()) > self.canvas_length:
+            if text_lengths.max() > self.canvas_length:
                 raise ValueError(
-                    f"A text has {int(text_lengths.max())} tokens and the canvas {self.canvas_length} places: raise "
+                    f"A text has {text_lengths.max()} tokens and the canvas {self.canvas_length} places: raise "
                     "canvas_length (max_new_tokens of the task)."
                 )
-            canvas_lengths = torch.full_like(canvas_lengths, self.canvas_length)
+            canvas_lengths = np.full_like(canvas_lengths, self.canvas_length)
         lengths = prompt_lengths + 1 + canvas_lengths
         self.check_lengths(lengths, "sequence", _EXTRAS)
-        document, place = counted(canvas_lengths)
-        ends = text_lengths[document]
-        canvas = torch.where(place == ends, self.eos_token_id, self.pad_token_id)
-        canvas[place < ends] = documents.target_ids
-        rows = Rows(lengths, documents, self.packing)
-        batch = self._corrupt(documents, rows, prompt_lengths + 1, canvas, canvas_lengths)
-        input_ids = batch["input_ids"].view(-1)
-        input_ids[rows.index(0, prompt_lengths)] = documents.prompt_ids
-        input_ids[rows.first + prompt_lengths] = self.bos_token_id
-        return batch
+        rows = Rows(lengths, documents, self.pad_token_id, self.packing)
+        rows.input_ids[rows.index(0, prompt_lengths)] = documents.prompt_ids
+        rows.input_ids[rows.first + prompt_lengths] = self.bos_token_id
+        rows.input_ids[rows.index(prompt_lengths + 1, text_lengths)] = documents.target_ids
+        ends = rows.first + prompt_lengths + 1 + text_lengths
+        rows.input_ids[ends[text_lengths < canvas_lengths]] = self.eos_token_id
+        return self._corrupt(rows, prompt_lengths + 1, canvas_lengths)
 
-    def _corrupt(self, documents: Documents, rows: Rows, starts, content, content_lengths, maskable=None):
-        """Write `content`, `content_lengths` (D,) tokens of each document from its `starts`-th on, with masks.
+    def _corrupt(self, rows: Rows, starts, lengths, maskable=None) -> dict[str, torch.Tensor]:
+        """The batch of the rows, with masks among `lengths` (D,) tokens of each document from its `starts`-th on.
 
-        `maskable` says which of the content's tokens may be masked; None means all.
+        `maskable` says which of these may be masked; None means all.
         """
-        document, place = counted(content_lengths)
-        index, place = rows.index(starts, content_lengths), place + starts[document]
-        batch = rows.batch(documents, self.pad_token_id)
-        batch["input_ids"].view(-1)[index] = content
+        index, bits = rows.index(starts, lengths), rows.documents.random_bits(self.seed, lengths, starts)
         if maskable is not None:
-            content, document, place, index = (x[maskable] for x in (content, document, place, index))
-        special = content[torch.isin(content, self.never_written)]
+            index, bits = index[maskable], bits[maskable]
+            lengths = np.bincount(parts(lengths)[maskable], minlength=len(lengths))
+        content = rows.input_ids[index]
+        special = content[self.never_written[content]]
         if len(special):
             raise ValueError(
-                f"A text holds the special token {int(special[0])}, which this model never writes: tokenize the data "
+                f"A text holds the special token {special[0]}, which this model never writes: tokenize the data "
                 "without special tokens."
             )
-        lengths = torch.bincount(document, minlength=len(content_lengths))
-        u = documents.even_draws(self.seed)
-        keys = uniform(self.seed, documents.epoch[document], documents.key[document], place)
+        u = rows.documents.even_draws(self.seed)
         if self.masking == "exact":
-            k = (u * lengths).long() + 1
-            # The k smallest of L uniform keys are a uniformly random k-subset, and the k-th is, independently, a
+            k = (u * lengths).astype(np.int64) + 1
+            # The k smallest of L uniform draws are a uniformly random k-subset, and the k-th is, independently, a
             # Beta(k, L - k + 1) draw: the law of the mask probability given that k of L tokens are masked.
-            rank, ordered = ranks(keys, document, counted(lengths)[1])
-            threshold = torch.cat((ordered, ordered.new_ones(1)))[starts_of(lengths) + k - 1]
-            masked = rank < k[document]
+            masked, greatest = smallest(bits, lengths, np.minimum(k, lengths))
             # Nothing can be masked in a document without a canvas.
-            alpha, weights = 1 - threshold.masked_fill(lengths == 0, 1.0), lengths / k
+            alpha, weights = np.where(lengths == 0, 0.0, 1 - unit_interval(greatest)), lengths / k
         else:
-            t = 1 - u
-            alpha, weights = self.schedule.alpha(t), self.schedule.weight(t)
-            masked = keys < self.schedule.mask_probability(t)[document]
-        batch["input_ids"].view(-1)[index[masked]] = self.mask_token_id
-        return {
-            **batch,
-            "logits_index": index[masked],
-            "target_ids": content[masked],
-            "target_documents": document[masked],
-            "alpha": _times(rows, batch, alpha.float()),
-            "weights": weights.float(),
-            "canvas_lengths": lengths,
-        }
+            t, schedule = torch.from_numpy(1 - u), self.schedule
+            alpha, weights = schedule.alpha(t).numpy(), schedule.weight(t).numpy()
+            masked = unit_interval(bits) < np.repeat(schedule.mask_probability(t).numpy(), lengths)
+        masks = np.flatnonzero(masked)
+        rows.input_ids[index[masks]] = self.mask_token_id
+        return rows.batch(
+            logits_index=index[masks],
+            target_ids=content[masks],
+            target_documents=parts(lengths)[masks],
+            alpha=_times(rows, alpha.astype(np.float32)),
+            weights=weights.astype(np.float32),
+            canvas_lengths=lengths,
+        )
 
 
 class MDLMCollatorForSeq2Seq(_MDLMTrainingCollator):
@@ -206,8 +199,9 @@ class MDLMCollatorForInfilling(_MDLMTrainingCollator):
         given, lengths = ragged([e["input_ids"] for e in examples])[0], documents.target_lengths
         self.check_ids(given, documents.target_ids)
         self.check_lengths(lengths, "sequence", _EXTRAS)
-        rows, starts = Rows(lengths, documents, self.packing), torch.zeros_like(lengths)
-        return self._corrupt(documents, rows, starts, documents.target_ids, lengths, given == self.mask_token_id)
+        rows = Rows(lengths, documents, self.pad_token_id, self.packing)
+        rows.input_ids[rows.index(0, lengths)] = documents.target_ids
+        return self._corrupt(rows, 0, lengths, given == self.mask_token_id)
 
 
 class MDLMCollatorForSeq2SeqPrediction(_MDLMCollator):

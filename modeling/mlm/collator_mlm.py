@@ -2,11 +2,12 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from xlm_hf.modules.collation import Collator, Documents, Rows, counted, ragged, starts_of
-from xlm_hf.modules.counter_random import uniform
+from xlm_hf.modules.collation import Collator, Documents, Rows, ragged
+from xlm_hf.modules.counter_random import unit_interval
 
 _EXTRAS = "its special tokens and padding content"
 
@@ -29,42 +30,33 @@ class _MLMCollator(Collator):
         self.bos_token_id = tokenizer.bos_token_id
         self.eos_token_id = tokenizer.eos_token_id
         writable = {tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
-        self.never_written = torch.tensor(sorted(set(tokenizer.all_special_ids) - writable))
+        self.never_written = np.isin(np.arange(len(tokenizer)), list(set(tokenizer.all_special_ids) - writable))
         self.mask_beta = mask_beta
 
-    def _check_special(self, prompt_ids: torch.Tensor, target_ids: torch.Tensor) -> None:
+    def _check_special(self, prompt_ids: np.ndarray, target_ids: np.ndarray) -> None:
         """Raise ValueError for an id outside the vocabulary, or a special token where none belongs."""
         self.check_ids(prompt_ids, target_ids)
-        special = torch.cat(
-            (prompt_ids[prompt_ids == self.mask_token_id], target_ids[torch.isin(target_ids, self.never_written)])
-        )
-        if len(special):
+        special = [*prompt_ids[prompt_ids == self.mask_token_id], *target_ids[self.never_written[target_ids]]]
+        if special:
             raise ValueError(
-                f"A sequence holds the special token {int(special[0])}, which this model never writes: tokenize the "
+                f"A sequence holds the special token {special[0]}, which this model never writes: tokenize the "
                 "data without special tokens."
             )
 
     def _mask(
-        self,
-        documents: Documents,
-        rows: Rows,
-        starts: torch.Tensor,
-        content: torch.Tensor,
-        lengths: torch.Tensor,
-        maskable: torch.Tensor | bool = True,
+        self, rows: Rows, starts: np.ndarray | int, lengths: np.ndarray, maskable: np.ndarray | bool = True
     ) -> dict[str, torch.Tensor]:
-        """Write `content`, `lengths` (D,) tokens of each document from its `starts`-th on, with a part of it masked.
+        """The batch of the rows with a part of `lengths` (D,) tokens of each document, from its `starts`-th on, masked.
 
         Each maskable token is masked with probability t ~ Beta(mask_beta, 1), evenly spread over the epoch.
         """
-        t = documents.even_draws(self.seed) ** (1 / self.mask_beta)
-        document, place = counted(lengths)
-        draws = uniform(self.seed, documents.epoch[document], documents.key[document], place + starts[document])
-        masked = maskable & (draws < t[document])
-        index = rows.index(starts, lengths)
-        batch = rows.batch(documents, self.pad_token_id)
-        batch["input_ids"].view(-1)[index] = content.masked_fill(masked, self.mask_token_id)
-        return {**batch, "target_index": index[masked], "target_ids": content[masked]}
+        t = rows.documents.even_draws(self.seed) ** (1 / self.mask_beta)
+        draws = unit_interval(rows.documents.random_bits(self.seed, lengths, starts))
+        masked = np.flatnonzero(maskable & (draws < np.repeat(t, lengths)))
+        target_index = rows.index(starts, lengths)[masked]
+        target_ids = rows.input_ids[target_index]
+        rows.input_ids[target_index] = self.mask_token_id
+        return rows.batch(target_index=target_index, target_ids=target_ids)
 
 
 class _MLMCanvasCollator(_MLMCollator):
@@ -90,30 +82,27 @@ class _MLMCanvasCollator(_MLMCollator):
         self._check_special(documents.prompt_ids, documents.target_ids)
         canvas_lengths = target_lengths + 1
         if self.canvas_length is not None:
-            if int(target_lengths.max()) > self.canvas_length:
+            if target_lengths.max() > self.canvas_length:
                 raise ValueError(
-                    f"A target has {int(target_lengths.max())} tokens and canvas_length is {self.canvas_length}: raise "
+                    f"A target has {target_lengths.max()} tokens and canvas_length is {self.canvas_length}: raise "
                     "it, or shorten the target."
                 )
-            canvas_lengths = torch.full_like(canvas_lengths, self.canvas_length)
+            canvas_lengths = np.full_like(canvas_lengths, self.canvas_length)
         lengths = prompt_lengths + 1 + canvas_lengths
         self.check_lengths(lengths, "sequence", _EXTRAS)
-        canvas = torch.full((int(canvas_lengths.sum()),), self.pad_token_id)
-        document, place = counted(target_lengths)
-        canvas[starts_of(canvas_lengths)[document] + place] = documents.target_ids
-        ended = target_lengths < canvas_lengths
-        canvas[(starts_of(canvas_lengths) + target_lengths)[ended]] = self.eos_token_id
-        rows = Rows(lengths, documents, self.packing)
-        batch = self._mask(documents, rows, prompt_lengths + 1, canvas, canvas_lengths)
-        batch["input_ids"].view(-1)[rows.index(0, prompt_lengths)] = documents.prompt_ids
-        batch["input_ids"].view(-1)[rows.first + prompt_lengths] = self.bos_token_id
-        return batch
+        rows = Rows(lengths, documents, self.pad_token_id, self.packing)
+        rows.input_ids[rows.index(0, prompt_lengths)] = documents.prompt_ids
+        rows.input_ids[rows.first + prompt_lengths] = self.bos_token_id
+        rows.input_ids[rows.index(prompt_lengths + 1, target_lengths)] = documents.target_ids
+        ends = rows.first + prompt_lengths + 1 + target_lengths
+        rows.input_ids[ends[target_lengths < canvas_lengths]] = self.eos_token_id
+        return self._mask(rows, prompt_lengths + 1, canvas_lengths)
 
     def _prediction(
         self, examples: list[dict[str, Any]], prompts: list[list[int]], target_name: str
     ) -> dict[str, torch.Tensor]:
         batch = self.left_padded(examples, [[*prompt, self.bos_token_id] for prompt in prompts], _EXTRAS)
-        self._check_special(batch["input_ids"].flatten(), batch["input_ids"][:0, 0])
+        self._check_special(batch["input_ids"].numpy().ravel(), np.zeros(0, dtype=np.int64))
         if self.canvas_length is None and all(target_name in example for example in examples):
             batch["canvas_lengths"] = torch.tensor([len(example[target_name]) + 1 for example in examples])
         return batch
@@ -188,8 +177,9 @@ class MLMCollatorForInfilling(_MLMCollator):
         is_open, lengths = input_ids == self.mask_token_id, documents.target_lengths
         self._check_special(input_ids[~is_open], documents.target_ids)
         self.check_lengths(lengths, "sequence", _EXTRAS)
-        rows = Rows(lengths, documents, self.packing)
-        return self._mask(documents, rows, torch.zeros_like(lengths), documents.target_ids, lengths, is_open)
+        rows = Rows(lengths, documents, self.pad_token_id, self.packing)
+        rows.input_ids[rows.index(0, lengths)] = documents.target_ids
+        return self._mask(rows, 0, lengths, is_open)
 
 
 class MLMCollatorForSeq2SeqPrediction(_MLMCanvasCollator):

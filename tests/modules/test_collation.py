@@ -1,11 +1,13 @@
 import random
 
+import numpy as np
 import pytest
 import torch
 
 from xlm_hf.commands.common import build_collator
 from xlm_hf.hub import families
-from xlm_hf.modules.collation import Documents, Rows, ranks
+from xlm_hf.modules.collation import Documents, Rows, smallest
+from xlm_hf.modules.counter_random import random_bits
 from xlm_hf.testing import FamilyCase, assert_close, check_packing, loss_and_gradients
 
 PAD = 0
@@ -36,7 +38,7 @@ def test_rows_are_filled_by_first_fit(seed):
     rng = random.Random(seed)
     sizes = [rng.randint(1, 14) for _ in range(40)]
     documents = documents_of(sizes)
-    rows = Rows(documents.target_lengths, documents, packing=12)
+    rows = Rows(documents.target_lengths, documents, PAD, packing=12)
     expected = first_fit(sizes, 12)
     assert rows.shape == (len(expected), max(s + sizes[e] for row in expected for e, s in row))
     for number, row in enumerate(expected):
@@ -51,21 +53,28 @@ def test_a_batch_says_which_document_and_position_every_token_has():
     assert documents.target_lengths.tolist() == [3, 2, 2, 1, 1, 1]
     assert documents.prompt_lengths.tolist() == [1, 0, 1, 1, 0, 0]
     lengths = documents.target_lengths
-    apart, packed = (Rows(lengths, documents, packing).batch(documents, PAD) for packing in (None, 7))
+    apart, packed = (Rows(lengths, documents, PAD, packing).batch() for packing in (None, 7))
     assert apart["segment_ids"].tolist() == [[0, 0, 0, 1, 1], [0, 0, 0, 0, 0], [0, 1, 2, 2, 2]]
     assert apart["position_ids"].tolist() == [[0, 1, 2, 0, 1], [0, 1, 0, 0, 0], [0, 0, 0, 0, 0]]
     assert apart["attention_mask"].sum(dim=-1).tolist() == [5, 2, 3]
     assert packed["segment_ids"].tolist() == [[0, 0, 0, 1, 1, 2, 2], [0, 1, 2, 2, 2, 2, 2]]
     assert packed["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 1], [0] * 7]
-    one_each = Rows(lengths[:0].new_tensor([2, 2, 2]), documents_of([2, 2, 2])).batch(documents_of([2, 2, 2]), PAD)
-    assert "segment_ids" not in one_each
+    assert "segment_ids" not in Rows(np.array([2, 2, 2]), documents_of([2, 2, 2]), PAD).batch()
 
 
 def test_an_empty_example_has_a_row_of_its_own():
     documents = documents_of([2, 0, 3])
-    rows = Rows(documents.target_lengths, documents)
+    rows = Rows(documents.target_lengths, documents, PAD)
     assert rows.shape == (3, 3)
     assert rows.index(0, rows.lengths).tolist() == [0, 1, 6, 7, 8]
+
+
+def test_an_empty_example_is_a_document_beside_others_that_are_several():
+    documents = documents_of([0, 3, 0, 2, 0], segments={1: [0, 0, 1], 2: [], 3: [0, 1]})
+    assert documents.example.tolist() == [0, 1, 1, 2, 3, 3, 4]
+    assert documents.number.tolist() == [0, 0, 1, 0, 0, 1, 0]
+    assert documents.target_lengths.tolist() == [0, 2, 1, 0, 1, 1, 0]
+    assert documents.prompt_lengths.tolist() == [1, 1, 0, 1, 1, 0, 1]
 
 
 def test_documents_draw_apart_and_evenly():
@@ -73,21 +82,35 @@ def test_documents_draw_apart_and_evenly():
     num = 500
     documents = documents_of([4] * num, segments={i: [0, 1, 2, 3] for i in range(num)})
     single = documents_of([4] * num)
-    assert torch.equal(documents.key[::4], single.key)
-    assert torch.equal(documents.even_draws(1)[::4], single.even_draws(1))
-    assert len(documents.key.unique()) == 4 * num
+    assert np.array_equal(documents.key[::4], single.key)
+    assert np.array_equal(documents.even_draws(1)[::4], single.even_draws(1))
+    assert len(set(documents.key.tolist())) == 4 * num
     for draws in (documents.even_draws(1), documents.even_draws(1)[3::4]):
-        gap = (draws.sort().values - (torch.arange(len(draws)) + 0.5) / len(draws)).abs().max()
+        gap = np.abs(np.sort(draws) - (np.arange(len(draws)) + 0.5) / len(draws)).max()
         assert gap < 6 / len(draws)
 
 
-def test_ranks_are_those_of_each_part():
-    parts = [[5, 1, 3], [], [2, 9, 4, 7]]
-    part = torch.tensor([0] * 3 + [2] * 4)
-    place = torch.tensor([0, 1, 2, 0, 1, 2, 3])
-    rank, ordered = ranks(torch.tensor([x for row in parts for x in row]), part, place)
-    assert rank.tolist() == [sorted(row).index(x) for row in parts for x in row]
-    assert ordered.tolist() == [x for row in parts for x in sorted(row)]
+@pytest.mark.parametrize("sizes", [[6], [3, 0, 4, 1, 0], [2] * 3000], ids=["one part", "empty parts", "many parts"])
+def test_the_smallest_of_each_part_are_chosen(sizes):
+    rng = random.Random(0)
+    lists = [[rng.getrandbits(64) for _ in range(size)] for size in sizes]
+    num = [rng.randint(0, size) for size in sizes]
+    bits = np.array([x for bits in lists for x in bits], dtype=np.uint64)
+    chosen, greatest = smallest(bits, np.array(sizes), np.array(num))
+    assert chosen.tolist() == [sorted(bits).index(x) < n for bits, n in zip(lists, num, strict=True) for x in bits]
+    room = (len(sizes) - 1).bit_length()
+    for bits, n, value in zip(lists, num, greatest.tolist(), strict=True):
+        assert n == 0 or value == sorted(bits)[n - 1] >> room << room
+
+
+def test_bits_of_tokens_are_those_of_their_counters():
+    documents = documents_of([3, 0, 4], segments={2: [0, 1, 1, 1]})
+    bits = documents.random_bits(5, documents.target_lengths, np.array([0, 7, 0, 2]))
+    key = documents.key.astype(np.int64).tolist()
+    counters = [(key[0], 0), (key[0], 1), (key[0], 2), (key[2], 0), (key[3], 2), (key[3], 3), (key[3], 4)]
+    assert key[:3] == [100, 101, 102]
+    assert key[3] == int(random_bits(102, 1))
+    assert bits.view(np.int64).tolist() == [int(random_bits(5, 3, *counter)) for counter in counters]
 
 
 @pytest.mark.parametrize("family", families())

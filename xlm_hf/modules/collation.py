@@ -2,7 +2,8 @@
 
 An example holds one document or, with a column `segment_ids`, several. A collator corrupts each document by itself and
 then places what is left of them in rows: an example to a row, or with packing as many as fit. Everything is computed on
-flat tensors, the tokens of all documents one after the other, so nothing depends on how a batch is padded.
+flat arrays, the tokens of all documents one after the other, so nothing depends on how a batch is padded; in NumPy,
+whose small operations take a fraction of torch's time, and made tensors at the end.
 """
 
 import math
@@ -20,27 +21,56 @@ Examples = list[dict[str, Any]]
 Ids = Sequence[Sequence[int]]
 
 
-def ragged(rows: Ids) -> tuple[torch.Tensor, torch.Tensor]:
+def ragged(rows: Ids) -> tuple[np.ndarray, np.ndarray]:
     """Concatenate lists of ids: the values (sum of lengths,) and the lengths (B,), both int64."""
     lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
-    values = np.fromiter(chain.from_iterable(rows), dtype=np.int64, count=int(lengths.sum()))
-    return torch.from_numpy(values), torch.from_numpy(lengths)
+    return np.fromiter(chain.from_iterable(rows), dtype=np.int64, count=int(lengths.sum())), lengths
 
 
-def column(examples: Examples, name: str) -> torch.Tensor:
+def column(examples: Examples, name: str) -> np.ndarray:
     """The integers `name` of all examples, (B,) int64."""
-    return torch.from_numpy(np.fromiter((example[name] for example in examples), dtype=np.int64, count=len(examples)))
+    return np.fromiter((example[name] for example in examples), dtype=np.int64, count=len(examples))
 
 
-def starts_of(lengths: torch.Tensor) -> torch.Tensor:
+def starts_of(lengths: np.ndarray) -> np.ndarray:
     """Where each part begins in the concatenation of parts of `lengths`."""
-    return lengths.cumsum(0) - lengths
+    return lengths.cumsum() - lengths
 
 
-def counted(lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """For every element of the concatenation of parts of `lengths`: the number of its part, and its place in it."""
-    part = torch.repeat_interleave(lengths)
-    return part, torch.arange(len(part)) - starts_of(lengths)[part]
+def parts(lengths: np.ndarray) -> np.ndarray:
+    """The number of its part, for every element of the concatenation of parts of `lengths`."""
+    return np.repeat(np.arange(len(lengths)), lengths)
+
+
+def runs(first: np.ndarray | int, lengths: np.ndarray) -> np.ndarray:
+    """Runs of consecutive integers, one after the other: `lengths` (D,) of them from `first` (D,) on."""
+    return np.repeat(first - starts_of(lengths), lengths) + np.arange(lengths.sum())
+
+
+def smallest(bits: np.ndarray, lengths: np.ndarray, num: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Choose the `num` smallest of the random `bits` of each part: uniformly random subsets of these sizes.
+
+    All parts are sorted at once, each key below the number of its part, for which the last of its 64 bits make room.
+
+    Args:
+        bits: (N,) uint64, of all parts one after the other.
+        lengths: (D,) of the parts.
+        num: (D,), at most `lengths`.
+
+    Returns:
+        (N,) bool, which are chosen; and (D,) uint64, the greatest of those of each part, without meaning where
+        none is.
+    """
+    room = np.uint64((len(lengths) - 1).bit_length())
+    keys = (bits >> room) | np.repeat(np.arange(len(lengths), dtype=np.uint64) << (np.uint64(64) - room), lengths)
+    ordered = np.sort(np.append(keys, np.uint64(2**64 - 1)))
+    end = starts_of(lengths) + num
+    return keys < np.repeat(ordered[end], lengths), ordered[end - 1] << room
+
+
+def tensors(**arrays: np.ndarray) -> dict[str, torch.Tensor]:
+    """The arrays as tensors, which share their memory."""
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 class Documents:
@@ -51,14 +81,18 @@ class Documents:
         target_ids, target_lengths: likewise what is modelled.
         example: (D,) place of each document's example in the batch.
         number: (D,) number of each document within its example.
+        example_id: (examples,) as given.
+        key: (D,) uint64, a function of (example_id, number of the document): what a corruption is drawn by.
     """
 
     def __init__(self, examples: Examples, prompts: Ids, targets: Ids):
         self.examples = examples
         self.prompt_ids, self.prompt_lengths = ragged(prompts)
         self.target_ids, self.target_lengths = ragged(targets)
-        self.example = torch.arange(len(examples))
-        self.number = torch.zeros_like(self.example)
+        self.example = np.arange(len(examples))
+        self.number = np.zeros_like(self.example)
+        self.example_id = column(examples, "example_id")
+        self.key = self.example_id.view(np.uint64)
         if any(example.get("segment_ids") is not None for example in examples):
             self._split(targets)
 
@@ -66,41 +100,36 @@ class Documents:
         """Cut the targets where their `segment_ids` change; a further document has no prompt."""
         given = zip(self.examples, targets, strict=True)
         segments, _ = ragged([e.get("segment_ids") or [0] * len(target) for e, target in given])
-        example, place = counted(self.target_lengths)
-        starts = ((place == 0) | (segments != segments.roll(1))).nonzero().squeeze(-1)
-        self.target_lengths = torch.diff(starts, append=torch.tensor([len(segments)]))
-        self.example, self.number = example[starts], segments[starts]
-        self.prompt_lengths = torch.where(self.number == 0, self.prompt_lengths[self.example], 0)
+        example = parts(self.target_lengths)
+        inside = np.flatnonzero((segments[1:] != segments[:-1]) & (example[1:] == example[:-1])) + 1
+        starts = np.sort(np.append(starts_of(self.target_lengths), inside))
+        self.target_lengths = np.diff(starts, append=len(segments))
+        self.example, self.number = np.sort(np.append(self.example, example[inside])), np.append(segments, 0)[starts]
+        self.prompt_lengths = np.where(self.number == 0, self.prompt_lengths[self.example], 0)
+        self.key = self.key[self.example]
+        self.key = np.where(self.number == 0, self.key, random_bits(self.key, self.number.view(np.uint64)))
 
-    @property
-    def key(self) -> torch.Tensor:
-        """(D,) int64, a function of (example_id, number of the document): what a corruption is drawn by."""
-        example_id = column(self.examples, "example_id")[self.example]
-        return torch.where(self.number == 0, example_id, random_bits(example_id, self.number))
+    def column(self, name: str) -> np.ndarray:
+        """The integers `name` of each document's example, (D,) int64."""
+        return column(self.examples, name)[self.example]
 
-    @property
-    def epoch(self) -> torch.Tensor:
-        """(D,) epoch of each document."""
-        return column(self.examples, "epoch")[self.example]
-
-    def even_draws(self, seed: int) -> torch.Tensor:
+    def even_draws(self, seed: int) -> np.ndarray:
         """Draws in [0, 1), float64 (D,), spread evenly over the documents of an epoch.
 
         `low_discrepancy` for the first document of an example, shifted by sqrt(2) for each further one: both steps and
         1 are linearly independent over the rationals, so the draws are evenly spread over both counts (Weyl, 1916).
         """
-        first = low_discrepancy(seed, self.epoch, column(self.examples, "position")[self.example])
-        return (first + self.number * math.sqrt(2)) % 1.0
+        first = low_discrepancy(seed, self.column("epoch").view(np.uint64), self.column("position"))
+        # The shift is of float32, as torch makes it of integers, by which draws have always been shifted.
+        return (first + self.number.astype(np.float32) * math.sqrt(2)) % 1.0
 
+    def random_bits(self, seed: int, lengths: np.ndarray, start: np.ndarray | int = 0) -> np.ndarray:
+        """Random bits, uint64, for `lengths` (D,) tokens of each document, from its `start`-th on.
 
-def ranks(keys: torch.Tensor, part: torch.Tensor, place: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rank of every key within its part (0 for the smallest), and the keys sorted within each part; all (N,).
-
-    `part` and `place` are those of `counted`.
-    """
-    order = keys.argsort()
-    order = order[part[order].argsort(stable=True)]
-    return torch.empty_like(place).scatter_(0, order, place), keys[order]
+        Functions of (seed, epoch, key of the document, place in it) alone.
+        """
+        of_documents = random_bits(seed, self.column("epoch").view(np.uint64), self.key)
+        return random_bits(runs(start, lengths).view(np.uint64), state=np.repeat(of_documents, lengths))
 
 
 class Rows:
@@ -112,55 +141,60 @@ class Rows:
     Args:
         lengths: (D,) tokens of each document as it is placed.
         documents: to which they belong.
+        pad_token_id: what stands where nothing else is written.
         packing: most tokens of a row that holds several examples; None gives each its own.
+
+    Attributes:
+        filled: tokens of each row.
+        shape: rows, and tokens of the longest of them.
+        several: whether a row holds several documents.
+        first: (D,) where each document begins in the flattened batch.
+        input_ids: the flattened batch, all padding at first.
     """
 
-    def __init__(self, lengths: torch.Tensor, documents: Documents, packing: int | None = None):
-        self.lengths = lengths
-        sizes = torch.zeros(len(documents.examples), dtype=torch.int64).index_add_(0, documents.example, lengths)
-        # Without packing no two examples fit into one row; an empty one has a row all the same.
-        row, start = _first_fit(sizes.clamp(min=1), packing or 0)
-        self.shape = (int(row.max()) + 1, int((start + sizes).max()))
-        first = row * self.shape[1] + start - starts_of(sizes)
-        self.first = first[documents.example] + starts_of(lengths)
+    def __init__(self, lengths: np.ndarray, documents: Documents, pad_token_id: int, packing: int | None = None):
+        self.lengths, self.documents = lengths, documents
+        sizes = np.bincount(documents.example, lengths, len(documents.examples)).astype(np.int64)
+        row, start = _first_fit(sizes, packing) if packing else (np.arange(len(sizes)), np.zeros_like(sizes))
+        self.filled = np.bincount(row, sizes)
+        self.shape = (len(self.filled), int(self.filled.max()))
+        self.several = len(lengths) > self.shape[0]
+        self.first = (row * self.shape[1] + start - starts_of(sizes))[documents.example] + starts_of(lengths)
+        self.input_ids = np.full(self.shape[0] * self.shape[1], pad_token_id)
 
-    def index(self, start: torch.Tensor | int, lengths: torch.Tensor) -> torch.Tensor:
-        """Places in the flattened (rows x L) batch of `lengths` (D,) tokens of each document, from its `start`-th."""
-        part, place = counted(lengths)
-        return (self.first + start)[part] + place
+    def index(self, start: np.ndarray | int, lengths: np.ndarray) -> np.ndarray:
+        """Places in the flattened batch of `lengths` (D,) tokens of each document, from its `start`-th on."""
+        return runs(self.first + start, lengths)
 
-    def batch(self, documents: Documents, pad_token_id: int) -> dict[str, torch.Tensor]:
-        """The tensors of every batch, `input_ids` still all padding.
+    def batch(self, **others: np.ndarray) -> dict[str, torch.Tensor]:
+        """The tensors of every batch, and `others`.
 
         Returns:
             `input_ids` and `attention_mask` (rows, L), `example_id` (examples,) and, where a row holds several
             documents, `segment_ids`, the number of each token's document in its row, and `position_ids`, which begin
             anew with each. Padding has the number of the document before it, so that no token sees nothing at all.
         """
-        input_ids, attention_mask = torch.full(self.shape, pad_token_id), torch.zeros(self.shape, dtype=torch.bool)
-        index = self.index(0, self.lengths)
-        attention_mask.view(-1)[index] = True
         batch = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "example_id": column(documents.examples, "example_id"),
+            "input_ids": self.input_ids.reshape(self.shape),
+            "attention_mask": np.arange(self.shape[1]) < self.filled[:, None],
+            "example_id": self.documents.example_id,
         }
-        if len(self.lengths) > self.shape[0]:
-            begins, position_ids = torch.zeros(self.shape, dtype=torch.int64), torch.zeros_like(input_ids)
-            begins.view(-1)[self.first[self.lengths > 0]] = 1
-            position_ids.view(-1)[index] = counted(self.lengths)[1]
-            batch.update(segment_ids=begins.cumsum(dim=-1) - 1, position_ids=position_ids)
-        return batch
+        if self.several:
+            begins, position_ids = np.zeros((2, *self.shape), dtype=np.int64)
+            begins.reshape(-1)[self.first[self.lengths > 0]] = 1
+            position_ids.reshape(-1)[self.index(0, self.lengths)] = runs(0, self.lengths)
+            batch.update(segment_ids=begins.cumsum(axis=-1) - 1, position_ids=position_ids)
+        return tensors(**batch, **others)
 
 
-def _first_fit(sizes: torch.Tensor, capacity: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _first_fit(sizes: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
     """Row and start of each part of `sizes`, by first fit; one that is larger than `capacity` has a row to itself."""
     row, start, used = np.zeros((3, len(sizes)), dtype=np.int64)
     for number, size in enumerate(sizes.tolist()):
         row[number] = np.argmax((used + size <= capacity) | (used == 0))
         start[number] = used[row[number]]
         used[row[number]] += size
-    return torch.from_numpy(row), torch.from_numpy(start)
+    return row, start
 
 
 class Collator:
@@ -180,21 +214,22 @@ class Collator:
         self.seed = seed
         self.packing = max_length if packing else None
 
-    def check_ids(self, *ids: torch.Tensor) -> None:
+    def check_ids(self, *ids: np.ndarray) -> None:
         """Raise ValueError if an id is outside the vocabulary."""
-        every = torch.cat(ids)
-        outside = every[(every < 0) | (every >= self.vocab_size)]
-        if len(outside):
-            raise ValueError(
-                f"Token id {int(outside[0])} is outside the vocabulary of {self.vocab_size}: tokenize the data with "
-                "the tokenizer of this run."
-            )
+        for every in ids:
+            # As an unsigned integer a negative id is a large one.
+            outside = every[every.view(np.uint64) >= self.vocab_size]
+            if len(outside):
+                raise ValueError(
+                    f"Token id {outside[0]} is outside the vocabulary of {self.vocab_size}: tokenize the data with "
+                    "the tokenizer of this run."
+                )
 
-    def check_lengths(self, lengths: torch.Tensor, what: str, extras: str) -> None:
+    def check_lengths(self, lengths: np.ndarray, what: str, extras: str) -> None:
         """Raise ValueError if a `what` has more tokens than the model has positions, `extras` included."""
-        if int(lengths.max()) > self.max_length:
+        if lengths.max() > self.max_length:
             raise ValueError(
-                f"A {what} has {int(lengths.max())} tokens with {extras}, and the model has {self.max_length} "
+                f"A {what} has {lengths.max()} tokens with {extras}, and the model has {self.max_length} "
                 "positions: shorten it or raise max_position_embeddings."
             )
 
@@ -203,10 +238,7 @@ class Collator:
         ids, lengths = ragged(rows)
         self.check_ids(ids)
         self.check_lengths(lengths, "prompt", extras)
-        width = int(lengths.max())
-        attention_mask = torch.arange(width) >= width - lengths[:, None]
-        return {
-            "input_ids": torch.full(attention_mask.shape, self.pad_token_id).masked_scatter_(attention_mask, ids),
-            "attention_mask": attention_mask,
-            "example_id": column(examples, "example_id"),
-        }
+        attention_mask = np.arange(-lengths.max(), 0) >= -lengths[:, None]
+        input_ids = np.full(attention_mask.shape, self.pad_token_id)
+        input_ids[attention_mask] = ids
+        return tensors(input_ids=input_ids, attention_mask=attention_mask, example_id=column(examples, "example_id"))

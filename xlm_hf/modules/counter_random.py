@@ -5,6 +5,7 @@ No state is kept, so neither workers, ranks, batch composition nor a resume chan
 """
 
 import math
+from typing import Any
 
 import torch
 
@@ -15,16 +16,16 @@ _MULTIPLIER_2 = 0x94D049BB133111EB
 _MASK = 2**64 - 1
 
 
-def _mix(state: torch.Tensor | int) -> torch.Tensor | int:
-    """The output function of SplitMix64, on int64 tensors or Python integers."""
-    if isinstance(state, int):
-        state &= _MASK
-        state = ((state ^ (state >> 30)) * _MULTIPLIER_1) & _MASK
-        state = ((state ^ (state >> 27)) * _MULTIPLIER_2) & _MASK
-        return state ^ (state >> 31)
-    state = (state ^ _logical_shift(state, 30)) * _signed(_MULTIPLIER_1)
-    state = (state ^ _logical_shift(state, 27)) * _signed(_MULTIPLIER_2)
-    return state ^ _logical_shift(state, 31)
+def _mix(state: Any) -> Any:
+    """The output function of SplitMix64, on Python integers, NumPy arrays of uint64 or int64 tensors."""
+    if isinstance(state, torch.Tensor):
+        state = (state ^ _logical_shift(state, 30)) * _signed(_MULTIPLIER_1)
+        state = (state ^ _logical_shift(state, 27)) * _signed(_MULTIPLIER_2)
+        return state ^ _logical_shift(state, 31)
+    state = state & _MASK
+    state = ((state ^ (state >> 30)) * _MULTIPLIER_1) & _MASK
+    state = ((state ^ (state >> 27)) * _MULTIPLIER_2) & _MASK
+    return state ^ (state >> 31)
 
 
 def _logical_shift(x: torch.Tensor, bits: int) -> torch.Tensor:
@@ -36,38 +37,38 @@ def _signed(x: int) -> int:
     return (x & _MASK) - ((x & 1 << 63) << 1)
 
 
-def random_bits(*counters: int | torch.Tensor) -> torch.Tensor:
+def random_bits(*counters: Any, state: Any = 0) -> Any:
     """Hash integer counters to 64 random bits.
 
     Args:
-        counters: integers or int64 tensors that broadcast together, the seed first. Each distinct tuple gives an
-            independent draw.
+        counters: integers, int64 tensors or NumPy arrays of uint64 that broadcast together, the seed first. Each
+            distinct tuple gives an independent draw.
+        state: what this returned for the counters that come before, so that they need not be hashed again.
 
     Returns:
-        int64 tensor of the broadcast shape, uniform over all 64-bit patterns.
+        int64 tensor of the broadcast shape, uniform over all 64-bit patterns; for arrays the same bits as uint64.
     """
-    state: torch.Tensor | int = 0
     for counter in counters:
         if isinstance(counter, torch.Tensor):
-            state = _mix(
-                (state if isinstance(state, torch.Tensor) else _signed(state)) + (counter + 1) * _signed(_GAMMA)
-            )
+            state = (state if isinstance(state, torch.Tensor) else _signed(state)) + (counter + 1) * _signed(_GAMMA)
         else:
-            step = (counter + 1) * _GAMMA
-            state = _mix(state + (_signed(step) if isinstance(state, torch.Tensor) else step))
-    return state if isinstance(state, torch.Tensor) else torch.tensor(_signed(state))
+            step = (counter + 1) * _GAMMA & _MASK
+            state = state + (_signed(step) if isinstance(state, torch.Tensor) else step)
+        state = _mix(state)
+    return torch.tensor(_signed(state)) if isinstance(state, int) else state
 
 
-def uniform(*counters: int | torch.Tensor) -> torch.Tensor:
-    """Uniform draws in [0, 1) with 53 random bits, one for each tuple of `counters` (see `random_bits`).
-
-    Returns:
-        float64 tensor of the broadcast shape of the counters.
-    """
-    return _logical_shift(random_bits(*counters), 11).to(torch.float64) * 2.0**-53
+def unit_interval(bits: Any) -> Any:
+    """Turn random bits, as `random_bits` returns them, into uniform draws in [0, 1): float64, of their first 53."""
+    return (_logical_shift(bits, 11).double() if isinstance(bits, torch.Tensor) else bits >> 11) * 2.0**-53
 
 
-def low_discrepancy(seed: int, epoch: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+def uniform(*counters: Any) -> Any:
+    """Uniform draws in [0, 1) with 53 random bits, float64, one for each tuple of `counters` (see `random_bits`)."""
+    return unit_interval(random_bits(*counters))
+
+
+def low_discrepancy(seed: int, epoch: Any, position: Any) -> Any:
     """Evenly spread draws over an epoch: u = frac(offset(seed, epoch) + position / golden ratio).
 
     The additive recurrence with the golden ratio has the lowest discrepancy of its kind, so every stretch of an epoch
@@ -75,10 +76,10 @@ def low_discrepancy(seed: int, epoch: torch.Tensor, position: torch.Tensor) -> t
 
     Args:
         seed: of the run.
-        epoch: int64 tensor.
-        position: int64 tensor, an example's place in the shuffled epoch.
+        epoch: NumPy array of uint64.
+        position: NumPy array of integers, an example's place in the shuffled epoch.
 
     Returns:
-        float64 tensor in [0, 1) of the broadcast shape.
+        float64 array in [0, 1) of the broadcast shape.
     """
-    return (uniform(seed, epoch) + position.to(torch.float64) * GOLDEN_RATIO) % 1.0
+    return (uniform(seed, epoch) + position * GOLDEN_RATIO) % 1.0
