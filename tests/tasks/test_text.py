@@ -36,13 +36,14 @@ def all_ids(task, split):
 
 
 def reference_chunks(ids_of_documents, length):
-    """Chunks token by token: ids and the number of the document within the chunk."""
+    """Chunks token by token: ids, the number of the document within the chunk, and whether its last one is cut off."""
     stream = [(token, number) for number, ids in enumerate(ids_of_documents) for token in ids]
     chunks = []
     for start in range(0, len(stream), length):
-        part = stream[start : start + length]
+        part, rest = stream[start : start + length], stream[start + length :]
         numbers = sorted({number for _, number in part})
-        chunks.append(([token for token, _ in part], [numbers.index(number) for _, number in part]))
+        goes_on = any(number == part[-1][1] for _, number in rest)
+        chunks.append(([token for token, _ in part], [numbers.index(number) for _, number in part], goes_on))
     return chunks
 
 
@@ -113,13 +114,16 @@ def test_packed_chunks_are_those_of_the_whole_stream(batch, document_masks, corp
     )
     train = task.splits["train"]
     expected = reference_chunks(ids, 16)
-    assert train["input_ids"][:] == [chunk for chunk, _ in expected]
+    assert train["input_ids"][:] == [chunk for chunk, _, _ in expected]
     assert 0 < len(train["input_ids"][-1]) < 16
     assert train["example_id"][:] == list(range(len(expected)))
     if document_masks:
-        assert train["segment_ids"][:] == [numbers for _, numbers in expected]
+        assert train["segment_ids"][:] == [numbers for _, numbers, _ in expected]
+        assert train["continues"][:] == [goes_on for _, _, goes_on in expected]
+        assert len(set(train["continues"][:])) == 2
     else:
         assert "segment_ids" not in train.column_names
+        assert all(train["continues"][:])
 
 
 @pytest.mark.parametrize("batch", [7, 1000])
@@ -130,8 +134,10 @@ def test_long_documents_are_split_or_truncated(batch, corpus, tmp_path, monkeypa
     split = load(corpus, tmp_path, **options, max_length=8).splits["train"]
     assert split["input_ids"][:] == [ids[at : at + 8] for ids in whole for at in range(0, len(ids), 8)]
     assert split["example_id"][:] == list(range(len(split)))
+    assert split["continues"][:] == [at + 8 < len(ids) for ids in whole for at in range(0, len(ids), 8)]
     cut = load(corpus, tmp_path, **options, max_length=8, long_documents="truncate").splits["train"]
     assert cut["input_ids"][:] == [ids[:8] for ids in whole]
+    assert not any(cut["continues"][:])
 
 
 def test_documents_of_a_text_file(tmp_path):

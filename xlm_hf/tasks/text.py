@@ -25,7 +25,7 @@ from xlm_hf.tasks.detokenizers import DETOKENIZERS
 from xlm_hf.tasks.tokenizers import byte_tokenizer, pretrained_tokenizer, word_tokenizer
 
 # Part of the cache key: raise it with every change that makes other examples from the same texts and settings.
-PREPARATION_VERSION = 1
+PREPARATION_VERSION = 2
 
 # Documents that are tokenised, and made examples of, at a time.
 BATCH_SIZE = 1000
@@ -67,9 +67,11 @@ def text_corpus(
 ) -> Task:
     """A text corpus as a task of language modelling; `docs/tasks.md` describes every option.
 
-    The splits have `example_id`, `input_ids` and, for chunks with `document_masks`, `segment_ids`. With a `mixture` the
-    training set is that of its entries, options of this function with a `weight`; the path itself gives the tokenizer
-    and what is evaluated on. With `streaming` the training set is read in the order of its files, shuffled in a buffer.
+    The splits have `example_id`, `input_ids`, `continues` - whether the last document goes on in another example, and
+    so has no end in this one - and, for chunks with `document_masks`, `segment_ids`; a chunk without them is a piece of
+    one text that never ends. With a `mixture` the training set is that of its entries, options of this function with a
+    `weight`; the path itself gives the tokenizer and what is evaluated on. With `streaming` the training set is read in
+    the order of its files, shuffled in a buffer.
 
     Raises:
         ValueError: for an unknown choice, a source that is not there, or a split that cannot be made.
@@ -170,7 +172,7 @@ def _prepare(
         features=Features(features),
         cache_file_name=f"{file}-tokens.arrow",
     )
-    features = {"example_id": Value("int64"), **features}
+    features = {"example_id": Value("int64"), **features, "continues": Value("bool")}
     if is_packed and masks:
         features["segment_ids"] = List(Value("int32"))
     # One process, since examples are numbered and chunks go on from one batch to the next.
@@ -212,16 +214,25 @@ class _Examples:
             is_last = indices[-1] == self.last
             end = len(ids) if is_last else len(ids) // self.max_length * self.max_length
             self.ids, self.document = ids[end:], document[end:]
-            ids, document, starts = ids[:end], document[:end], np.arange(0, end, self.max_length)
+            starts = np.arange(0, end, self.max_length)
         else:
             place = np.arange(len(ids)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
             if self.truncate:
-                ids, place = ids[place < self.max_length], place[place < self.max_length]
-            starts = np.flatnonzero(place % self.max_length == 0)
-        offsets = np.append(starts, len(ids)).astype(np.int32)
+                ids, document, place = (values[place < self.max_length] for values in (ids, document, place))
+            starts, end = np.flatnonzero(place % self.max_length == 0), len(ids)
+        offsets = np.append(starts, end).astype(np.int32)
+        # A batch holds whole documents, so what ends with it is complete.
+        continues = document[offsets[1:] - 1] == np.append(document, -1)[offsets[1:]]
+        if self.is_packed and not self.has_segments:
+            continues[:] = True
+        ids, document = ids[:end], document[:end]
         example_id = self.num_examples + np.arange(len(starts))
         self.num_examples += len(starts)
-        columns = {"example_id": pa.array(example_id), "input_ids": pa.ListArray.from_arrays(offsets, pa.array(ids))}
+        columns = {
+            "example_id": pa.array(example_id),
+            "input_ids": pa.ListArray.from_arrays(offsets, pa.array(ids)),
+            "continues": pa.array(continues),
+        }
         if self.has_segments:
             number = np.cumsum(np.diff(document, prepend=document[:1]) > 0).astype(np.int32)
             segments = number - np.repeat(number[starts], np.diff(offsets))
