@@ -29,7 +29,7 @@ class _ARLMCollator(Collator):
         rows.input_ids[rows.first + prompt_lengths] = self.bos_token_id
         rows.input_ids[rows.index(prompt_lengths + 1, target_lengths)] = documents.target_ids
         # A document's last tokens, from [BOS] on, each predict the one after it.
-        predicted = target_lengths + 1
+        predicted = target_lengths + documents.ends
         target_ids = np.full(predicted.sum(), self.eos_token_id)
         target_ids[runs(starts_of(predicted), target_lengths)] = documents.target_ids
         return rows.batch(

@@ -83,7 +83,7 @@ class _MDLMTrainingCollator(_MDLMCollator):
         documents = Documents(examples, prompts, texts)
         prompt_lengths, text_lengths = documents.prompt_lengths, documents.target_lengths
         self.check_ids(documents.prompt_ids, documents.target_ids)
-        canvas_lengths = text_lengths + 1
+        canvas_lengths = text_lengths + documents.ends
         if self.canvas_length is not None:
             if text_lengths.max() > self.canvas_length:
                 raise ValueError(

@@ -80,7 +80,7 @@ class _MLMCanvasCollator(_MLMCollator):
         documents = Documents(examples, prompts, targets)
         prompt_lengths, target_lengths = documents.prompt_lengths, documents.target_lengths
         self._check_special(documents.prompt_ids, documents.target_ids)
-        canvas_lengths = target_lengths + 1
+        canvas_lengths = target_lengths + documents.ends
         if self.canvas_length is not None:
             if target_lengths.max() > self.canvas_length:
                 raise ValueError(

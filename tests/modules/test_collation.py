@@ -113,6 +113,27 @@ def test_bits_of_tokens_are_those_of_their_counters():
     assert bits.view(np.int64).tolist() == [int(random_bits(5, 3, *counter)) for counter in counters]
 
 
+@pytest.mark.parametrize("family", ["arlm", "mlm", "mdlm"])
+@pytest.mark.parametrize("continues", [False, True])
+def test_a_document_that_goes_on_in_another_example_has_no_end(family, continues):
+    case = FamilyCase(family)
+    tokenizer = case.task.tokenizer
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    key = {"example_id": 3, "epoch": 0, "position": 0}
+    row = {**key, "input_ids": [11, 12, 13, 14, 15], "segment_ids": [0, 0, 1, 1, 1], "continues": continues}
+    batch = case.collator("lm", case.model(), **({} if family == "arlm" else {"canvas_length": None}))([row])
+    end = [] if continues else [eos]
+    if family == "arlm":
+        assert batch["input_ids"].tolist() == [[bos, 11, 12, bos, 13, 14, 15]]
+        assert batch["target_ids"].tolist() == [11, 12, eos, 13, 14, 15, *end]
+        assert batch["target_lengths"].tolist() == [3, 3 + len(end)]
+        assert batch["logits_index"].tolist() == list(range(6 + len(end)))
+        return
+    index = batch["target_index" if family == "mlm" else "logits_index"]
+    whole = batch["input_ids"].flatten().scatter(0, index, batch["target_ids"])
+    assert whole.tolist() == [bos, 11, 12, eos, bos, 13, 14, 15, *end]
+
+
 @pytest.mark.parametrize("family", families())
 def test_a_document_is_corrupted_by_its_example_and_number_alone(family):
     case = FamilyCase(family)

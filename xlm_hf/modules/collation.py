@@ -82,6 +82,8 @@ class Documents:
         example: (D,) place of each document's example in the batch.
         number: (D,) number of each document within its example.
         example_id: (examples,) as given.
+        ends: (D,) 1 for a document with an end; 0 for one that goes on in another example, as the column `continues`
+            says of the last one of an example.
         key: (D,) uint64, a function of (example_id, number of the document): what a corruption is drawn by.
     """
 
@@ -92,6 +94,7 @@ class Documents:
         self.example = np.arange(len(examples))
         self.number = np.zeros_like(self.example)
         self.example_id = column(examples, "example_id")
+        self.ends = 1 - np.fromiter((e.get("continues", False) for e in examples), dtype=np.int64, count=len(examples))
         self.key = self.example_id.view(np.uint64)
         if any(example.get("segment_ids") is not None for example in examples):
             self._split(targets)
@@ -106,6 +109,8 @@ class Documents:
         self.target_lengths = np.diff(starts, append=len(segments))
         self.example, self.number = np.sort(np.append(self.example, example[inside])), np.append(segments, 0)[starts]
         self.prompt_lengths = np.where(self.number == 0, self.prompt_lengths[self.example], 0)
+        is_last = np.append(self.example[1:] != self.example[:-1], True)
+        self.ends = np.where(is_last, self.ends[self.example], 1)
         self.key = self.key[self.example]
         self.key = np.where(self.number == 0, self.key, random_bits(self.key, self.number.view(np.uint64)))
 
