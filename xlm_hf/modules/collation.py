@@ -125,7 +125,7 @@ class Documents:
         1 are linearly independent over the rationals, so the draws are evenly spread over both counts (Weyl, 1916).
         """
         first = low_discrepancy(seed, self.column("epoch").view(np.uint64), self.column("position"))
-        # The shift is of float32, as torch makes it of integers, by which draws have always been shifted.
+        # In float32: a more exact shift would make other draws than before.
         return (first + self.number.astype(np.float32) * math.sqrt(2)) % 1.0
 
     def random_bits(self, seed: int, lengths: np.ndarray, start: np.ndarray | int = 0) -> np.ndarray:
