@@ -45,10 +45,11 @@ class _MDLMTrainingCollator(_MDLMCollator):
             no `[EOS]`. None means the text and one `[EOS]`.
         masking: "bernoulli" draws t ~ U(0, 1] and masks each of the L canvas tokens with probability 1 - alpha_t, for a
             weight of -alpha'_t / (1 - alpha_t). "exact" draws k ~ U{1..L}, masks exactly k and tells the network a time
-            from the law of t given k, for a weight of L / k. Both are unbiased for the same bound; the weight of the
-            first is unbounded and its variance infinite (a mask at a time near 0 is rare and counts 1 / t), that of
-            the second at most L.
+            from the law of t given k, for a weight of L / k. Both are unbiased for the same bound, and only the second
+            has a finite variance.
         noise_schedule: alpha_t of "bernoulli", a name from `NOISE_SCHEDULES`; "exact" does not depend on it.
+        mask_beta: None trains on the bound. A number, for training alone, draws k / L (rounded up) or t from
+            Beta(mask_beta, 1), and every masked token counts 1 in the loss, as in MaskGIT (arXiv 2202.04200).
         packing: whether a row may hold several examples, up to `max_length` tokens; no token sees another document.
 
     Raises:
@@ -63,9 +64,12 @@ class _MDLMTrainingCollator(_MDLMCollator):
         canvas_length: int | None = None,
         masking: str = "exact",
         noise_schedule: str = "log_linear",
+        mask_beta: float | None = None,
         packing: bool = False,
     ):
         super().__init__(tokenizer, max_length, seed, packing)
+        if mask_beta is not None and mask_beta <= 0:
+            raise ValueError(f"mask_beta must be greater than 0 and is {mask_beta}.")
         if masking not in MASKINGS:
             raise ValueError(f"masking {masking!r} does not exist: {did_you_mean(masking, MASKINGS)}")
         if noise_schedule not in NOISE_SCHEDULES:
@@ -76,6 +80,7 @@ class _MDLMTrainingCollator(_MDLMCollator):
         self.never_written = np.isin(np.arange(len(tokenizer)), list(set(tokenizer.all_special_ids) - writable))
         self.canvas_length = canvas_length
         self.masking = masking
+        self.mask_beta = mask_beta
         self.schedule = NOISE_SCHEDULES[noise_schedule]
 
     def _write(self, examples, prompts, texts) -> dict[str, torch.Tensor]:
@@ -117,17 +122,18 @@ class _MDLMTrainingCollator(_MDLMCollator):
                 f"A text holds the special token {special[0]}, which this model never writes: tokenize the data "
                 "without special tokens."
             )
-        u = rows.documents.even_draws(self.seed)
+        u, beta = rows.documents.even_draws(self.seed), self.mask_beta or 1.0
         if self.masking == "exact":
-            k = (u * lengths).astype(np.int64) + 1
+            k = (u ** (1 / beta) * lengths).astype(np.int64) + 1
             # The k smallest of L uniform draws are a uniformly random k-subset, and the k-th is, independently, a
             # Beta(k, L - k + 1) draw: the law of the mask probability given that k of L tokens are masked.
             masked, greatest = smallest(bits, lengths, np.minimum(k, lengths))
             # Nothing can be masked in a document without a canvas.
-            alpha, weights = np.where(lengths == 0, 0.0, 1 - unit_interval(greatest)), lengths / k
+            alpha = np.where(lengths == 0, 0.0, 1 - unit_interval(greatest))
+            weights = lengths**beta / (k * (k**beta - (k - 1) ** beta))
         else:
-            t, schedule = torch.from_numpy(1 - u), self.schedule
-            alpha, weights = schedule.alpha(t).numpy(), schedule.weight(t).numpy()
+            t, schedule = torch.from_numpy((1 - u) ** (1 / beta)), self.schedule
+            alpha, weights = schedule.alpha(t).numpy(), (schedule.weight(t) / (beta * t ** (beta - 1))).numpy()
             masked = unit_interval(bits) < np.repeat(schedule.mask_probability(t).numpy(), lengths)
         masks = np.flatnonzero(masked)
         rows.input_ids[index[masks]] = self.mask_token_id
@@ -137,6 +143,7 @@ class _MDLMTrainingCollator(_MDLMCollator):
             target_documents=parts(lengths)[masks],
             alpha=_times(rows, alpha.astype(np.float32)),
             weights=weights.astype(np.float32),
+            loss_weights=(weights if self.mask_beta is None else np.ones_like(weights)).astype(np.float32),
             canvas_lengths=lengths,
         )
 
@@ -144,8 +151,7 @@ class _MDLMTrainingCollator(_MDLMCollator):
 class MDLMCollatorForSeq2Seq(_MDLMTrainingCollator):
     """Training batches for prompt and target: `prompt [BOS] canvas` with a part of the canvas masked.
 
-    Takes the arguments of `_MDLMTrainingCollator`: tokenizer, max_length, seed, canvas_length, masking, noise_schedule,
-    packing.
+    Takes tokenizer, max_length, seed, canvas_length, masking, noise_schedule, mask_beta, packing (see its base class).
     The time (or the number of masks) is low-discrepancy over the epoch, the masks are functions of (seed, epoch,
     example_id), so neither depends on the rest of the batch.
 
@@ -159,7 +165,8 @@ class MDLMCollatorForSeq2Seq(_MDLMTrainingCollator):
         target_documents (M,): the documents they belong to.
         alpha (B,): float32, alpha_t, which tells a time-conditioned network the time; (B, L) where a row holds several
             documents.
-        weights (D,): float32, weight of the cross-entropy of each masked token of the document.
+        weights (D,): float32, weight of the cross-entropy of each masked token of the document in the bound.
+        loss_weights (D,): float32, the same in the loss.
         canvas_lengths (D,): L of each document, the tokens that could have been masked.
         example_id: of the examples, as given.
     """

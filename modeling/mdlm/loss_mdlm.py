@@ -18,7 +18,7 @@ class MDLMLoss:
 
     The collator draws t and the masks and gives the weight of each document, so that the sum here is an unbiased
     estimate of the NELBO of the batch; divided by the number of all canvas tokens, masked or not, it is nats per token.
-    (The number of masked tokens would be the wrong divisor: it is random, and correlated with the sum.)
+    With its `mask_beta` the sum weighs every masked token alike and is no bound; `sequence_nelbo` still is the bound.
     """
 
     def num_items(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -33,16 +33,11 @@ class MDLMLoss:
                 masked_cross_entropy, masked_accuracy: over the masked tokens, without weights.
                 sequence_nelbo: nats per document.
         """
-        target_ids, documents = batch["target_ids"], batch["target_documents"]
-        weights = batch["weights"]
-        outputs = model(
-            **model_inputs(batch),
-            alpha=batch["alpha"],
-            logits_index=batch["logits_index"],
-            head_function=partial(linear_cross_entropy, target_ids=target_ids, target_weights=weights[documents]),
-        )
-        loss_sum, losses, correct = outputs.logits
-        num_masked = len(target_ids)
+        weights, documents = batch["weights"], batch["target_documents"]
+        loss_weights, num_masked = batch["loss_weights"][documents], len(documents)
+        cross_entropy = partial(linear_cross_entropy, target_ids=batch["target_ids"], target_weights=loss_weights)
+        inputs = {**model_inputs(batch), "alpha": batch["alpha"], "logits_index": batch["logits_index"]}
+        loss_sum, losses, correct = model(**inputs, head_function=cross_entropy).logits
         nelbo = torch.zeros_like(weights).index_add(0, documents, (weights[documents] * losses).to(weights.dtype))
         return LossOutput(
             loss_sum=loss_sum,

@@ -207,5 +207,5 @@ def slow_loss(logits, batch):
         for i, token in enumerate(row):
             if token == MASK:
                 log_probabilities = logits[b, i] - logits[b, i].logsumexp(-1)
-                total = total - batch["weights"][b].double() * log_probabilities[next(targets)]
+                total = total - batch["loss_weights"][b].double() * log_probabilities[next(targets)]
     return total

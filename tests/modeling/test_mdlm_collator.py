@@ -116,6 +116,28 @@ def test_language_modeling_is_seq2seq_with_an_empty_prompt():
         torch.testing.assert_close(text[name], pairs[name])
 
 
+@pytest.mark.parametrize("masking", ["exact", "bernoulli"])
+def test_mask_beta_skews_the_masked_share(masking):
+    length, num = 401, 500
+    examples = [{"input_ids": [9] * (length - 1), "example_id": i, "epoch": 0, "position": i} for i in range(num)]
+    skewed = MDLMCollatorForLanguageModeling(SpecialIds(V), max_length=500, masking=masking, mask_beta=3.0)(examples)
+    shares = (skewed["input_ids"] == MASK).sum(-1).numpy() / length
+    assert kstest(shares, "beta", (3, 1)).pvalue > 0.5
+    assert skewed["loss_weights"].tolist() == [1.0] * num
+
+
+@pytest.mark.parametrize("masking", ["exact", "bernoulli"])
+def test_with_mask_beta_the_weights_of_the_bound_undo_the_skew(masking):
+    examples = [{"input_ids": [9] * 3, "example_id": i, "epoch": 0, "position": i} for i in range(20_000)]
+    batch = collator(MDLMCollatorForLanguageModeling, masking=masking, mask_beta=2.0)(examples)
+    k = (batch["input_ids"] == MASK).sum(-1)
+    r = (k / 4 if masking == "exact" else 1 - batch["alpha"]).double()
+    # The bound is the integral over r, all r alike, of the loss at r by r: here a loss that is r in (a, b] and else 0.
+    for a, b in ((0.1, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1.0)):
+        expected = 0.25 if masking == "exact" else b - a
+        assert float((batch["weights"] * r * (r > a) * (r <= b)).mean()) == pytest.approx(expected, rel=0.01)
+
+
 INFILL = [
     {"input_ids": [9, MASK, 11, MASK, MASK], "target_ids": [9, 10, 11, 12, 13]},
     {"input_ids": [MASK, 15], "target_ids": [14, 15]},
@@ -162,6 +184,7 @@ def test_prediction_batches_are_padded_on_the_left():
         ({"target_ids": [8] * 5}, {"canvas_length": 4}, "A text has 5 tokens and the canvas 4 places"),
         ({"target_ids": [8, MASK]}, {}, "holds the special token 2, which this model never writes"),
         ({}, {"masking": "exakt"}, "masking 'exakt' does not exist: did you mean 'exact'"),
+        ({}, {"mask_beta": 0.0}, r"mask_beta must be greater than 0 and is 0\.0"),
         ({}, {"noise_schedule": "cosin"}, "noise_schedule 'cosin' does not exist: did you mean 'cosine'"),
     ],
 )
