@@ -14,7 +14,7 @@ from xlm_hf.modules.generation import (
     row_seeds,
 )
 from xlm_hf.modules.token_sampling import filter_logits, sample_categorical
-from xlm_hf.modules.vocabulary_head import suppress_
+from xlm_hf.modules.vocabulary_head import LogitsOnDemand
 
 
 class ILMGenerationConfig(NonAutoregressiveGenerationConfig):
@@ -112,18 +112,20 @@ class ILMGenerationMixin(NonAutoregressiveGenerationMixin):
         slot_exists = torch.arange(width + 1, device=rows.device) <= state.lengths[rows, None]
         in_sequence = torch.nn.functional.pad(slot_exists, (L - width - 1, 0))
         slot_index = in_sequence.flatten().nonzero().squeeze(-1)
-        outputs = self(sequences, attention_mask=mask, slot_index=slot_index)
-        state.nfe[rows] += 1
-        logits = outputs.logits.float()
-        if logits_processor is not None:
-            logits = logits_processor(sequences[slot_index // L], logits, cur_step=step)
-        suppress_(logits, config.suppress_tokens)
         slots = (slot_exists.flatten().cumsum(dim=0) - 1).view_as(slot_exists).masked_fill(~slot_exists, -1)
+
+        def draw(hidden_states, head, suppressed_ids) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            logits = LogitsOnDemand(hidden_states, head, suppressed_ids)
+            logits = logits.processed(config.suppress_tokens, logits_processor, sequences, slot_index, step)
+            return _draw_insertions(logits, slots, config, seeds, step)
+
+        outputs = self(sequences, attention_mask=mask, slot_index=slot_index, head_function=draw)
+        state.nfe[rows] += 1
+        going_on = torch.ones_like(rows, dtype=torch.bool)
         if config.stopping_threshold is not None and outputs.stop_logits is not None:
-            complete = outputs.stop_logits.float().softmax(dim=-1)[:, 0] >= config.stopping_threshold
-            state.finish(rows[complete])
-            rows, slots, seeds = rows[~complete], slots[~complete], seeds[~complete]
-        state.insert(rows, *_draw_insertions(logits, slots, config, seeds, step), step)
+            going_on = outputs.stop_logits.float().softmax(dim=-1)[:, 0] < config.stopping_threshold
+            state.finish(rows[~going_on])
+        state.insert(rows[going_on], *(drawn[going_on] for drawn in outputs.logits), step)
 
     @property
     def _pad_token_id(self) -> int:
@@ -154,12 +156,12 @@ class ILMGenerationMixin(NonAutoregressiveGenerationMixin):
 
 
 def _draw_insertions(
-    logits: torch.Tensor, slots: torch.Tensor, config: ILMGenerationConfig, seeds: torch.Tensor, step: int
+    logits: LogitsOnDemand, slots: torch.Tensor, config: ILMGenerationConfig, seeds: torch.Tensor, step: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Draw up to `insertions_per_step` insertions without replacement, no two in neighbouring slots.
 
     Args:
-        logits: (N, V) float32 logits of the tokens of N slots.
+        logits: of the tokens of N slots.
         slots: (R, S) which of them each slot of the rows is; -1 where nothing can be inserted.
         config: the options.
         seeds: (R,) seeds of the rows.
@@ -168,16 +170,16 @@ def _draw_insertions(
     Returns:
         slots, tokens and whether each is a real draw, all (R, insertions_per_step).
     """
-    (R, S), V, exists = slots.shape, logits.shape[-1], slots >= 0
+    (R, S), exists = slots.shape, slots >= 0
     joint = config.sampling_method == "joint"
     token_filter = (config.temperature, config.top_k, config.top_p)
     if joint and token_filter != (1.0, None, None):
-        grid = logits[slots].masked_fill(~exists[..., None], -torch.inf)
-        logits = filter_logits(grid.flatten(1), *token_filter).view(R * S, V)
+        grid = logits[:][slots].masked_fill(~exists[..., None], -torch.inf)
+        logits = LogitsOnDemand.of(filter_logits(grid.flatten(1), *token_filter).view(R * S, -1))
         slots = torch.arange(R * S, device=slots.device).view(R, S)
     # Greedy joint decoding takes the best pair; everywhere else a slot counts with the mass of all its tokens.
     greedy = joint and not config.do_sample
-    scores = (logits.amax(dim=-1) if greedy else _log_masses(logits))[slots].masked_fill(~exists, -torch.inf)
+    scores = logits.statistic("maximum" if greedy else "log_mass")[slots].masked_fill(~exists, -torch.inf)
     if not joint:
         scores = filter_logits(scores, config.slot_temperature, config.slot_top_k, config.slot_top_p)
     rows, slot_numbers = torch.arange(R, device=slots.device), torch.arange(S, device=slots.device)
@@ -196,12 +198,6 @@ def _draw_insertions(
         drawn.append(possible)
         scores = scores.masked_fill((slot_numbers - slot[:, None]).abs() <= 1, -torch.inf)
     return torch.stack(chosen, 1), torch.stack(tokens, 1), torch.stack(drawn, 1)
-
-
-def _log_masses(logits: torch.Tensor) -> torch.Tensor:
-    """Log sum exp of each row of (N, V) logits, a part at a time, small enough for the cache."""
-    parts = logits.split(max(1, 2**18 // logits.shape[-1]))
-    return torch.cat([part.logsumexp(dim=-1) for part in parts])
 
 
 def _choose(logits: torch.Tensor, do_sample: bool, uniforms: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """Generation by unmasking: a canvas of masks, and in every step some of them become tokens."""
 
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from xlm_hf.modules.counter_random import random_bits, uniform
 from xlm_hf.modules.generation import NonAutoregressiveGenerationOutput, row_seeds
 from xlm_hf.modules.noise_schedules import NOISE_SCHEDULES
 from xlm_hf.modules.unmasking import commit_ranks, commit_top_k, num_to_commit, order_scores, statistics_in_place
-from xlm_hf.modules.vocabulary_head import suppress_
+from xlm_hf.modules.vocabulary_head import LogitsOnDemand
 
 _EVENT, _TOKEN, _TIME = 0, 1, 2  # last counter of a random number: what it decides
 _AHEAD = 8  # steps that are looked through at once for one in which something is written
@@ -135,16 +136,23 @@ class MDLMGenerationMixin(MaskedGenerationMixin):
         eligible = process.eligible(rows)
         # The rules have no time of their own: the network is told the share that is masked.
         share = canvas.masked[rows].sum(dim=-1).double() / process.sizes[rows]
-        logits = self._logits(process, rows, eligible, share, logits_processor, step)
-        if config.num_steps is None:
-            chosen = choose_positions(logits, eligible, positions, seeds, step, config)
-        else:
-            statistic = statistics_in_place(logits, eligible)
-            ranks = commit_ranks(order_scores(config.order, statistic, seeds, positions), eligible)
-            steps_left = process.num_steps(rows) - process.step[rows]
-            chosen = commit_top_k(ranks, eligible, num_to_commit(eligible.sum(dim=-1), steps_left))
-        uniforms = uniform(seeds[:, None], step, positions, _TOKEN)[chosen]
-        canvas.commit(rows, chosen, draw_tokens(logits[chosen[eligible]], uniforms, config), step)
+
+        def choose_and_draw(logits: LogitsOnDemand) -> tuple[torch.Tensor, torch.Tensor]:
+            if config.num_steps is None:
+                chosen = choose_positions(logits, eligible, positions, seeds, step, config)
+            else:
+                statistic = statistics_in_place(logits, eligible)
+                ranks = commit_ranks(order_scores(config.order, statistic, seeds, positions), eligible)
+                steps_left = process.num_steps(rows) - process.step[rows]
+                chosen = commit_top_k(ranks, eligible, num_to_commit(eligible.sum(dim=-1), steps_left))
+            uniforms = uniform(seeds[:, None], step, positions, _TOKEN)[chosen]
+            return chosen, draw_tokens(logits[chosen[eligible]], uniforms, config)
+
+        alpha = (1 - share).float()
+        chosen, tokens = self.apply_to_logits(
+            choose_and_draw, canvas, rows, eligible, config, logits_processor, step, alpha=alpha
+        )
+        canvas.commit(rows, chosen, tokens, step)
 
     def _process_step(self: Any, process: "_Process", rows, seeds, logits_processor, step: int) -> None:
         """One step of a reverse process: first which masks are written, then their tokens.
@@ -168,8 +176,12 @@ class MDLMGenerationMixin(MaskedGenerationMixin):
                 remasked = process.in_block(rows) & ~eligible & (events < sigma)
         # A network that ignores the time has nothing to say to a row in which nothing is written.
         called = (eligible if self.config.time_conditioning else chosen).any(dim=-1)
-        share = process.masked_share(rows)[called]
-        logits = self._logits(process, rows[called], chosen[called], share, logits_processor, step)
+        logits = torch.zeros(0, self.config.vocab_size, device=rows.device)
+        if called.any():
+            wanted, alpha = chosen[called], (1 - process.masked_share(rows)[called]).float()
+            logits = self.apply_to_logits(
+                itemgetter(slice(None)), canvas, rows[called], wanted, config, logits_processor, step, alpha=alpha
+            )
         uniforms = uniform(seeds[:, None], clock, positions, _TOKEN)[chosen]
         tokens = draw_tokens(logits, uniforms, config)
         canvas.commit(rows, chosen, tokens, clock)
@@ -178,19 +190,6 @@ class MDLMGenerationMixin(MaskedGenerationMixin):
             canvas.masked[rows] |= remasked
             probabilities = logits.softmax(dim=-1).gather(-1, tokens[:, None]).squeeze(-1)
             process.confidence[rows] = process.confidence[rows].masked_scatter(chosen, probabilities)
-
-    def _logits(self: Any, process: "_Process", rows, wanted, share, logits_processor, step: int) -> torch.Tensor:
-        """Logits (S, V) float32 at the S `wanted` positions of (rows, L), by one forward pass over `rows`."""
-        canvas, index = process.canvas, wanted.flatten().nonzero().squeeze(-1)
-        if len(rows) == 0:
-            return torch.zeros(0, self.config.vocab_size, device=index.device)
-        ids = canvas.ids[rows]
-        outputs = self(ids, attention_mask=canvas.attention_mask[rows], alpha=(1 - share).float(), logits_index=index)
-        canvas.nfe[rows] += 1
-        logits = outputs.logits.float()
-        if logits_processor is not None:
-            logits = logits_processor(ids[index // ids.shape[1]], logits, cur_step=step)
-        return suppress_(logits, process.config.suppress_tokens)
 
 
 class _Process:

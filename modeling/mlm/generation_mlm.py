@@ -5,15 +5,10 @@ from typing import Any
 import torch
 from transformers.generation import LogitsProcessorList
 
-from xlm_hf.modules.canvas import (
-    MaskedCanvas,
-    MaskedGenerationMixin,
-    UnmaskingGenerationConfig,
-    choose_positions,
-    draw_tokens,
-)
+from xlm_hf.modules.canvas import MaskedGenerationMixin, UnmaskingGenerationConfig, choose_positions, draw_tokens
 from xlm_hf.modules.counter_random import uniform
 from xlm_hf.modules.generation import NonAutoregressiveGenerationOutput, row_seeds
+from xlm_hf.modules.vocabulary_head import LogitsOnDemand
 
 
 class MLMGenerationConfig(UnmaskingGenerationConfig):
@@ -73,25 +68,17 @@ class MLMGenerationMixin(MaskedGenerationMixin):
         seeds = row_seeds(seed, len(canvas.ids), canvas.ids.device)
 
         def take_step(rows: torch.Tensor, step: int) -> None:
-            logits = self.masked_logits(canvas, rows, config, logits_processor, step)
-            _unmask(canvas, rows, logits, seeds[rows], step, config)
+            masked, positions = canvas.masked[rows], canvas.positions[rows]
+
+            def choose_and_draw(logits: LogitsOnDemand) -> tuple[torch.Tensor, torch.Tensor]:
+                chosen = choose_positions(logits, masked, positions, seeds[rows], step, config)
+                # A position is written once, so its place in the row is all that a draw needs to be told apart by.
+                uniforms = uniform(seeds[rows, None], positions, 1)[chosen]
+                return chosen, draw_tokens(logits[chosen[masked]], uniforms, config)
+
+            chosen, tokens = self.apply_to_logits(choose_and_draw, canvas, rows, masked, config, logits_processor, step)
+            canvas.commit(rows, chosen, tokens, step)
 
         self.write(canvas, take_step, streamer)
         output = canvas.output(config.return_history)
         return output if config.return_dict_in_generate else output.sequences
-
-
-def _unmask(
-    canvas: MaskedCanvas,
-    rows: torch.Tensor,
-    logits: torch.Tensor,
-    seeds: torch.Tensor,
-    step: int,
-    config: MLMGenerationConfig,
-) -> None:
-    """Commit tokens at some of the masked positions of `rows`, whose (S, V) logits are given in reading order."""
-    masked, positions = canvas.masked[rows], canvas.positions[rows]
-    chosen = choose_positions(logits, masked, positions, seeds, step, config)
-    # A position is written once, so its place in the row is all that a draw needs to be told apart by.
-    uniforms = uniform(seeds[:, None], positions, 1)[chosen]
-    canvas.commit(rows, chosen, draw_tokens(logits[chosen[masked]], uniforms, config), step)

@@ -88,7 +88,7 @@ class TableModel(nn.Module, ILMGenerationMixin):
         logits[:, :5] = -np.inf
         return logits
 
-    def forward(self, input_ids, attention_mask, slot_index):
+    def forward(self, input_ids, attention_mask, slot_index, head_function):
         rows, L = input_ids.shape
         grid = torch.zeros(rows, L, 8)
         stop_logits = torch.zeros(rows, 2)
@@ -99,7 +99,8 @@ class TableModel(nn.Module, ILMGenerationMixin):
             table = torch.from_numpy(self.table(written)).float()
             grid[row, start : start + len(table)] = table
             stop_logits[row] = torch.tensor([5.0, -5.0] if written in self.stop_at else [-5.0, 5.0])
-        return ILMOutput(logits=grid.flatten(0, 1)[slot_index], stop_logits=stop_logits)
+        logits = head_function(grid.flatten(0, 1)[slot_index], nn.Identity(), None)
+        return ILMOutput(logits=logits, stop_logits=stop_logits)
 
 
 def filtered(probabilities: dict, temperature=1.0, top_k=None, top_p=None) -> dict:

@@ -92,12 +92,12 @@ class TableModel(nn.Module, MLMGenerationMixin):
         weights = {v: math.exp(float(self.table[code, position, v])) for v in self.allowed}
         return {v: w / sum(weights.values()) for v, w in weights.items()}
 
-    def forward(self, input_ids, attention_mask, logits_index):
+    def forward(self, input_ids, attention_mask, logits_index, head_function):
         rows, L = input_ids.shape
         codes = (input_ids[:, -self.length :] * 7 ** torch.arange(self.length)).sum(dim=-1)
         logits = torch.zeros(rows, L, 7)
         logits[:, -self.length :] = self.table[codes]
-        return MaskedLMOutput(logits=logits.flatten(0, 1)[logits_index])
+        return MaskedLMOutput(logits=head_function(logits.flatten(0, 1)[logits_index], nn.Identity(), None))
 
 
 def filtered(probabilities: dict, temperature=1.0, top_k=None, top_p=None) -> dict:

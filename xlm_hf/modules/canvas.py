@@ -27,7 +27,7 @@ from .unmasking import (
     order_scores,
     statistics_in_place,
 )
-from .vocabulary_head import suppress_
+from .vocabulary_head import LogitsOnDemand
 
 
 class UnmaskingGenerationConfig(NonAutoregressiveGenerationConfig):
@@ -159,7 +159,7 @@ class MaskedGenerationMixin(NonAutoregressiveGenerationMixin):
     """The steps of `generate` that masked language models have in common.
 
     The model's `config` names `mask_token_id`, `bos_token_id`, `pad_token_id` and `eos_token_id`; its forward takes
-    `logits_index`, flat indices into (B x L).
+    `logits_index`, flat indices into (B x L), and `head_function`.
     """
 
     def open_canvas(
@@ -233,32 +233,35 @@ class MaskedGenerationMixin(NonAutoregressiveGenerationMixin):
             streamer.put(canvas.written().cpu())
             streamer.end()
 
-    def masked_logits(
+    def apply_to_logits(
         self: Any,
+        function: Callable[[LogitsOnDemand], Any],
         canvas: MaskedCanvas,
         rows: torch.Tensor,
+        wanted: torch.Tensor,
         generation_config: NonAutoregressiveGenerationConfig,
         logits_processor: Any,
         step: int,
         **model_inputs,
-    ) -> torch.Tensor:
-        """One forward pass over `rows` (R,): (S, V) float32 logits of their masked positions in reading order.
+    ) -> Any:
+        """One forward pass over `rows` (R,), and what `function` makes in it of the logits at the `wanted` (R, L).
 
-        Counts the `nfe` of `canvas`; sets `generation_config.suppress_tokens` to -inf; `logits_processor` is called
-        with (S, L) ids, (S, V) logits and `cur_step`.
+        They come in reading order, after `generation_config.suppress_tokens` and `logits_processor` (see
+        `LogitsOnDemand.processed`). Counts the `nfe` of `canvas`.
         """
-        ids = canvas.ids[rows]
-        index = canvas.masked[rows].flatten().nonzero().squeeze(-1)
-        outputs = self(ids, attention_mask=canvas.attention_mask[rows], logits_index=index, **model_inputs)
+        ids, index = canvas.ids[rows], wanted.flatten().nonzero().squeeze(-1)
+
+        def head_function(hidden_states, head, suppressed_ids):
+            logits = LogitsOnDemand(hidden_states, head, suppressed_ids)
+            return function(logits.processed(generation_config.suppress_tokens, logits_processor, ids, index, step))
+
         canvas.nfe[rows] += 1
-        logits = outputs.logits.float()
-        if logits_processor is not None:
-            logits = logits_processor(ids[index // ids.shape[1]], logits, cur_step=step)
-        return suppress_(logits, generation_config.suppress_tokens)
+        mask = canvas.attention_mask[rows]
+        return self(ids, attention_mask=mask, logits_index=index, head_function=head_function, **model_inputs).logits
 
 
 def choose_positions(
-    logits: torch.Tensor,
+    logits: LogitsOnDemand,
     masked: torch.Tensor,
     positions: torch.Tensor,
     seeds: torch.Tensor,
@@ -267,7 +270,7 @@ def choose_positions(
 ) -> torch.Tensor:
     """The positions (R, L) bool that a step commits, by the rule of `config`; at least one in each row that has any.
 
-    `logits` (S, V) are those of the `masked` (R, L) positions in reading order, before temperature, top-k and top-p;
+    `logits` are those of the `masked` (R, L) positions in reading order, before temperature, top-k and top-p;
     `positions` (R, L) say the place of each token in its own row, `seeds` (R,) are those of the rows.
     """
     statistic = statistics_in_place(logits, masked)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .vocabulary_head import suppress_, vocabulary_logits
+from .vocabulary_head import is_linear, suppress_, vocabulary_logits
 
 # Logits of one chunk: what fits into a CPU's cache, and elsewhere what keeps an accelerator busy (512 MiB of float32).
 CHUNK_SIZES = {"cpu": 2**21}
@@ -63,10 +63,7 @@ def linear_cross_entropy(
     device, dtype = hidden_states.device.type, torch.promote_types(hidden_states.dtype, torch.float32)
     rows = torch.arange(len(target_ids), device=target_ids.device) if target_rows is None else target_rows
     weights = torch.ones_like(rows, dtype=dtype) if target_weights is None else target_weights.to(dtype)
-    num_words = 0
-    # DeepSpeed gathers a weight that it keeps in shards where its module is called, and nowhere else.
-    if type(head) is nn.Linear and head.bias is None and not hasattr(head.weight, "ds_id"):
-        num_words = head.out_features
+    num_words = head.out_features if is_linear(head) and head.bias is None else 0
     if len(hidden_states) * num_words <= CHUNK_SIZES.get(device, _CHUNK_SIZE):
         logits = vocabulary_logits(hidden_states, head, suppressed_ids).to(dtype)
         scores = logits[rows, target_ids]

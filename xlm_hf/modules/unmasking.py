@@ -12,37 +12,12 @@ from functools import cache
 import torch
 
 from .counter_random import random_bits
+from .vocabulary_head import LogitsOnDemand
 
 ORDERS = ("random", "confidence", "margin", "entropy")
-_PART_SIZE = 2**18  # entries
 
 
-def token_statistic(name: str, logits: torch.Tensor) -> torch.Tensor:
-    """How sure softmax(logits) is: (S,) float32 for logits (S, V), in which entries at -inf count as impossible.
-
-    The distribution is meant to be the model's own: after the suppression of tokens, before temperature, top-k, top-p
-    and noise, which shape the draw and not the model's certainty.
-
-    Args:
-        name: "confidence", p1, the largest probability; "margin", p1 - p2, the largest less the second largest;
-            "entropy", -sum p log p, in nats.
-        logits: (S, V).
-    """
-    # A part at a time, small enough for the cache: the probabilities of all at once would go through main memory.
-    parts = logits.split(max(1, _PART_SIZE // logits.shape[-1]))
-    return torch.cat([_of_probabilities(name, part.float().softmax(dim=-1)) for part in parts])
-
-
-def _of_probabilities(name: str, probabilities: torch.Tensor) -> torch.Tensor:
-    if name == "entropy":
-        return torch.special.entr(probabilities).sum(dim=-1)
-    if name == "confidence":
-        return probabilities.amax(dim=-1)
-    largest, second = probabilities.topk(2, dim=-1).values.unbind(dim=-1)
-    return largest - second
-
-
-def statistics_in_place(logits: torch.Tensor, eligible: torch.Tensor) -> Callable[[str], torch.Tensor]:
+def statistics_in_place(logits: LogitsOnDemand, eligible: torch.Tensor) -> Callable[[str], torch.Tensor]:
     """The (B, L) values of a statistic by its name, computed when asked for: 0 where not `eligible` (B, L).
 
     `logits` (S, V) are those of the eligible positions, in reading order.
@@ -51,7 +26,7 @@ def statistics_in_place(logits: torch.Tensor, eligible: torch.Tensor) -> Callabl
     @cache
     def statistic(name: str) -> torch.Tensor:
         empty = torch.zeros(eligible.shape, device=eligible.device)
-        return empty.masked_scatter(eligible, token_statistic(name, logits))
+        return empty.masked_scatter(eligible, logits.statistic(name))
 
     return statistic
 
