@@ -37,6 +37,9 @@ def test_a_mixture_chooses_as_its_reference(weights):
     for seed, epoch in ((0, 0), (0, 1), (7, 3)):
         chosen = mixture.chosen(seed, epoch, torch.arange(500)).tolist()
         assert chosen == [reference_chosen(weights, seed, epoch, position) for position in range(500)]
+        late = range(10**9, 10**9 + 50)
+        chosen_late = mixture.chosen(seed, epoch, torch.tensor(late)).tolist()
+        assert chosen_late == [reference_chosen(weights, seed, epoch, position) for position in late]
         # A slice of the positions gives a slice of the choices.
         assert mixture.chosen(seed, epoch, torch.arange(100, 120)).tolist() == chosen[100:120]
 

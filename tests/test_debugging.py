@@ -110,7 +110,8 @@ def test_wandb_without_login_or_network_gets_metrics_and_tables(xlm, tmp_path, m
     for name in ("WANDB_MODE", "WANDB_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     xlm("logger=wandb", "output_dir=run", "trainer.tracked_predictions=3")
-    wandb.finish()
+    # Ends the process that writes the file.
+    wandb.teardown()
     rows = [
         {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
         for record in wandb_records(tmp_path / "run")

@@ -194,7 +194,8 @@ def test_logged_loss_is_that_of_the_whole_step(tmp_path):
         assert 0 <= log["stop_accuracy"] <= 1
 
 
-def test_best_and_last_checkpoints_stay(tmp_path):
+@pytest.mark.parametrize("greater_is_better", [True, False])
+def test_best_and_last_checkpoints_stay(greater_is_better, tmp_path):
     sets = [
         EvaluationSet("validation", dataset(8, 1), ILMCollatorForSeq2Seq(Tokenizer(V), 32), ["validation"], ILMLoss())
     ]
@@ -207,16 +208,16 @@ def test_best_and_last_checkpoints_stay(tmp_path):
         save_steps=2,
         save_total_limit=2,
         metric_for_best_model="validation/loss",
-        greater_is_better=False,
-        # Too large on purpose: the loss rises again, so that the best checkpoint is not the last.
-        learning_rate=1.0,
+        greater_is_better=greater_is_better,
     )
     trainer.train()
     values = {log["step"]: log["validation/loss"] for log in trainer.state.log_history if "validation/loss" in log}
-    best = min(values, key=values.get)
+    best = (max if greater_is_better else min)(values, key=values.get)
     assert trainer.state.best_metric == values[best]
-    assert {folder.name for folder in list_checkpoints(tmp_path)} == {f"checkpoint-{best}", "checkpoint-12"}
-    assert best != 12
+    # The loss falls from the first evaluation to the last.
+    assert best == (2 if greater_is_better else 12)
+    kept = [2, 12] if greater_is_better else [10, 12]
+    assert [folder.name for folder in list_checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in kept]
     assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{best}")
     assert not list(tmp_path.glob("*.incomplete"))
     assert not list(tmp_path.glob("checkpoint-*/training_args.bin"))

@@ -54,7 +54,7 @@ class Mixture:
     def chosen(self, seed: int, epoch: int, positions: torch.Tensor) -> torch.Tensor:
         """The number of the set that each position of an epoch is read from."""
         shares = torch.tensor(self.weights, dtype=torch.float64).cumsum(0)
-        u = (uniform(seed, epoch, len(self.sets)) + positions * math.sqrt(3)) % 1.0
+        u = (uniform(seed, epoch, len(self.sets)) + positions.double() * math.sqrt(3)) % 1.0
         return torch.searchsorted(shares[:-1] / shares[-1], u, right=True)
 
 

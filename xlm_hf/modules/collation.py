@@ -125,8 +125,7 @@ class Documents:
         1 are linearly independent over the rationals, so the draws are evenly spread over both counts (Weyl, 1916).
         """
         first = low_discrepancy(seed, self.column("epoch").view(np.uint64), self.column("position"))
-        # In float32: a more exact shift would make other draws than before.
-        return (first + self.number.astype(np.float32) * math.sqrt(2)) % 1.0
+        return (first + self.number * math.sqrt(2)) % 1.0
 
     def random_bits(self, seed: int, lengths: np.ndarray, start: np.ndarray | int = 0) -> np.ndarray:
         """Random bits, uint64, for `lengths` (D,) tokens of each document, from its `start`-th on.
