@@ -25,7 +25,7 @@ families:
   diffusion: [--config-name=mdlm_star]
 tasks: {star: [task=star_easy, task.num_train=40, task.num_validation=4, task.num_test=6]}
 seeds: [0, 1]
-nfe_sweep: {diffusion: [generation.num_steps=2]}
+nfe_sweep: {diffusion: [[generation.confidence_threshold=null, generation.num_steps=2]]}
 overrides: [trainer.eval_steps=2]
 quality: [loss, exact_match]
 parallel: 2
