@@ -25,6 +25,9 @@ class XLMTrainingArguments(TrainingArguments):
         train_sampling_strategy: "random", or "group_by_length": batches of examples of like length.
         global_batch_size: examples of an optimiser step over all devices, from which `gradient_accumulation_steps`
             follows; None leaves that as it is.
+        static_length: pads every training batch to rows of so many tokens and to one shape in all, so that a graph of
+            the step, compiled or captured on the device, serves them all (see `StaticShapes`); None pads to the longest
+            row of a batch.
         keep_every: checkpoints whose step is a multiple of it stay for good; `save_total_limit` counts the others, of
             which by default the last and the best stay. None keeps no checkpoint for good.
         save_on_exception: save a checkpoint when training ends early: after the step during which SIGTERM or SIGINT
@@ -42,6 +45,7 @@ class XLMTrainingArguments(TrainingArguments):
     ema_decay: float | None = field(default=None, metadata={"help": "Decay of the average of the weights."})
     use_ema: bool = field(default=True, metadata={"help": "Evaluate and export the averaged weights."})
     global_batch_size: int | None = field(default=None, metadata={"help": "Examples of a step over all devices."})
+    static_length: int | None = field(default=None, metadata={"help": "Tokens of every row of a training batch."})
     keep_every: int | None = field(default=None, metadata={"help": "Keep the checkpoints at multiples of it."})
     save_on_exception: bool = field(default=False, metadata={"help": "Save when training ends early."})
     tracked_predictions: int = field(default=50, metadata={"help": "Rows of the tables of predictions."})

@@ -20,6 +20,7 @@ from xlm_hf.arguments import XLMTrainingArguments
 from xlm_hf.callbacks import ProgressBar, TensorBoardTracker, WandbTracker, show_predictions, write_predictions
 from xlm_hf.checkpoints import INCOMPLETE_SUFFIX, delete_old_checkpoints, replaced_folder
 from xlm_hf.data import Mixture, keyed
+from xlm_hf.data.static_shapes import StaticShapes
 from xlm_hf.ema import EMA_FILE, ExponentialMovingAverage
 from xlm_hf.evaluation import EvaluationSet, check_evaluation_sets, reduce_sums, run_evaluation_set
 from xlm_hf.modules.messages import did_you_mean
@@ -170,7 +171,7 @@ class XLMTrainer(PushesRepositories):
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches of the training set in an order, and with a corruption, that (seed, epoch) alone determine."""
-        args = self.args
+        args, length = self.args, self.args.static_length
         seed = args.seed if args.data_seed is None else args.data_seed
         by_length = args.train_sampling_strategy == "group_by_length"
         self._sampler = self.train_dataset.order(seed, self._train_batch_size * args.world_size, by_length)
@@ -178,7 +179,7 @@ class XLMTrainer(PushesRepositories):
             self.train_dataset,
             batch_size=self._train_batch_size,
             sampler=self._sampler,
-            collate_fn=self.data_collator,
+            collate_fn=StaticShapes(self.data_collator, length) if length else self.data_collator,
             drop_last=args.dataloader_drop_last,
             num_workers=args.dataloader_num_workers,
             persistent_workers=args.dataloader_persistent_workers,

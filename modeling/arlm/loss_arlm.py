@@ -20,9 +20,9 @@ class ARLMLoss:
     the tokens of the prompt carry no loss.
     """
 
-    def num_items(self, batch: dict[str, torch.Tensor]) -> int:
+    def num_items(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Number of predicted tokens in the batch, `[EOS]` included."""
-        return len(batch["target_ids"])
+        return (batch["target_ids"] >= 0).sum()
 
     def __call__(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> LossOutput:
         """Sum the loss over the batch of an `ARLMCollator...` (see there for its tensors).

@@ -5,7 +5,13 @@ from typing import Any
 import torch
 from transformers.generation import LogitsProcessorList
 
-from xlm_hf.modules.canvas import MaskedGenerationMixin, UnmaskingGenerationConfig, choose_positions, draw_tokens
+from xlm_hf.modules.canvas import (
+    MaskedCanvas,
+    MaskedGenerationMixin,
+    UnmaskingGenerationConfig,
+    choose_positions,
+    draw_tokens,
+)
 from xlm_hf.modules.counter_random import uniform
 from xlm_hf.modules.generation import NonAutoregressiveGenerationOutput, row_seeds
 from xlm_hf.modules.vocabulary_head import LogitsOnDemand
@@ -67,18 +73,31 @@ class MLMGenerationMixin(MaskedGenerationMixin):
         canvas = self.open_canvas(config, input_ids, attention_mask, canvas_lengths)
         seeds = row_seeds(seed, len(canvas.ids), canvas.ids.device)
 
-        def take_step(rows: torch.Tensor, step: int) -> None:
-            masked, positions = canvas.masked[rows], canvas.positions[rows]
-
-            def choose_and_draw(logits: LogitsOnDemand) -> tuple[torch.Tensor, torch.Tensor]:
-                chosen = choose_positions(logits, masked, positions, seeds[rows], step, config)
-                # A position is written once, so its place in the row is all that a draw needs to be told apart by.
-                uniforms = uniform(seeds[rows, None], positions, 1)[chosen]
-                return chosen, draw_tokens(logits[chosen[masked]], uniforms, config)
-
-            chosen, tokens = self.apply_to_logits(choose_and_draw, canvas, rows, masked, config, logits_processor, step)
-            canvas.commit(rows, chosen, tokens, step)
-
-        self.write(canvas, take_step, streamer)
+        if streamer is not None:
+            streamer.put(canvas.ids[:, : canvas.prompt_width].cpu())
+        step = 0
+        while len(rows := canvas.open_rows()):
+            self._step(canvas, rows, seeds[rows], config, logits_processor, step)
+            step += 1
+            if streamer is not None:
+                streamer.put_draft(canvas.written().cpu())
+        if streamer is not None:
+            streamer.put(canvas.written().cpu())
+            streamer.end()
         output = canvas.output(config.return_history)
         return output if config.return_dict_in_generate else output.sequences
+
+    def _step(
+        self, canvas: MaskedCanvas, rows, seeds, config: MLMGenerationConfig, logits_processor, step: int
+    ) -> None:
+        """One forward pass over `rows`, after which a rule says what is written."""
+        masked, positions = canvas.masked[rows], canvas.positions[rows]
+
+        def choose_and_draw(logits: LogitsOnDemand) -> tuple[torch.Tensor, torch.Tensor]:
+            chosen = choose_positions(logits, masked, positions, seeds, step, config)
+            # A position is written once, so its place in the row is all that a draw needs to be told apart by.
+            uniforms = uniform(seeds[:, None], positions, 1)[chosen]
+            return chosen, draw_tokens(logits[chosen[masked]], uniforms, config)
+
+        chosen, tokens = self.apply_to_logits(choose_and_draw, canvas, rows, masked, config, logits_processor, step)
+        canvas.commit(rows, chosen, tokens, step)

@@ -20,9 +20,9 @@ class MLMLoss:
     sequence counts by how much of it was masked, and the loss is no bound on a likelihood.
     """
 
-    def num_items(self, batch: dict[str, torch.Tensor]) -> int:
+    def num_items(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Number of masked tokens in the batch."""
-        return len(batch["target_ids"])
+        return (batch["target_ids"] >= 0).sum()
 
     def __call__(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> LossOutput:
         """Sum the loss over the batch of an `MLMCollator...` (see there for its tensors).

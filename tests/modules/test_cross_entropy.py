@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from xlm_hf.modules import cross_entropy
-from xlm_hf.modules.cross_entropy import linear_cross_entropy
+from xlm_hf.modules.cross_entropy import IGNORED_ID, linear_cross_entropy
 from xlm_hf.modules.vocabulary_head import suppress_, vocabulary_logits
 
 H, V, SUPPRESSED = 5, 11, (0, 1, 4, 10)
@@ -67,6 +67,27 @@ def test_loss_and_gradients_equal_a_loop(grouped, rows_per_chunk, seed):
     ):
         torch.testing.assert_close(gradient, reference)
     assert not output.losses.requires_grad
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("rows_per_chunk", [8, 3])
+def test_a_target_that_is_ignored_changes_nothing_whatever_its_weight(grouped, rows_per_chunk):
+    hidden, head, ids, options = problem(grouped)
+    ignored = torch.tensor([False, True, False, False, True, False, False, True])
+    ids = ids.masked_fill(ignored, IGNORED_ID)
+    options["target_weights"] = options["target_weights"].masked_fill(ignored, torch.inf)
+    with chunks_of(rows_per_chunk):
+        output = linear_cross_entropy(hidden, head, SUPPRESSED, ids, **options)
+    options["target_weights"] = options["target_weights"].masked_fill(ignored, 0.0)
+    expected, losses, best = slow(hidden, head, ids.clamp(min=2), options)
+    torch.testing.assert_close(output.loss_sum, expected)
+    torch.testing.assert_close(output.losses, losses.masked_fill(ignored, 0.0))
+    assert output.correct.tolist() == [b and not i for b, i in zip(best, ignored.tolist(), strict=True)]
+    inputs = (hidden, head.weight)
+    for gradient, reference in zip(
+        torch.autograd.grad(output.loss_sum, inputs), torch.autograd.grad(expected, inputs), strict=True
+    ):
+        torch.testing.assert_close(gradient, reference)
 
 
 @pytest.mark.parametrize("suppressed", [None, (), (0,)])

@@ -219,20 +219,6 @@ class MaskedGenerationMixin(NonAutoregressiveGenerationMixin):
             room[extended] = self.room_for_new_tokens(generation_config, prompt_lengths[extended])
         return room
 
-    def write(self, canvas: MaskedCanvas, take_step: Callable[[torch.Tensor, int], None], streamer: Any = None) -> None:
-        """Call `take_step(rows, step)` with the (R,) open rows until there are none, and tell the streamer."""
-        if streamer is not None:
-            streamer.put(canvas.ids[:, : canvas.prompt_width].cpu())
-        step = 0
-        while len(rows := canvas.open_rows()):
-            take_step(rows, step)
-            step += 1
-            if streamer is not None:
-                streamer.put_draft(canvas.written().cpu())
-        if streamer is not None:
-            streamer.put(canvas.written().cpu())
-            streamer.end()
-
     def apply_to_logits(
         self: Any,
         function: Callable[[LogitsOnDemand], Any],

@@ -19,6 +19,9 @@ from .vocabulary_head import is_linear, suppress_, vocabulary_logits
 CHUNK_SIZES = {"cpu": 2**21}
 _CHUNK_SIZE = 2**27
 
+# A target that is none, as in torch's own cross-entropy.
+IGNORED_ID = -100
+
 
 class CrossEntropy(NamedTuple):
     """What `linear_cross_entropy` returns.
@@ -55,20 +58,21 @@ def linear_cross_entropy(
         hidden_states: x, (S, H).
         head: a linear map without bias, W (V, H); another module, such as an adapted head, gives all logits at once.
         suppressed_ids: ids whose z is -inf.
-        target_ids: (T,).
+        target_ids: (T,); an `IGNORED_ID` is no target, and its loss is 0.
         target_weights: (T,); None means 1.
         target_rows: (T,) row of each target, ascending; None means that the t-th row has the t-th target.
         groups: (S,) group of each row, ascending; None means that each row is one.
     """
     device, dtype = hidden_states.device.type, torch.promote_types(hidden_states.dtype, torch.float32)
     rows = torch.arange(len(target_ids), device=target_ids.device) if target_rows is None else target_rows
-    weights = torch.ones_like(rows, dtype=dtype) if target_weights is None else target_weights.to(dtype)
+    is_target = target_ids != IGNORED_ID
+    weights = is_target.to(dtype) if target_weights is None else target_weights.to(dtype).where(is_target, 0.0)
     num_words = head.out_features if is_linear(head) and head.bias is None else 0
     if len(hidden_states) * num_words <= CHUNK_SIZES.get(device, _CHUNK_SIZE):
         logits = vocabulary_logits(hidden_states, head, suppressed_ids).to(dtype)
-        scores = logits[rows, target_ids]
-        losses = _log_normaliser(logits.logsumexp(dim=-1), groups)[rows] - scores
-        correct = scores.detach() >= logits.detach().amax(dim=-1)[rows]
+        scores = logits[rows, target_ids.clamp(min=0)]
+        losses = (_log_normaliser(logits.logsumexp(dim=-1), groups)[rows] - scores).where(is_target, 0.0)
+        correct = (scores.detach() >= logits.detach().amax(dim=-1)[rows]) & is_target
         return CrossEntropy((weights * losses).sum(), losses.detach(), correct)
     is_autocast, suppressed = torch.is_autocast_enabled(device), list(suppressed_ids or ())
     targets = [rows, target_ids, weights]
@@ -129,15 +133,16 @@ def _chunked_cross_entropy(
     most_rows = max(1, CHUNK_SIZES.get(hidden.device.type, _CHUNK_SIZE) // len(weight))
     for rows, chosen in _chunks(len(hidden), most_rows, groups, targets[0]):
         group = torch.arange(rows.start, rows.stop, device=hidden.device) if groups is None else groups[rows]
-        at, target_weight = (targets[0][chosen] - rows.start, targets[1][chosen]), targets[2][chosen]
+        target_weight, is_target = targets[2][chosen], targets[1][chosen] != IGNORED_ID
+        at = (targets[0][chosen] - rows.start, targets[1][chosen].clamp(min=0))
         # One buffer: the logits, then their exponentials, then the gradient of the loss by them.
         logits = suppress_((hidden[rows] @ matrix.T).to(dtype), suppressed_ids)
         largest, scores = logits.amax(dim=-1, keepdim=True), logits[at]
-        correct[chosen] = scores >= largest[at[0], 0]
+        correct[chosen] = (scores >= largest[at[0], 0]) & is_target
         mass = logits.sub_(largest).exp_().sum(dim=-1, keepdim=True)
         of_rows = (largest + mass.log()).squeeze(-1)
         normaliser = _log_normaliser(of_rows, group)
-        losses[chosen] = normaliser[at[0]] - scores
+        losses[chosen] = (normaliser[at[0]] - scores).where(is_target, 0.0)
         # By the logsumexp of a row: the weights of its group times its share of the group's probability.
         number = _numbered(group)
         by_group = torch.zeros_like(of_rows).index_add(0, number[at[0]], target_weight)

@@ -1,0 +1,72 @@
+"""Training steps under torch.compile: no graph breaks, and no compilation after the first batches."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from xlm_hf.data.static_shapes import StaticShapes
+from xlm_hf.hub import families
+from xlm_hf.testing import FamilyCase, assert_close, loss_and_gradients
+
+# Examples of which each batch is made, by number: prompts and targets get shorter from one to the next.
+BATCHES = [[0, 1, 2, 3], [2, 3, 4, 5], [5, 0, 1, 4], [3, 3, 3, 3], [0, 0, 0, 0], [5, 5, 5, 5]]
+LENGTH = 44
+
+
+def batches(case, collator):
+    examples = case.examples()
+    for epoch, numbers in enumerate(BATCHES):
+        yield collator(
+            [
+                {**examples[number], "epoch": epoch, "example_id": 10 * epoch + place, "position": 4 * epoch + place}
+                for place, number in enumerate(numbers)
+            ]
+        )
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("family", families())
+def test_batches_of_one_shape_share_one_graph_and_have_the_gradients_of_the_others(family, tmp_path):
+    case, graphs = FamilyCase(family), CompileCounterWithBackend("aot_eager")
+    model, loss = case.model(), case.trainer(tmp_path).loss
+    collator, compiled = case.collator("seq2seq", model), torch.compile(model, fullgraph=True, backend=graphs)
+    shapes = set()
+    for plain, static in zip(batches(case, collator), batches(case, StaticShapes(collator, LENGTH)), strict=True):
+        shapes.add(tuple((name, tuple(x.shape)) for name, x in static.items()))
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            results = loss_and_gradients(compiled, loss, static)
+        assert_close(results, loss_and_gradients(model, loss, plain))
+    assert len(shapes) == graphs.frame_count == 1
+
+
+@pytest.mark.parametrize("family", families())
+def test_packed_batches_of_many_shapes_share_the_graphs_of_the_first_three(family, tmp_path):
+    case = FamilyCase(family)
+    model, loss = case.model(), case.trainer(tmp_path).loss
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for number, batch in enumerate(batches(case, case.collator("lm", model, packing=True))):
+        with torch._dynamo.config.patch(error_on_recompile=number >= 3):
+            loss_sum = loss(compiled, batch).loss_sum
+        torch.testing.assert_close(loss_sum, loss(model, batch).loss_sum, rtol=1e-4, atol=1e-4)
+
+
+def test_a_row_that_is_too_long_is_refused():
+    case = FamilyCase(min(families()))
+    collator = StaticShapes(case.collator("seq2seq", case.model()), 12)
+    with pytest.raises(ValueError, match=r"A row has \d+ tokens and trainer.static_length is 12"):
+        collator(case.examples())
+
+
+def test_the_trainer_pads_its_batches_and_compiles_a_step_once(tmp_path):
+    options = ("trainer.torch_compile=true", "+trainer.torch_compile_backend=aot_eager")
+    trainer = FamilyCase("mlm", *options, f"trainer.static_length={LENGTH}").trainer(tmp_path)
+    assert {batch["input_ids"].shape for batch in trainer.get_train_dataloader()} == {(4, LENGTH)}
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        trainer.train()
+    assert trainer.state.global_step == 6
