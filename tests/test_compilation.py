@@ -58,9 +58,15 @@ def test_packed_batches_of_many_shapes_share_the_graphs_of_the_first_three(famil
 
 def test_a_row_that_is_too_long_is_refused():
     case = FamilyCase(min(families()))
-    collator = StaticShapes(case.collator("seq2seq", case.model()), 12)
-    with pytest.raises(ValueError, match=r"A row has \d+ tokens and trainer.static_length is 12"):
-        collator(case.examples())
+    plain = case.collator("seq2seq", case.model())
+    with pytest.raises(ValueError, match=r"trainer.static_length is 12 and a row needs \d+: raise it"):
+        StaticShapes(plain, 12)(case.examples())
+
+
+def test_more_targets_than_places_are_refused_and_not_cut_off():
+    batch = {"input_ids": torch.zeros(2, 3, dtype=torch.long), "target_ids": torch.zeros(11, dtype=torch.long)}
+    with pytest.raises(ValueError, match="static_length is 5 and a row needs 6"):
+        StaticShapes(lambda examples: batch, 5)([])
 
 
 def test_the_trainer_pads_its_batches_and_compiles_a_step_once(tmp_path):

@@ -29,11 +29,13 @@ class StaticShapes:
         self.collator, self.length = collator, length
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Build a batch; raises ValueError if a row is longer than `length`."""
+        """Build a batch; raises ValueError if `length` is too small for it."""
         batch = self.collator(examples)
         (B, L), length = batch["input_ids"].shape, self.length
-        if length < L:
-            raise ValueError(f"A row has {L} tokens and trainer.static_length is {length}: raise it to the longest.")
+        # Of what was taken out of a row, a batch may hold more than of what is left in it.
+        longest = max(L, *(-(-len(x) // B) for name, x in batch.items() if name in _OF_POSITIONS))
+        if longest > length:
+            raise ValueError(f"trainer.static_length is {length} and a row needs {longest}: raise it to the longest.")
         return {name: self._padded(name, x, B, L) for name, x in batch.items()}
 
     def _padded(self, name: str, x: torch.Tensor, B: int, L: int) -> torch.Tensor:
