@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 
 from tests.test_ema import SaveWeights
 from tests.test_trainer import EXACT, assert_same_weights, evaluation_sets, make_trainer, weights
+from xlm_hf.arguments import XLMTrainingArguments
 from xlm_hf.checkpoints import last_sound_checkpoint, list_checkpoints, resolve_checkpoint
 from xlm_hf.modeling.ilm import ILMForInsertionLM
 from xlm_hf.signals import TrainingStopped
@@ -38,18 +39,18 @@ def test_every_fifth_checkpoint_stays_for_good(tmp_path, limit, expected):
     assert not list(tmp_path.glob("*.deleted"))
 
 
-@pytest.mark.parametrize("metric", ["validation/loss", "validation/stop_accuracy"])
+@pytest.mark.parametrize("metric", ["validation/loss", "validation/token_loss"])
 def test_the_best_checkpoint_by_any_metric_stays_and_can_be_named(tmp_path, metric):
     sets = evaluation_sets(8)[:1]
     sets[0].name, sets[0].stages = "validation", ["validation"]
     options = {"evaluation_sets": sets, "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps"}
-    # So large a rate that the last checkpoint is not the best.
+    # Turned round, so that the last checkpoint is not the best.
     trainer = make_trainer(
-        tmp_path, save_steps=2, save_total_limit=2, metric_for_best_model=metric, learning_rate=1.0, **options
+        tmp_path, save_steps=2, save_total_limit=2, metric_for_best_model=metric, greater_is_better=True, **options
     )
     trainer.train()
     values = {log["step"]: log[metric] for log in trainer.state.log_history if metric in log}
-    best = (min if metric.endswith("loss") else max)(values, key=values.get)
+    best = max(values, key=values.get)
     assert best != 12
     assert steps_of(tmp_path) == [best, 12]
     assert resolve_checkpoint(f"{tmp_path}/best") == f"{tmp_path}/checkpoint-{best}"
@@ -59,6 +60,12 @@ def test_the_best_checkpoint_by_any_metric_stays_and_can_be_named(tmp_path, metr
         resolve_checkpoint(f"{tmp_path}/beste")
     with pytest.raises(ValueError, match="there is no metric 'validation/los': did you mean 'validation/loss'"):
         make_trainer(tmp_path / "typo", metric_for_best_model="validation/los", **options).train()
+
+
+def test_a_metric_says_by_its_name_which_direction_is_better(tmp_path):
+    for metric, greater in (("a/loss", False), ("a/perplexity", False), ("a/nfe", False), ("a/exact_match", True)):
+        arguments = XLMTrainingArguments(str(tmp_path), use_cpu=True, metric_for_best_model=metric)
+        assert arguments.greater_is_better is greater
 
 
 def test_shards_are_loaded_and_a_missing_one_is_named(tmp_path):

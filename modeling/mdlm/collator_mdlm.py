@@ -137,14 +137,15 @@ class _MDLMTrainingCollator(_MDLMCollator):
             masked = unit_interval(bits) < np.repeat(schedule.mask_probability(t).numpy(), lengths)
         masks = np.flatnonzero(masked)
         rows.input_ids[index[masks]] = self.mask_token_id
+        even = {} if self.mask_beta is None else {"loss_weights": np.ones(len(lengths), np.float32)}
         return rows.batch(
             logits_index=index[masks],
             target_ids=content[masks],
             target_documents=parts(lengths)[masks],
             alpha=_times(rows, alpha.astype(np.float32)),
             weights=weights.astype(np.float32),
-            loss_weights=(weights if self.mask_beta is None else np.ones_like(weights)).astype(np.float32),
             canvas_lengths=lengths,
+            **even,
         )
 
 
@@ -166,7 +167,7 @@ class MDLMCollatorForSeq2Seq(_MDLMTrainingCollator):
         alpha (B,): float32, alpha_t, which tells a time-conditioned network the time; (B, L) where a row holds several
             documents.
         weights (D,): float32, weight of the cross-entropy of each masked token of the document in the bound.
-        loss_weights (D,): float32, the same in the loss.
+        loss_weights (D,): float32, the same in the loss, where `mask_beta` makes it another one.
         canvas_lengths (D,): L of each document, the tokens that could have been masked.
         example_id: of the examples, as given.
     """

@@ -34,7 +34,7 @@ class MDLMLoss:
                 sequence_nelbo: nats per document.
         """
         weights, documents = batch["weights"], batch["target_documents"]
-        loss_weights, num_masked = batch["loss_weights"][documents], (batch["target_ids"] >= 0).sum()
+        loss_weights, num_masked = batch.get("loss_weights", weights)[documents], (batch["target_ids"] >= 0).sum()
         cross_entropy = partial(linear_cross_entropy, target_ids=batch["target_ids"], target_weights=loss_weights)
         inputs = {**model_inputs(batch), "alpha": batch["alpha"], "logits_index": batch["logits_index"]}
         loss_sum, losses, correct = model(**inputs, head_function=cross_entropy).logits

@@ -203,9 +203,10 @@ def exact_nelbo(model, x, schedule="log_linear", first_time=0.0):
 def slow_loss(logits, batch):
     """The weighted sum of the cross-entropies by a double loop; `logits` (B, L, V)."""
     total, targets = 0.0, iter(batch["target_ids"].tolist())
+    weights = batch.get("loss_weights", batch["weights"])
     for b, row in enumerate(batch["input_ids"].tolist()):
         for i, token in enumerate(row):
             if token == MASK:
                 log_probabilities = logits[b, i] - logits[b, i].logsumexp(-1)
-                total = total - batch["loss_weights"][b].double() * log_probabilities[next(targets)]
+                total = total - weights[b].double() * log_probabilities[next(targets)]
     return total
