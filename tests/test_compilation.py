@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
 
 from xlm_hf.data.static_shapes import StaticShapes
 from xlm_hf.hub import families
@@ -54,6 +55,25 @@ def test_packed_batches_of_many_shapes_share_the_graphs_of_the_first_three(famil
         with torch._dynamo.config.patch(error_on_recompile=number >= 3):
             loss_sum = loss(compiled, batch).loss_sum
         torch.testing.assert_close(loss_sum, loss(model, batch).loss_sum, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", families())
+def test_decodes_of_every_shape_share_two_graphs_and_write_the_same(family):
+    case = FamilyCase(family, "generation.max_new_tokens=8")
+    model = case.model()
+    prompts = [case.collator("seq2seq_prediction", model)(case.examples()[:number]) for number in (6, 3, 5)]
+    for prompt in prompts:
+        del prompt["example_id"]
+
+    def written():
+        return [model.generate(**prompt, seed=3, do_sample=True).sequences.tolist() for prompt in prompts]
+
+    expected = written()
+    model.model.compile(dynamic=True, fullgraph=True, backend="aot_eager")
+    counters.clear()
+    assert written() == expected
+    # One for several rows, and one for the last row that is left.
+    assert 1 <= counters["stats"]["unique_graphs"] <= 2
 
 
 def test_a_row_that_is_too_long_is_refused():
