@@ -1,5 +1,7 @@
 """Training steps under torch.compile: no graph breaks, and no compilation after the first batches."""
 
+import shutil
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -55,6 +57,16 @@ def test_packed_batches_of_many_shapes_share_the_graphs_of_the_first_three(famil
         with torch._dynamo.config.patch(error_on_recompile=number >= 3):
             loss_sum = loss(compiled, batch).loss_sum
         torch.testing.assert_close(loss_sum, loss(model, batch).loss_sum, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the default compiler of a CPU needs g++")
+@pytest.mark.parametrize("family", ["mlm", *(pytest.param(name, marks=pytest.mark.slow) for name in families())])
+def test_the_default_compiler_gives_the_gradients_of_every_shape(family, tmp_path):
+    case = FamilyCase(family)
+    model, loss = case.model(), case.trainer(tmp_path).loss
+    compiled = torch.compile(model)
+    for batch in batches(case, case.collator("seq2seq", model)):
+        assert_close(loss_and_gradients(compiled, loss, batch), loss_and_gradients(model, loss, batch))
 
 
 @pytest.mark.parametrize("family", families())

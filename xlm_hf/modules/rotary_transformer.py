@@ -153,25 +153,23 @@ def rotary_cos_sin(
         dtype: of the result; the angles are computed in float32.
 
     Returns:
-        two (B, 1, L, rotary_dim) tensors, each half of the last dimension holding the same angles.
+        two (B, 1, L, rotary_dim / 2) tensors.
     """
     exponents = torch.arange(0, rotary_dim, 2, device=position_ids.device, dtype=torch.float32) / rotary_dim
     angles = position_ids[:, None, :, None].float() * theta**-exponents
-    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-    return torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the first `cos.shape[-1]` dimensions of each head of `x` (..., B, heads, L, head_dim)."""
-    rotary_dim, half = cos.shape[-1], cos.shape[-1] // 2
-    if rotary_dim == 0:
-        return x
-    first, second = x[..., :half], x[..., half:rotary_dim]
-    rotated = x[..., :rotary_dim] * cos
-    # In place: queries and keys of a batch leave the cache, and every copy of them goes through main memory.
-    rotated[..., :half].sub_(second * sin[..., :half])
-    rotated[..., half:].add_(first * sin[..., half:])
-    return rotated if x.shape[-1] == rotary_dim else torch.cat((rotated, x[..., rotary_dim:]), dim=-1)
+    """Rotate pairs of dimensions, the i-th and the (half + i)-th, i < half, of each head of `x` (..., L, head_dim).
+
+    `cos` and `sin` (B, 1, L, half) are those of `rotary_cos_sin`; what lies beyond the first 2 half dimensions stays.
+    """
+    half = cos.shape[-1]
+    first, second, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
+    # Nothing in place: torch.compile takes the strides of the first batch for those of all.
+    rotated = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
+    return torch.cat((*rotated, rest), dim=-1)
 
 
 def take(x: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
