@@ -4,18 +4,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from xlm_hf.modules.collation import Collator, Documents, Rows, parts, runs, starts_of
 
 
 class _ARLMCollator(Collator):
-    """What all collators of the family share: special ids."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, seed: int = 0, packing: bool = False):
-        super().__init__(tokenizer, max_length, seed, packing)
-        self.bos_token_id = tokenizer.bos_token_id
-        self.eos_token_id = tokenizer.eos_token_id
+    """What all collators of the family share."""
 
     def _training(self, examples: list[dict[str, Any]], prompts: list[list[int]], targets: list[list[int]]):
         """Rows of documents `prompt [BOS] target`, padded on the right, that predict `target [EOS]`."""
@@ -25,9 +19,9 @@ class _ARLMCollator(Collator):
         lengths = prompt_lengths + 1 + target_lengths
         self.check_lengths(lengths + 1, "sequence", "[BOS] and [EOS]")
         rows = Rows(lengths, documents, self.pad_token_id, self.packing)
-        rows.input_ids[rows.index(0, prompt_lengths)] = documents.prompt_ids
+        rows.write(0, prompt_lengths, documents.prompt_ids)
         rows.input_ids[rows.first + prompt_lengths] = self.bos_token_id
-        rows.input_ids[rows.index(prompt_lengths + 1, target_lengths)] = documents.target_ids
+        rows.write(prompt_lengths + 1, target_lengths, documents.target_ids)
         # A document's last tokens, from [BOS] on, each predict the one after it.
         predicted = target_lengths + documents.ends
         target_ids = np.full(predicted.sum(), self.eos_token_id)

@@ -24,7 +24,6 @@ class _ILMCollator(Collator):
         if drop_beta <= 0:
             raise ValueError(f"drop_beta must be greater than 0 and is {drop_beta}.")
         self.cls_token_id = tokenizer.cls_token_id
-        self.bos_token_id = tokenizer.bos_token_id
         self.drop_beta = drop_beta
 
     def _drop(self, examples: list[dict[str, Any]], prompts: list[list[int]], targets: list[list[int]]):
@@ -45,9 +44,9 @@ class _ILMCollator(Collator):
 
         rows = Rows(prefix_lengths + num_kept, documents, self.pad_token_id, self.packing)
         rows.input_ids[rows.first] = self.cls_token_id
-        rows.input_ids[rows.index(1, prompt_lengths)] = documents.prompt_ids
+        rows.write(1, prompt_lengths, documents.prompt_ids)
         rows.input_ids[rows.first + prompt_lengths + 1] = self.bos_token_id
-        rows.input_ids[rows.index(prefix_lengths, num_kept)] = documents.target_ids[kept]
+        rows.write(prefix_lengths, num_kept, documents.target_ids[kept])
 
         # Slots of documents that lack something, one after the other: [BOS], then every kept token.
         num_slots = np.where(num_dropped > 0, num_kept + 1, 0)

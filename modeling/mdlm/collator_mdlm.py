@@ -21,8 +21,6 @@ class _MDLMCollator(Collator):
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, seed: int = 0, packing: bool = False):
         super().__init__(tokenizer, max_length, seed, packing)
         self.mask_token_id = tokenizer.mask_token_id
-        self.bos_token_id = tokenizer.bos_token_id
-        self.eos_token_id = tokenizer.eos_token_id
 
 
 def _times(rows: Rows, alpha: np.ndarray) -> np.ndarray:
@@ -83,28 +81,10 @@ class _MDLMTrainingCollator(_MDLMCollator):
         self.mask_beta = mask_beta
         self.schedule = NOISE_SCHEDULES[noise_schedule]
 
-    def _write(self, examples, prompts, texts) -> dict[str, torch.Tensor]:
-        """Documents `prompt [BOS] canvas`: the text, `[EOS]` if there is room, and `[PAD]` up to the end."""
+    def _training(self, examples, prompts, texts) -> dict[str, torch.Tensor]:
         documents = Documents(examples, prompts, texts)
-        prompt_lengths, text_lengths = documents.prompt_lengths, documents.target_lengths
         self.check_ids(documents.prompt_ids, documents.target_ids)
-        canvas_lengths = text_lengths + documents.ends
-        if self.canvas_length is not None:
-            if text_lengths.max() > self.canvas_length:
-                raise ValueError(
-                    f"A text has {text_lengths.max()} tokens and the canvas {self.canvas_length} places: raise "
-                    "canvas_length (max_new_tokens of the task)."
-                )
-            canvas_lengths = np.full_like(canvas_lengths, self.canvas_length)
-        lengths = prompt_lengths + 1 + canvas_lengths
-        self.check_lengths(lengths, "sequence", _EXTRAS)
-        rows = Rows(lengths, documents, self.pad_token_id, self.packing)
-        rows.input_ids[rows.index(0, prompt_lengths)] = documents.prompt_ids
-        rows.input_ids[rows.first + prompt_lengths] = self.bos_token_id
-        rows.input_ids[rows.index(prompt_lengths + 1, text_lengths)] = documents.target_ids
-        ends = rows.first + prompt_lengths + 1 + text_lengths
-        rows.input_ids[ends[text_lengths < canvas_lengths]] = self.eos_token_id
-        return self._corrupt(rows, prompt_lengths + 1, canvas_lengths)
+        return self._corrupt(*self.with_canvas(documents, self.canvas_length, _EXTRAS))
 
     def _corrupt(self, rows: Rows, starts, lengths, maskable=None) -> dict[str, torch.Tensor]:
         """The batch of the rows, with masks among `lengths` (D,) tokens of each document from its `starts`-th on.
@@ -174,7 +154,7 @@ class MDLMCollatorForSeq2Seq(_MDLMTrainingCollator):
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Build a batch; raises ValueError for an id outside the vocabulary or a document that is too long."""
-        return self._write(examples, [e["prompt_ids"] for e in examples], [e["target_ids"] for e in examples])
+        return self._training(examples, [e["prompt_ids"] for e in examples], [e["target_ids"] for e in examples])
 
 
 class MDLMCollatorForLanguageModeling(_MDLMTrainingCollator):
@@ -185,7 +165,7 @@ class MDLMCollatorForLanguageModeling(_MDLMTrainingCollator):
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Build a batch; raises ValueError for an id outside the vocabulary or a document that is too long."""
-        return self._write(examples, [[] for _ in examples], [e["input_ids"] for e in examples])
+        return self._training(examples, [[] for _ in examples], [e["input_ids"] for e in examples])
 
 
 class MDLMCollatorForInfilling(_MDLMTrainingCollator):
@@ -208,7 +188,7 @@ class MDLMCollatorForInfilling(_MDLMTrainingCollator):
         self.check_ids(given, documents.target_ids)
         self.check_lengths(lengths, "sequence", _EXTRAS)
         rows = Rows(lengths, documents, self.pad_token_id, self.packing)
-        rows.input_ids[rows.index(0, lengths)] = documents.target_ids
+        rows.write(0, lengths, documents.target_ids)
         return self._corrupt(rows, 0, lengths, given == self.mask_token_id)
 
 

@@ -27,8 +27,6 @@ class _MLMCollator(Collator):
         if mask_beta <= 0:
             raise ValueError(f"mask_beta must be greater than 0 and is {mask_beta}.")
         self.mask_token_id = tokenizer.mask_token_id
-        self.bos_token_id = tokenizer.bos_token_id
-        self.eos_token_id = tokenizer.eos_token_id
         writable = {tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
         self.never_written = np.isin(np.arange(len(tokenizer)), list(set(tokenizer.all_special_ids) - writable))
         self.mask_beta = mask_beta
@@ -78,25 +76,8 @@ class _MLMCanvasCollator(_MLMCollator):
         self, examples: list[dict[str, Any]], prompts: list[list[int]], targets: list[list[int]]
     ) -> dict[str, torch.Tensor]:
         documents = Documents(examples, prompts, targets)
-        prompt_lengths, target_lengths = documents.prompt_lengths, documents.target_lengths
         self._check_special(documents.prompt_ids, documents.target_ids)
-        canvas_lengths = target_lengths + documents.ends
-        if self.canvas_length is not None:
-            if target_lengths.max() > self.canvas_length:
-                raise ValueError(
-                    f"A target has {target_lengths.max()} tokens and canvas_length is {self.canvas_length}: raise "
-                    "it, or shorten the target."
-                )
-            canvas_lengths = np.full_like(canvas_lengths, self.canvas_length)
-        lengths = prompt_lengths + 1 + canvas_lengths
-        self.check_lengths(lengths, "sequence", _EXTRAS)
-        rows = Rows(lengths, documents, self.pad_token_id, self.packing)
-        rows.input_ids[rows.index(0, prompt_lengths)] = documents.prompt_ids
-        rows.input_ids[rows.first + prompt_lengths] = self.bos_token_id
-        rows.input_ids[rows.index(prompt_lengths + 1, target_lengths)] = documents.target_ids
-        ends = rows.first + prompt_lengths + 1 + target_lengths
-        rows.input_ids[ends[target_lengths < canvas_lengths]] = self.eos_token_id
-        return self._mask(rows, prompt_lengths + 1, canvas_lengths)
+        return self._mask(*self.with_canvas(documents, self.canvas_length, _EXTRAS))
 
     def _prediction(
         self, examples: list[dict[str, Any]], prompts: list[list[int]], target_name: str
@@ -178,7 +159,7 @@ class MLMCollatorForInfilling(_MLMCollator):
         self._check_special(input_ids[~is_open], documents.target_ids)
         self.check_lengths(lengths, "sequence", _EXTRAS)
         rows = Rows(lengths, documents, self.pad_token_id, self.packing)
-        rows.input_ids[rows.index(0, lengths)] = documents.target_ids
+        rows.write(0, lengths, documents.target_ids)
         return self._mask(rows, 0, lengths, is_open)
 
 

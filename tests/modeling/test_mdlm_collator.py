@@ -181,7 +181,7 @@ def test_prediction_batches_are_padded_on_the_left():
         ({"target_ids": [V]}, {}, f"Token id {V} is outside the vocabulary of {V}"),
         ({"prompt_ids": [-1]}, {}, f"Token id -1 is outside the vocabulary of {V}"),
         ({"prompt_ids": [8] * 40}, {}, "has 42 tokens with .* the model has 32 positions"),
-        ({"target_ids": [8] * 5}, {"canvas_length": 4}, "A text has 5 tokens and the canvas 4 places"),
+        ({"target_ids": [8] * 5}, {"canvas_length": 4}, "A target has 5 tokens and the canvas 4 places"),
         ({"target_ids": [8, MASK]}, {}, "holds the special token 2, which this model never writes"),
         ({}, {"masking": "exakt"}, "masking 'exakt' does not exist: did you mean 'exact'"),
         ({}, {"mask_beta": 0.0}, r"mask_beta must be greater than 0 and is 0\.0"),

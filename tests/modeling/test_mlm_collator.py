@@ -152,7 +152,7 @@ def test_infilling_prediction_keeps_the_input():
         ({"prompt_ids": [8] * 40}, "has 42 tokens with .* the model has 24 positions"),
         ({"prompt_ids": [MASK]}, f"holds the special token {MASK}"),
         ({"target_ids": [8, CLS]}, f"holds the special token {CLS}"),
-        ({"target_ids": [8] * 13}, "A target has 13 tokens and canvas_length is 12"),
+        ({"target_ids": [8] * 13}, "A target has 13 tokens and the canvas 12 places"),
     ],
 )
 def test_bad_examples_are_refused_in_one_sentence(change, message):

@@ -170,6 +170,10 @@ class Rows:
         """Places in the flattened batch of `lengths` (D,) tokens of each document, from its `start`-th on."""
         return runs(self.first + start, lengths)
 
+    def write(self, start: np.ndarray | int, lengths: np.ndarray, ids: np.ndarray) -> None:
+        """Write `ids`, one after the other, where `index(start, lengths)` says."""
+        self.input_ids[self.index(start, lengths)] = ids
+
     def batch(self, **others: np.ndarray) -> dict[str, torch.Tensor]:
         """The tensors of every batch, and `others`.
 
@@ -202,7 +206,7 @@ def _first_fit(sizes: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray
 
 
 class Collator:
-    """What all collators share: the tokenizer's padding, the model's length, and the checks on what comes in.
+    """What all collators share: special ids, the model's length, the checks on what comes in, and prompts.
 
     Args:
         tokenizer: names the special tokens.
@@ -213,6 +217,7 @@ class Collator:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, seed: int = 0, packing: bool = False):
         self.pad_token_id = tokenizer.pad_token_id
+        self.bos_token_id, self.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
         self.vocab_size = len(tokenizer)
         self.max_length = max_length
         self.seed = seed
@@ -236,6 +241,36 @@ class Collator:
                 f"A {what} has {lengths.max()} tokens with {extras}, and the model has {self.max_length} "
                 "positions: shorten it or raise max_position_embeddings."
             )
+
+    def with_canvas(
+        self, documents: Documents, canvas_length: int | None, extras: str
+    ) -> tuple[Rows, np.ndarray, np.ndarray]:
+        """Rows of documents `prompt [BOS] canvas`: the target, `[EOS]` if there is room, and `[PAD]` up to the end.
+
+        A canvas has `canvas_length` places; None makes it as long as the target and, where the document ends, `[EOS]`.
+
+        Returns:
+            the rows, and start and length of the canvas of each document, (D,).
+
+        Raises:
+            ValueError: for a target that is longer than the canvas, or a sequence that is too long.
+        """
+        prompts, targets = documents.prompt_lengths, documents.target_lengths
+        lengths = targets + documents.ends
+        if canvas_length is not None:
+            if targets.max() > canvas_length:
+                raise ValueError(
+                    f"A target has {targets.max()} tokens and the canvas {canvas_length} places: raise canvas_length "
+                    "(max_new_tokens of the task), or shorten the target."
+                )
+            lengths = np.full_like(lengths, canvas_length)
+        self.check_lengths(prompts + 1 + lengths, "sequence", extras)
+        rows = Rows(prompts + 1 + lengths, documents, self.pad_token_id, self.packing)
+        rows.write(0, prompts, documents.prompt_ids)
+        rows.input_ids[rows.first + prompts] = self.bos_token_id
+        rows.write(prompts + 1, targets, documents.target_ids)
+        rows.input_ids[(rows.first + prompts + 1 + targets)[targets < lengths]] = self.eos_token_id
+        return rows, prompts + 1, lengths
 
     def left_padded(self, examples: Examples, rows: Ids, extras: str) -> dict[str, torch.Tensor]:
         """Checked prompts for `generate`, padded on the left: `input_ids`, `attention_mask`, `example_id`."""
