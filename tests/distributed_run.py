@@ -62,3 +62,4 @@ def likelihood_and_samples():
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), int(sys.argv[2]))
+    PartialState().destroy_process_group()

@@ -50,6 +50,9 @@ def main() -> None:
     sys.argv[1:] = [open_override(argument) for argument in sys.argv[1:]]
     with _one_sentence():
         hydra.main(version_base="1.3", config_path="pkg://xlm_hf.configs", config_name="config")(run_job)()
+    if torch.distributed.is_initialized():
+        # Its threads, if they outlive the interpreter, can end a process that has done its work by an abort.
+        torch.distributed.destroy_process_group()
 
 
 @contextlib.contextmanager
