@@ -60,8 +60,9 @@ class XLMTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"train_sampling_strategy must be random or group_by_length and is {self.train_sampling_strategy!r}."
             )
-        if self.keep_every is not None and self.keep_every < 1:
-            raise ValueError(f"keep_every must be a positive number of steps and is {self.keep_every}.")
+        for name, unit in (("keep_every", "steps"), ("static_length", "tokens")):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be a positive number of {unit} and is {getattr(self, name)}.")
         if self.metric_for_best_model is not None and self.greater_is_better is None:
             self.greater_is_better = not self.metric_for_best_model.endswith(_LOWER_IS_BETTER)
         if self.global_batch_size is not None:

@@ -228,8 +228,8 @@ def test_shipped_names_give_the_importable_class():
     [
         ("exact_mtch", {}, r"unknown metric 'exact_mtch', .* did you mean 'exact_match'\?"),
         ("no/such/folder", {}, r"unknown metric 'no/such/folder', which is neither a shipped one nor the path"),
-        ("star_path", {"pathformat": "nodes"}, r"unknown option 'pathformat' of metric 'star_path'.*'path_format'\?"),
-        ({"name": "exact_match", "k": 1}, {}, r"unknown option 'k' of metric 'exact_match': there are none"),
+        ("star_path", {"pathformat": "nodes"}, r"Metric 'star_path' has no option 'pathformat'.*'path_format'\?"),
+        ({"name": "exact_match", "k": 1}, {}, r"Metric 'exact_match' has no option 'k': there are none"),
         ({"path_format": "nodes"}, {}, r"needs `name` or `_target_`; this one has the keys \['path_format'\]"),
         ({"_target_": "no_such.Metric"}, {}, r"target 'no_such.Metric' cannot be imported"),
     ],

@@ -34,7 +34,7 @@ from xlm_hf.ema import load_average
 from xlm_hf.evaluation import RECORD_FIELDS, EvaluationSet
 from xlm_hf.hub import families
 from xlm_hf.metrics import load_metric
-from xlm_hf.modules.messages import check_options, did_you_mean
+from xlm_hf.modules.messages import check_arguments, check_options, did_you_mean
 from xlm_hf.tasks import Task, load_task
 from xlm_hf.trainer import XLMTrainer
 
@@ -220,8 +220,7 @@ def build_collator(
     """The family's collator of a kind, e.g. `seq2seq_prediction`, with `options` beside those of the config."""
     if kind not in cfg.collators:
         raise ValueError(f"Family {cfg.family!r} has no collator {kind!r}: {did_you_mean(kind, list(cfg.collators))}")
-    known = list(inspect.signature(hydra.utils.get_class(cfg.collators[kind]._target_)).parameters)
-    check_options(f"The collator {kind!r}", options, known)
+    check_arguments(f"The collator {kind!r}", options, hydra.utils.get_class(cfg.collators[kind]._target_))
     options = {"max_length": model.config.max_position_embeddings, "seed": cfg.seed, **options}
     return hydra.utils.instantiate(cfg.collators[kind], tokenizer=tokenizer, **options)
 
@@ -297,11 +296,7 @@ def _build_metrics(entry: dict[str, Any]) -> list[Any]:
 def build_trainer(cfg: DictConfig, task: Task, model: PreTrainedModel, output_dir: Path) -> XLMTrainer:
     """The trainer of a run, with everything that the config names."""
     options = options_of(cfg.trainer)
-    known = {field.name: field.default for field in fields(XLMTrainingArguments) if field.init}
-    check_options("trainer", options, list(known))
-    for name, value in options.items():
-        if type(known[name]) in (int, float) and not isinstance(value, (int, float, type(None))):
-            raise ValueError(f"trainer.{name} must be a number and is {value!r}.")
+    check_arguments("trainer", options, XLMTrainingArguments)
     if any(limit is not None for limit in plain(cfg.budget).values()):
         options["max_steps"] = _MAX_STEPS_OF_A_BUDGET
     arguments = XLMTrainingArguments(
@@ -313,8 +308,7 @@ def build_trainer(cfg: DictConfig, task: Task, model: PreTrainedModel, output_di
             **options,
         }
     )
-    loss_options = options_of(cfg.loss)
-    check_options("loss", loss_options, list(inspect.signature(hydra.utils.get_class(cfg.loss._target_)).parameters))
+    check_arguments("loss", options_of(cfg.loss), hydra.utils.get_class(cfg.loss._target_))
     loss = hydra.utils.instantiate(cfg.loss)
     return XLMTrainer(
         model=model,

@@ -17,8 +17,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from xlm_hf.checkpoints import list_checkpoints, write_text
-from xlm_hf.commands.common import check_options, is_open, open_override, plain, run_directory, say
+from xlm_hf.commands.common import is_open, open_override, plain, run_directory, say
 from xlm_hf.comparison import markdown_table, plot, summarise, write_tables
+from xlm_hf.modules.messages import check_options
 
 _BUDGETS = {"steps": "trainer.max_steps", "tokens": "budget.tokens", "seconds": "budget.seconds"}
 # Of a run as such, not of its quality.

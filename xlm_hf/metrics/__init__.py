@@ -5,12 +5,11 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-import pkgutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xlm_hf.modules.messages import did_you_mean
+from xlm_hf.modules.messages import check_options, did_you_mean, import_target
 
 if TYPE_CHECKING:
     from evaluate import EvaluationModule
@@ -34,7 +33,7 @@ def load_metric(metric: str | Mapping[str, Any], /, **options: Any) -> Evaluatio
     spec: dict[str, Any] = {"name": metric} if isinstance(metric, str) else dict(metric)
     if "_target_" in spec:
         label = spec.pop("_target_")
-        module = _import_class(label)(keep_in_memory=True)
+        module = import_target("metric", label)(keep_in_memory=True)
     elif "name" in spec:
         label = spec.pop("name")
         module = _load_by_name(label)
@@ -44,9 +43,7 @@ def load_metric(metric: str | Mapping[str, Any], /, **options: Any) -> Evaluatio
     parameters = inspect.signature(module._compute).parameters
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         known = [name for name in parameters if name not in module.features]
-        for option in options:
-            if option not in known:
-                raise ValueError(f"unknown option {option!r} of metric {label!r}: {did_you_mean(option, known)}")
+        check_options(f"Metric {label!r}", options, known)
     for method in ("compute", "per_example"):
         if hasattr(module, method):
             setattr(module, method, functools.partial(getattr(module, method), **options))
@@ -68,10 +65,3 @@ def _load_by_name(name: str) -> EvaluationModule:
         f"unknown metric {name!r}, which is neither a shipped one nor the path of a metric's folder or .py file: "
         f"{did_you_mean(name, shipped)}"
     )
-
-
-def _import_class(target: str) -> type[EvaluationModule]:
-    try:
-        return pkgutil.resolve_name(target)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"the metric target {target!r} cannot be imported: {error}.") from error

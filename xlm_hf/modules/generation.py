@@ -13,7 +13,7 @@ from transformers.generation import GenerationConfig
 from transformers.utils import ModelOutput
 
 from .counter_random import random_bits
-from .messages import did_you_mean
+from .messages import check_options
 
 
 class NonAutoregressiveGenerationConfig(GenerationConfig):
@@ -55,9 +55,7 @@ class NonAutoregressiveGenerationConfig(GenerationConfig):
     # The parent's __init__ is left out on purpose: it would bring options that none of these families has.
     def __init__(self, **options):
         known = self.option_names()
-        unknown = [name for name in options if name not in known and name not in self._metadata]
-        if unknown:
-            raise ValueError(f"{type(self).__name__} has no option {unknown[0]!r}: {did_you_mean(unknown[0], known)}")
+        check_options(type(self).__name__, [name for name in options if name not in self._metadata], known)
         for name in known:
             setattr(self, name, options.get(name, getattr(type(self), name)))
         for name in self._metadata:

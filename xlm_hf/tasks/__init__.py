@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.resources
 import inspect
-import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from xlm_hf.data import Mixture
-from xlm_hf.modules.messages import did_you_mean
+from xlm_hf.modules.messages import check_options, did_you_mean, import_target
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -79,7 +78,7 @@ def load_task(task: str | Mapping[str, Any], /, **overrides: Any) -> Task:
             f"this one has only the keys {sorted(options)}."
         )
     target = options["_target_"]
-    _check_options(task if isinstance(task, str) else target, _import_target(target), options)
+    _check_options(task if isinstance(task, str) else target, import_target("task", target), options)
     # The target is called outside of Hydra, which would wrap its one-sentence errors in an exception of its own.
     result = instantiate(options, _convert_="all", _partial_=True)()
     if not isinstance(result, Task):
@@ -112,20 +111,11 @@ def _resolve(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _import_target(target: str) -> Callable[..., Any]:
-    try:
-        return pkgutil.resolve_name(target)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"the task target {target!r} cannot be imported: {error}.") from error
-
-
 def _check_options(label: str, target: Callable[..., Any], options: Mapping[str, Any]) -> None:
     parameters = inspect.signature(target).parameters
     given = [name for name in options if not name.startswith("_")]
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        for name in given:
-            if name not in parameters:
-                raise ValueError(f"unknown option {name!r} of task {label!r}: {did_you_mean(name, parameters)}")
+        check_options(f"Task {label!r}", given, parameters)
     for name, parameter in parameters.items():
         is_required = parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
         if is_required and name not in given:

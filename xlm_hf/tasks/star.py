@@ -5,7 +5,6 @@ Patel et al., "Insertion language models" (arXiv 2505.05755): arms of different 
 the source need not be the centre, and which arm to follow only shows at its far end.
 """
 
-import difflib
 import os
 
 import numpy as np
@@ -15,6 +14,7 @@ from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerFast
 
 from xlm_hf.modules.counter_random import uniform
+from xlm_hf.modules.messages import did_you_mean
 from xlm_hf.tasks import Task
 from xlm_hf.tasks.cache import cached
 from xlm_hf.tasks.tokenizers import NUMBER_TOKENS, number_tokenizer
@@ -130,8 +130,7 @@ def _check(settings: dict[str, int], sizes: dict[str, int], path_format: str, bl
     if blank_rate is not None and not 0 < blank_rate <= 1:
         raise ValueError(f"blank_rate must be in (0, 1] and is {blank_rate}.")
     if path_format not in PATH_FORMATS:
-        closest = difflib.get_close_matches(str(path_format), PATH_FORMATS, n=1, cutoff=0)[0]
-        raise ValueError(f"unknown path_format {path_format!r}: did you mean {closest!r}? Choose 'edges' or 'nodes'.")
+        raise ValueError(f"unknown path_format {path_format!r}: {did_you_mean(str(path_format), PATH_FORMATS)}")
     least = {
         "degree": 1,
         "min_arm_length": 2,
