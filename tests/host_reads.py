@@ -1,0 +1,63 @@
+"""Where a host would wait for its accelerator, found on a CPU: operations whose results it must read to go on."""
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+aten = torch.ops.aten
+# The size or the branch taken of what these return depends on the values of their inputs.
+_READS = {
+    *(aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal, aten.bincount),
+    *(aten._unique2, aten.unique_consecutive, aten.unique_dim),
+}
+
+
+class _Operations(TorchDispatchMode):
+    def __init__(self, found: list[str]):
+        super().__init__()
+        self.found = found
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if self._waits(func, args, kwargs or {}):
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def _waits(func, args, kwargs) -> bool:
+        packet = func.overloadpacket
+        if packet is aten.repeat_interleave:
+            return kwargs.get("output_size") is None
+        if packet in (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_):
+            masks = [index for index in args[1] if index is not None and index.dtype in (torch.bool, torch.uint8)]
+            # A single value is filled in where the mask says.
+            return bool(masks) and not (len(args) > 2 and args[2].numel() == 1)
+        return packet in _READS
+
+
+class _Methods(TorchFunctionMode):
+    def __init__(self, found: list[str]):
+        super().__init__()
+        self.found = found
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        to_host = func is torch.Tensor.to and any(x in ("cpu", torch.device("cpu")) for x in args[1:])
+        if to_host or func in (torch.Tensor.tolist, torch.Tensor.cpu, torch.Tensor.numpy):
+            self.found.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+class HostReads:
+    """Within it, `found` lists every operation for whose result the host would wait."""
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+        self._modes = (_Operations(self.found), _Methods(self.found))
+
+    def __enter__(self) -> "HostReads":
+        for mode in self._modes:
+            mode.__enter__()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for mode in reversed(self._modes):
+            mode.__exit__(*exception)
