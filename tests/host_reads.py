@@ -1,4 +1,4 @@
-"""Where a host would wait for its accelerator, found on a CPU: operations whose results it must read to go on."""
+"""Where a host would wait for its accelerator, found on a CPU: what it must read to go on, and what it must send."""
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -40,14 +40,18 @@ class _Methods(TorchFunctionMode):
         self.found = found
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        to_host = func is torch.Tensor.to and any(x in ("cpu", torch.device("cpu")) for x in args[1:])
-        if to_host or func in (torch.Tensor.tolist, torch.Tensor.cpu, torch.Tensor.numpy):
+        # On a CPU every device is one; where the code says so itself it means the host.
+        to_host = func is torch.Tensor.to and args[1:2] == ("cpu",) and not (kwargs or {}).get("non_blocking")
+        # A number or a list goes to a device by a copy that is waited for, behind all that the device has still to do.
+        sent = func in (torch.tensor, torch.as_tensor) and not isinstance(args[0], torch.Tensor)
+        to_device = sent and (kwargs or {}).get("device") is not None
+        if to_host or to_device or func in (torch.Tensor.tolist, torch.Tensor.cpu, torch.Tensor.numpy):
             self.found.append(func.__name__)
         return func(*args, **(kwargs or {}))
 
 
 class HostReads:
-    """Within it, `found` lists every operation for whose result the host would wait."""
+    """Within it, `found` lists every operation for which the host would wait; inside a custom operator it is blind."""
 
     def __init__(self) -> None:
         self.found: list[str] = []

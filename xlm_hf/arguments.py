@@ -73,6 +73,8 @@ class XLMTrainingArguments(TrainingArguments):
         self.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]
         # Pinned memory speeds up copies to an accelerator; without one torch warns about it at every epoch.
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
+        # From there a batch is copied without the host waiting for the device.
+        self.accelerator_config.non_blocking = self.dataloader_pin_memory  # type: ignore[union-attr]
 
     def _accumulate_to(self, batch_size: int, num_devices: int) -> None:
         at_once = self.per_device_train_batch_size * num_devices

@@ -32,13 +32,11 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     staging.mkdir(parents=True)
     try:
         yield staging
+        previous = folder.with_name(folder.name + ".previous")
         if folder.exists():
-            previous = folder.with_name(folder.name + ".previous")
             folder.rename(previous)
-            staging.rename(folder)
-            shutil.rmtree(previous)
-        else:
-            staging.rename(folder)
+        staging.rename(folder)
+        shutil.rmtree(previous, ignore_errors=True)
     except Exception as error:
         if not _is_failed_write(error):
             raise
@@ -62,7 +60,7 @@ def write_text(file: Path, text: str) -> None:
     """Write a text file beside its final place and rename it, so that a reader never sees half of it."""
     staging = file.with_name(file.name + INCOMPLETE_SUFFIX)
     try:
-        staging.write_text(text)
+        staging.write_text(text, encoding="utf-8")
         staging.replace(file)
     except OSError:
         staging.unlink(missing_ok=True)

@@ -76,12 +76,7 @@ def load_average(model: nn.Module, folder: Path) -> bool:
     """Give a model the averaged weights of a checkpoint, if there are any; returns whether there were."""
     if not (folder / EMA_FILE).exists():
         return False
-    parameters = dict(model.named_parameters())
-    saved = load_file(folder / EMA_FILE)
-    _check_names(folder, saved.keys() - parameters.keys())
-    with torch.no_grad():
-        for name, tensor in saved.items():
-            parameters[name].copy_(tensor)
+    _check_names(folder, set(model.load_state_dict(load_file(folder / EMA_FILE), strict=False).unexpected_keys))
     return True
 
 

@@ -130,9 +130,7 @@ def reduce_sums(sums: dict[str, tuple[Any, Any]], device: torch.device) -> dict[
     if not sums:
         return {}
     names = sorted(sums)
-    pairs = torch.stack(
-        [torch.stack([torch.as_tensor(x, dtype=torch.float64, device="cpu") for x in sums[name]]) for name in names]
-    )
+    pairs = torch.tensor([[float(x) for x in sums[name]] for name in names], dtype=torch.float64)
     if PartialState().num_processes > 1:
         pairs = pairs.to(device)
         torch.distributed.all_reduce(pairs)

@@ -24,7 +24,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
-from xlm_hf.checkpoints import replaced_folder
+from xlm_hf.checkpoints import replaced_folder, write_text
 from xlm_hf.modules.messages import did_you_mean
 
 _MODULES = Path(__file__).resolve().parent / "modules"
@@ -138,9 +138,7 @@ def export_code(family: Family, directory: str | os.PathLike) -> None:
     code = family_code(family)
     directory.mkdir(parents=True, exist_ok=True)
     for name, source in code.items():
-        partial = directory / f".{name}.partial"
-        partial.write_text(source, encoding="utf-8")
-        partial.replace(directory / name)
+        write_text(directory / name, source)
 
 
 def family_code(family: Family) -> dict[str, str]:
@@ -301,10 +299,9 @@ def _eval_results(task: str, metrics: dict[str, float]) -> list[EvalResult]:
     results = []
     for name, value in metrics.items():
         set_name, _, metric = name.rpartition("/")
-        if not set_name or metric in ("samples", "seconds") or metric.endswith("_standard_error"):
-            continue
-        if not math.isfinite(value):
-            # The Hub keeps metadata as JSON, which has no such number.
+        # The Hub keeps metadata as JSON, which has no number that is not finite.
+        is_detail = metric in ("samples", "seconds") or metric.endswith("_standard_error")
+        if not set_name or is_detail or not math.isfinite(value):
             continue
         details = {"samples": f"{set_name}/samples", "standard_error": f"{name}_standard_error"}
         results.append(

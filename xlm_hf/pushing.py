@@ -163,8 +163,7 @@ class PushesRepositories(Trainer):
             return self._upload(folder, commit_message, run_as_future=not blocking, token=token, revision=revision)
 
     def _card_of_this_step(self) -> dict[str, Any]:
-        measured = [{name: value for name, value in log.items() if "/" in name} for log in self.state.log_history]
-        metrics = {name: value for entry in measured for name, value in entry.items()}
+        metrics = {name: value for log in self.state.log_history for name, value in log.items() if "/" in name}
         return {
             **self.card_variables,
             "metrics": self.card_variables.get("metrics") or metrics,

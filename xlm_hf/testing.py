@@ -23,7 +23,7 @@ from transformers import AutoModel, TrainerCallback
 from xlm_hf.checkpoints import last_sound_checkpoint
 from xlm_hf.commands.common import build_collator, build_model, build_task, build_trainer
 from xlm_hf.hub import export_model
-from xlm_hf.modules import cross_entropy
+from xlm_hf.modules import cross_entropy, devices
 from xlm_hf.modules.rotary_transformer import take
 
 _FEW = ["task.num_train=40", "task.num_validation=4", "task.num_test=8", "size=tiny"]
@@ -144,6 +144,19 @@ def check_packing(case: FamilyCase, tmp_path: Path) -> None:
         assert_close(*(loss_and_gradients(model, loss, batch) for batch in batches))
 
 
+def check_full_rows(case: FamilyCase, tmp_path: Path) -> None:
+    """Rows without padding, packed or not, need no mask: the same loss, metrics and gradients as with one of ones."""
+    model, loss = case.model(), case.trainer(tmp_path).loss
+    for examples, packing in ((case.examples(1) * 3, False), (case.examples(3), True)):
+        batch = case.collator("seq2seq", model, packing=packing)(examples)
+        assert batch["attention_mask"].all()
+        # As on an accelerator, where a mask is used as it is.
+        with mock.patch.object(devices, "_HOST", ()):
+            expected = loss_and_gradients(model, loss, batch)
+            del batch["attention_mask"]
+            assert_close(loss_and_gradients(model, loss, batch), expected)
+
+
 def check_ways_to_compute(case: FamilyCase, tmp_path: Path) -> None:
     """The same loss, metrics and gradients in every way to compute them.
 
@@ -240,6 +253,7 @@ CHECKS = [
     check_batch_composition,
     check_generation,
     check_packing,
+    check_full_rows,
     check_ways_to_compute,
     check_saving_and_loading,
     check_training_and_resume,

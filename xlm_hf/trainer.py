@@ -4,6 +4,7 @@ import resource
 import time
 from collections.abc import Callable, Sequence, Sized
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from xlm_hf.arguments import XLMTrainingArguments
 from xlm_hf.callbacks import ProgressBar, TensorBoardTracker, WandbTracker, show_predictions, write_predictions
 from xlm_hf.checkpoints import INCOMPLETE_SUFFIX, delete_old_checkpoints, replaced_folder
 from xlm_hf.data import Mixture, keyed
-from xlm_hf.data.static_shapes import StaticShapes
+from xlm_hf.data.static_shapes import StaticShapes, collate_without_full_mask
 from xlm_hf.ema import EMA_FILE, ExponentialMovingAverage
 from xlm_hf.evaluation import EvaluationSet, check_evaluation_sets, reduce_sums, run_evaluation_set
+from xlm_hf.modules.devices import reads_are_free
 from xlm_hf.modules.messages import did_you_mean
 from xlm_hf.not_finite import FiniteGuard, NotFiniteError, Step, restore_random_states
 from xlm_hf.optimizers import MuonWithAdamW, layer_matrices
@@ -174,12 +176,13 @@ class XLMTrainer(PushesRepositories):
         args, length = self.args, self.args.static_length
         seed = args.seed if args.data_seed is None else args.data_seed
         by_length = args.train_sampling_strategy == "group_by_length"
+        collate = StaticShapes(self.data_collator, length) if length else self.data_collator
         self._sampler = self.train_dataset.order(seed, self._train_batch_size * args.world_size, by_length)
         loader = DataLoader(
             self.train_dataset,
             batch_size=self._train_batch_size,
             sampler=self._sampler,
-            collate_fn=StaticShapes(self.data_collator, length) if length else self.data_collator,
+            collate_fn=collate if reads_are_free(args.device) else partial(collate_without_full_mask, collate),
             drop_last=args.dataloader_drop_last,
             num_workers=args.dataloader_num_workers,
             persistent_workers=args.dataloader_persistent_workers,
@@ -246,12 +249,13 @@ class XLMTrainer(PushesRepositories):
         """
         counts = (
             sum(self.loss.num_items(batch) for batch in batch_samples),
-            sum(batch["attention_mask"].sum() for batch in batch_samples),
+            sum(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum() for batch in batch_samples),
             self.guard.failed,
             self._signals.received > 0,
         )
-        total = torch.stack([torch.as_tensor(count, dtype=torch.int64, device=device) for count in counts])
-        total = self.accelerator.reduce(total, "sum")
+        # Added to what is on the device: to copy a number of the host there would wait for the device.
+        zero = torch.zeros((), dtype=torch.int64, device=device)
+        total = self.accelerator.reduce(torch.stack([zero + count for count in counts]), "sum")
         self._step_counts.start(total)
         return total[0].clamp(min=1)
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from xlm_hf.modules import cross_entropy
+from tests.host_reads import HostReads
+from xlm_hf.modules import cross_entropy, devices
 from xlm_hf.modules.cross_entropy import IGNORED_ID, linear_cross_entropy
 from xlm_hf.modules.vocabulary_head import suppress_, vocabulary_logits
 
@@ -13,6 +14,13 @@ H, V, SUPPRESSED = 5, 11, (0, 1, 4, 10)
 
 def chunks_of(num_rows):
     return mock.patch.dict(cross_entropy.CHUNK_SIZES, cpu=num_rows * V)
+
+
+@pytest.fixture(params=["host", "accelerator"])
+def way(request, monkeypatch):
+    """Chunks that end where groups do, which the host reads; or cut at fixed rows, as where it would have to wait."""
+    monkeypatch.setattr(devices, "_HOST", ("cpu",) if request.param == "host" else ())
+    return request.param
 
 
 def problem(grouped, dtype=torch.float64, seed=0):
@@ -49,6 +57,7 @@ def slow(hidden, head, ids, options):
     return (options["target_weights"] * torch.stack(losses)).sum(), torch.stack(losses).detach(), best
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("rows_per_chunk", [8, 3, 1])
 @pytest.mark.parametrize("seed", range(3))
@@ -69,6 +78,7 @@ def test_loss_and_gradients_equal_a_loop(grouped, rows_per_chunk, seed):
     assert not output.losses.requires_grad
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("rows_per_chunk", [8, 3])
 def test_a_target_that_is_ignored_changes_nothing_whatever_its_weight(grouped, rows_per_chunk):
@@ -102,14 +112,14 @@ def test_no_id_need_be_suppressed(suppressed):
 
 
 @pytest.mark.parametrize("grouped", [False, True])
-def test_many_rows_go_in_chunks_and_groups_stay_whole(grouped, monkeypatch):
+def test_many_rows_go_in_chunks_and_groups_stay_whole_or_are_passed_twice(grouped, way, monkeypatch):
     """By default: more logits than a chunk holds, and only under a plain linear head."""
     sizes, plain = [], cross_entropy.suppress_
     monkeypatch.setitem(cross_entropy.CHUNK_SIZES, "cpu", 3 * V)
     monkeypatch.setattr(cross_entropy, "suppress_", lambda x, ids: (sizes.append(len(x)), plain(x, ids))[1])
     hidden, head, ids, options = problem(grouped)
     linear_cross_entropy(hidden, head, SUPPRESSED, ids, **options)
-    assert sizes == ([2, 5, 1] if grouped else [3, 3, 2])
+    assert sizes == ([3, 3, 2] * (1 + grouped) if not grouped or way == "accelerator" else [2, 5, 1])
     sizes.clear()
     linear_cross_entropy(hidden, nn.Sequential(head), SUPPRESSED, ids, **options)
     monkeypatch.setattr(head.weight, "ds_id", 0, raising=False)
@@ -120,6 +130,7 @@ def test_many_rows_go_in_chunks_and_groups_stay_whole(grouped, monkeypatch):
     assert sizes == []
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("grouped", [False, True])
 def test_chunks_equal_the_whole_in_single_and_half_precision(grouped):
     hidden, head, ids, options = problem(grouped, torch.float32)
@@ -135,8 +146,10 @@ def test_chunks_equal_the_whole_in_single_and_half_precision(grouped):
             torch.testing.assert_close(chunks, whole, rtol=tolerance, atol=tolerance)
 
 
-def test_a_frozen_head_gets_no_gradient_and_neither_does_an_evaluation():
-    hidden, head, ids, options = problem(False)
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_frozen_head_gets_no_gradient_and_neither_does_an_evaluation(grouped):
+    hidden, head, ids, options = problem(grouped)
     head.weight.requires_grad_(False)
     with chunks_of(3):
         frozen = linear_cross_entropy(hidden, head, SUPPRESSED, ids, **options)
@@ -146,6 +159,15 @@ def test_a_frozen_head_gets_no_gradient_and_neither_does_an_evaluation():
     torch.testing.assert_close(torch.autograd.grad(frozen.loss_sum, hidden)[0], expected)
     assert not evaluated.loss_sum.requires_grad
     torch.testing.assert_close(evaluated.loss_sum, frozen.loss_sum.detach())
+
+
+def test_the_host_reads_groups_only_where_it_need_not_wait(way, monkeypatch):
+    # The function behind the operator, in which no mode sees anything.
+    monkeypatch.setattr(cross_entropy, "_chunked_cross_entropy", cross_entropy._chunked_cross_entropy._init_fn)
+    hidden, head, ids, options = problem(grouped=True)
+    with chunks_of(3), HostReads() as reads:
+        linear_cross_entropy(hidden, head, SUPPRESSED, ids, **options)
+    assert bool(reads.found) == (way == "host")
 
 
 @pytest.mark.parametrize("ids", [None, [], [0, 1, 2], [3, 1], [10], [0, 5, 6, 10], list(range(V))])

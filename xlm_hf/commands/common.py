@@ -50,9 +50,8 @@ _MAX_STEPS_OF_A_BUDGET = 10**9
 
 def open_override(argument: str) -> str:
     """Let `trainer.NAME=value` and its like set what the YAML does not list, as Hydra's `++` does."""
-    return (
-        f"++{argument}" if is_open(argument) or argument.startswith(("families.", "tasks.", "nfe_sweep.")) else argument
-    )
+    is_opened = is_open(argument) or argument.startswith(("families.", "tasks.", "nfe_sweep."))
+    return f"++{argument}" if is_opened else argument
 
 
 def is_open(override: str) -> bool:
@@ -299,15 +298,8 @@ def build_trainer(cfg: DictConfig, task: Task, model: PreTrainedModel, output_di
     check_arguments("trainer", options, XLMTrainingArguments)
     if any(limit is not None for limit in plain(cfg.budget).values()):
         options["max_steps"] = _MAX_STEPS_OF_A_BUDGET
-    arguments = XLMTrainingArguments(
-        **{
-            "output_dir": str(output_dir),
-            "seed": cfg.seed,
-            "report_to": list(cfg.logger),
-            "use_ema": cfg.ema,
-            **options,
-        }
-    )
+    of_run = {"output_dir": str(output_dir), "seed": cfg.seed, "report_to": list(cfg.logger), "use_ema": cfg.ema}
+    arguments = XLMTrainingArguments(**{**of_run, **options})
     check_arguments("loss", options_of(cfg.loss), hydra.utils.get_class(cfg.loss._target_))
     loss = hydra.utils.instantiate(cfg.loss)
     return XLMTrainer(

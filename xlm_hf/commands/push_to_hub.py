@@ -43,8 +43,7 @@ def _run_variables(source: Path) -> dict[str, Any]:
     config = yaml.safe_load((folder / "config.yaml").read_text())
     if (source / "trainer_state.json").exists():
         state = json.loads((source / "trainer_state.json").read_text())
-        measured = [{name: value for name, value in log.items() if "/" in name} for log in state["log_history"]]
-        metrics = {name: value for entry in measured for name, value in entry.items()}
+        metrics = {name: value for log in state["log_history"] for name, value in log.items() if "/" in name}
         return card_variables(config, {**metrics, "steps": state["global_step"]}, {})
     metrics = json.loads((folder / "metrics.json").read_text())
     files = sorted((folder / "predictions").glob("*.jsonl"))

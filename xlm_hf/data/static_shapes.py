@@ -12,6 +12,15 @@ _OF_POSITIONS = {"logits_index", "target_index", "target_ids", "target_documents
 _OF_POSITIONS |= {"slot_index", "slot_documents"}
 
 
+def collate_without_full_mask(collator: Callable, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """A batch of `collator`, without its `attention_mask` if that is all ones: models take none for the same.
+
+    The host knows it at once here, and later only by waiting for the device; without a mask, attention may use kernels
+    that take none.
+    """
+    return {name: x for name, x in collator(examples).items() if name != "attention_mask" or not x.all()}
+
+
 class StaticShapes:
     """A collator whose batches of as many examples all have the same shapes: those of another one, padded.
 

@@ -33,7 +33,7 @@ def load_metric(metric: str | Mapping[str, Any], /, **options: Any) -> Evaluatio
     spec: dict[str, Any] = {"name": metric} if isinstance(metric, str) else dict(metric)
     if "_target_" in spec:
         label = spec.pop("_target_")
-        module = import_target("metric", label)(keep_in_memory=True)
+        module = import_target("metric target", label)(keep_in_memory=True)
     elif "name" in spec:
         label = spec.pop("name")
         module = _load_by_name(label)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .devices import reads_are_free
 from .vocabulary_head import is_linear, suppress_, vocabulary_logits
 
 # Logits of one chunk: what fits into a CPU's cache, and elsewhere what keeps an accelerator busy (512 MiB of float32).
@@ -97,20 +98,20 @@ def _numbered(groups: Tensor) -> Tensor:
 
 
 def _chunks(num_rows: int, most_rows: int, groups: Tensor | None, target_rows: Tensor) -> list[tuple[slice, slice]]:
-    """The rows and the targets of each chunk; with `groups`, a chunk ends where a group does.
+    """The rows of each chunk, and a slice of the targets that has all of its own.
 
-    The groups are then read back from the device, once, and only where there are several chunks.
+    With `groups` a chunk ends where a group does, which the host must read. Where that is not free, chunks are cut at
+    fixed rows, and each is given all targets.
     """
-    if num_rows <= most_rows:
-        return [(slice(0, num_rows), slice(0, len(target_rows)))]
-    if groups is None:
-        return [(slice(i, min(i + most_rows, num_rows)),) * 2 for i in range(0, num_rows, most_rows)]
+    if groups is None or not reads_are_free(groups.device):
+        rows = [slice(i, min(i + most_rows, num_rows)) for i in range(0, num_rows, most_rows)]
+        return [(chunk, chunk if groups is None else slice(None)) for chunk in rows]
     bounds = [0]
     for previous, end in pairwise([0, *groups.unique_consecutive(return_counts=True)[1].cumsum(0).tolist()]):
         if end - bounds[-1] > most_rows and previous > bounds[-1]:
             bounds.append(previous)
     bounds.append(num_rows)
-    of_targets = torch.searchsorted(target_rows, torch.tensor(bounds, device=target_rows.device)).tolist()
+    of_targets = torch.searchsorted(target_rows, torch.tensor(bounds)).tolist()
     return [(slice(*a), slice(*b)) for a, b in zip(pairwise(bounds), pairwise(of_targets), strict=True)]
 
 
@@ -125,30 +126,44 @@ def _chunked_cross_entropy(
     product_dtype: torch.dtype,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`CrossEntropy`, and the gradients of its sum by hidden states and weight where they are wanted."""
+    """`CrossEntropy`, and the gradients of its sum by hidden states and weight where they are wanted.
+
+    Where chunks cut through groups (see `_chunks`), a first pass makes all logits once for the normalisers: the price,
+    one more product with the head, of a device that never waits for the host and may capture the step as a graph.
+    """
     hidden, matrix, dtype = hidden_states.to(product_dtype), weight.to(product_dtype), targets[2].dtype
     losses, correct = torch.zeros_like(targets[2]), torch.zeros_like(targets[1], dtype=torch.bool)
     hidden_grad = torch.empty_like(hidden_states) if wanted[0] else hidden_states.new_empty(0)
     weight_grad = torch.zeros_like(weight, dtype=dtype) if wanted[1] else weight.new_empty(0)
     most_rows = max(1, CHUNK_SIZES.get(hidden.device.type, _CHUNK_SIZE) // len(weight))
-    for rows, chosen in _chunks(len(hidden), most_rows, groups, targets[0]):
-        group = torch.arange(rows.start, rows.stop, device=hidden.device) if groups is None else groups[rows]
-        target_weight, is_target = targets[2][chosen], targets[1][chosen] != IGNORED_ID
-        at = (targets[0][chosen] - rows.start, targets[1][chosen].clamp(min=0))
+    chunks = _chunks(len(hidden), most_rows, groups, targets[0])
+
+    def logits_of(rows: slice) -> Tensor:
+        return suppress_((hidden[rows] @ matrix.T).to(dtype), suppressed_ids)
+
+    normalisers = None
+    if groups is not None and not reads_are_free(hidden.device):
+        normalisers = _log_normaliser(torch.cat([logits_of(rows).logsumexp(dim=-1) for rows, _ in chunks]), groups)
+    number = torch.arange(len(hidden), device=hidden.device) if groups is None else _numbered(groups)
+    by_groups = losses.new_zeros(len(hidden)).index_add(0, number[targets[0]], targets[2])[number]
+    for rows, chosen in chunks:
+        places, num_rows = targets[0][chosen] - rows.start, rows.stop - rows.start
+        inside = (places >= 0) & (places < num_rows) & (targets[1][chosen] != IGNORED_ID)
+        at = (places.clamp(0, num_rows - 1), targets[1][chosen].clamp(min=0))
         # One buffer: the logits, then their exponentials, then the gradient of the loss by them.
-        logits = suppress_((hidden[rows] @ matrix.T).to(dtype), suppressed_ids)
+        logits = logits_of(rows)
         largest, scores = logits.amax(dim=-1, keepdim=True), logits[at]
-        correct[chosen] = (scores >= largest[at[0], 0]) & is_target
+        correct[chosen] |= (scores >= largest[at[0], 0]) & inside
         mass = logits.sub_(largest).exp_().sum(dim=-1, keepdim=True)
         of_rows = (largest + mass.log()).squeeze(-1)
-        normaliser = _log_normaliser(of_rows, group)
-        losses[chosen] = (normaliser[at[0]] - scores).where(is_target, 0.0)
+        group = None if groups is None else groups[rows]
+        normaliser = _log_normaliser(of_rows, group) if normalisers is None else normalisers[rows]
+        losses[chosen] += (normaliser[at[0]] - scores).where(inside, 0.0)
         # By the logsumexp of a row: the weights of its group times its share of the group's probability.
-        number = _numbered(group)
-        by_group = torch.zeros_like(of_rows).index_add(0, number[at[0]], target_weight)
-        by_rows = by_group[number] * (of_rows - normaliser).exp()
+        by_rows = by_groups[rows] * (of_rows - normaliser).exp()
         if any(wanted):
-            logits.mul_(by_rows[:, None] / mass).index_put_(at, -target_weight, accumulate=True)
+            by_scores = -targets[2][chosen].where(inside, 0.0)
+            logits.mul_(by_rows[:, None] / mass).index_put_(at, by_scores, accumulate=True)
         gradient = logits.to(product_dtype)
         if wanted[0]:
             hidden_grad[rows] = gradient @ matrix

@@ -17,11 +17,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def import_target(what: str, target: str) -> Any:
-    """The object of a dotted name, the target of a `what`; raises ValueError if it cannot be imported."""
+    """The object of a dotted name, which is a `what`; raises ValueError if it cannot be imported."""
     try:
         return pkgutil.resolve_name(target)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"the {what} target {target!r} cannot be imported: {error}.") from error
+        raise ValueError(f"the {what} {target!r} cannot be imported: {error}.") from error
 
 
 def check_options(where: str, options: Iterable[str], known: Iterable[str]) -> None:

@@ -21,6 +21,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .devices import reads_are_free
+
 
 @strict
 class RotaryTransformerConfig(PreTrainedConfig):
@@ -387,12 +389,15 @@ class RotaryTransformer(RotaryTransformerPreTrainedModel):
 
     def _mask(self, embeddings, attention_mask, segment_ids, cache):
         make_mask = create_causal_mask if self.is_causal else create_bidirectional_mask
+        skip = "allow_is_causal_skip" if self.is_causal else "allow_is_bidirectional_skip"
+        # A mask of ones may be left out, but whether it is one must be read.
         return make_mask(
             config=self.config,
             inputs_embeds=embeddings,
             attention_mask=attention_mask,
             cache=cache,
             and_mask_function=None if segment_ids is None else packed_sequence_mask_function(segment_ids),
+            **{skip: attention_mask is None or reads_are_free(embeddings.device)},
         )
 
     @merge_with_config_defaults

@@ -133,8 +133,9 @@ class TransformerBackbone(nn.Module):
             "inputs_embeds": embeddings,
             "attention_mask": attention_mask,
             "and_mask_function": None if segment_ids is None else packed_sequence_mask_function(segment_ids),
+            "allow_is_bidirectional_skip": False,
         }
-        everywhere = create_bidirectional_mask(**options, allow_is_bidirectional_skip=False)
+        everywhere = create_bidirectional_mask(**options)
         if "sliding_attention" not in (getattr(config, "layer_types", None) or ()):
             return everywhere
         near = create_bidirectional_sliding_window_mask(**options)

@@ -78,7 +78,7 @@ def load_task(task: str | Mapping[str, Any], /, **overrides: Any) -> Task:
             f"this one has only the keys {sorted(options)}."
         )
     target = options["_target_"]
-    _check_options(task if isinstance(task, str) else target, import_target("task", target), options)
+    _check_options(task if isinstance(task, str) else target, import_target("task target", target), options)
     # The target is called outside of Hydra, which would wrap its one-sentence errors in an exception of its own.
     result = instantiate(options, _convert_="all", _partial_=True)()
     if not isinstance(result, Task):

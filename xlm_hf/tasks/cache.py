@@ -41,8 +41,7 @@ def cached(
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     root = Path(cache_dir or os.environ.get("XLM_HF_CACHE") or Path(HF_HOME, "xlm_hf"))
     folder = root / f"{name}-{digest}"
-    prepared = _load_if_intact(folder)
-    if prepared is not None:
+    if (prepared := _load_if_intact(folder)) is not None:
         return prepared
     root.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(root / f"{folder.name}.lock"):
@@ -75,8 +74,7 @@ def _write(folder: Path, key: Mapping[str, Any], splits: DatasetDict, tokenizer:
 def _load(folder: Path) -> Prepared:
     sizes = json.loads((folder / _MANIFEST).read_text())["sizes"]
     for path, size in sizes.items():
-        found = (folder / path).stat().st_size
-        if found != size:
+        if (found := (folder / path).stat().st_size) != size:
             raise ValueError(f"{path} has {found} bytes instead of {size}")
     return DatasetDict.load_from_disk(folder), PreTrainedTokenizerFast.from_pretrained(folder)
 

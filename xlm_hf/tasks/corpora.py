@@ -1,7 +1,6 @@
 """Where texts come from: a file, a folder, a data set of the Hub, or a Python function."""
 
 import hashlib
-import pkgutil
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ from datasets import Dataset, DatasetDict, load_dataset
 from datasets.fingerprint import Hasher
 
 from xlm_hf.modules.counter_random import uniform
-from xlm_hf.modules.messages import did_you_mean
+from xlm_hf.modules.messages import did_you_mean, import_target
 
 _BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
@@ -34,11 +33,7 @@ def locate(path: str, text_column: str) -> Source:
             raise ValueError(f"{path} must be one of {', '.join(_BUILDERS)}: rename or convert it.")
         return found
     if ":" in path:
-        try:
-            function = pkgutil.resolve_name(path)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise ValueError(f"the function {path!r} cannot be imported: {error}.") from error
-        made = function()
+        made = import_target("function", path)()
         splits = made if isinstance(made, Mapping) else {"train": made}
         return DatasetDict({name: _as_dataset(split, text_column, path) for name, split in splits.items()})
     if found.suffix in _BUILDERS or not re.fullmatch(r"[\w.-]+/[\w.-]+", path):

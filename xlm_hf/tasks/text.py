@@ -8,6 +8,7 @@ and the whole is cut into chunks ("packed").
 import hashlib
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,7 @@ def _corpus(
 
     def build(scratch: Path) -> Prepared:
         raw = read(source, scratch, options)
-        texts = _Texts(options["text_column"], DETOKENIZERS.get(options["detokenizer"]))
+        texts = partial(_texts, options["text_column"], DETOKENIZERS.get(options["detokenizer"]))
         made = tokenizer or word_tokenizer(map(texts, raw["train"].iter(BATCH_SIZE)), options["vocab_size"])
         made_splits = {
             split: _prepare(raw[split], texts, made, options, num_proc, scratch / split)
@@ -131,20 +132,14 @@ def _tokenizer_key(tokenizer: PreTrainedTokenizerFast) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-class _Texts:
+def _texts(text_column: str, detokenize: Callable[[str], str] | None, batch: Mapping[str, list]) -> list[str]:
     """The texts of a batch of documents, detokenised."""
-
-    def __init__(self, text_column: str, detokenize: Callable[[str], str] | None):
-        self.text_column = text_column
-        self.detokenize = detokenize
-
-    def __call__(self, batch: Mapping[str, list]) -> list[str]:
-        texts = [text or "" for text in batch[self.text_column]]
-        return texts if self.detokenize is None else list(map(self.detokenize, texts))
+    texts = [text or "" for text in batch[text_column]]
+    return texts if detokenize is None else list(map(detokenize, texts))
 
 
 def _prepare(
-    documents: Dataset, texts: _Texts, tokenizer: PreTrainedTokenizerFast, options: dict, num_proc, file: Path
+    documents: Dataset, texts: Callable, tokenizer: PreTrainedTokenizerFast, options: dict, num_proc, file: Path
 ) -> Dataset:
     """Tokenise the documents of a split and make examples of them, in Arrow files beside `file`."""
     is_packed, masks = options["protocol"] == "packed", options["document_masks"]
