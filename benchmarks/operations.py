@@ -13,7 +13,7 @@ import xlm_hf.modules.cross_entropy  # noqa: F401  (registers its operator)
 
 
 def _chunked_cross_entropy(hidden_states, weight, suppressed, targets, groups, dtype, wanted, **_) -> int:
-    """The logits, and a product of the same size for each gradient."""
+    """The logits, and a product of the same size for each gradient; not those that an accelerator makes once more."""
     return 2 * hidden_states[0] * hidden_states[1] * weight[0] * (1 + sum(wanted))
 
 

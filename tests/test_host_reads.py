@@ -5,6 +5,7 @@ import torch
 from transformers import TrainerCallback
 
 from tests.host_reads import HostReads
+from tests.test_backbones import BACKBONES, family_model, some_ids
 from xlm_hf.arguments import XLMTrainingArguments
 from xlm_hf.hub import families
 from xlm_hf.modules import cross_entropy, devices
@@ -64,6 +65,17 @@ def test_the_same_step_reads_where_that_is_free(tmp_path, accelerator, monkeypat
     reads = StepReads()
     FamilyCase(min(families()), "trainer.max_steps=1", "trainer.save_strategy=no").trainer(tmp_path, (reads,)).train()
     assert reads.steps[0].found
+
+
+@pytest.mark.usefixtures("accelerator")
+@pytest.mark.parametrize("kind", BACKBONES)
+def test_a_backbone_of_transformers_reads_nothing(kind):
+    model, ids = family_model("mlm", kind), some_ids(2, 9)
+    mask = torch.arange(9) < torch.tensor([[9], [7]])
+    with HostReads() as reads:
+        for inputs in ({}, {"attention_mask": mask}, {"segment_ids": torch.arange(9).expand(2, 9) // 5}):
+            model.model(ids, **inputs).last_hidden_state.sum().backward()
+    assert reads.found == []
 
 
 @pytest.mark.parametrize("family", families())
