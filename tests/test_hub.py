@@ -31,6 +31,7 @@ SPECIAL_TOKENS = {f"{name.lower()}_token": f"[{name}]" for name in ("PAD", "CLS"
 CODE_FILES = {
     "configuration_ilm.py",
     "counter_random.py",
+    "devices.py",
     "generation.py",
     "generation_ilm.py",
     "messages.py",
@@ -654,5 +655,6 @@ def test_families_of_other_packages_register_themselves(tmp_path):
             "config.json",
             "model.safetensors",
             "modeling_wordy.py",
+            "devices.py",
             "rotary_transformer.py",
         }
