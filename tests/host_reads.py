@@ -1,8 +1,13 @@
 """Where a host would wait for its accelerator, found on a CPU: what it must read to go on, and what it must send."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from xlm_hf.modules.generation import EXACT_SHAPES
 
 aten = torch.ops.aten
 # The size or the branch taken of what these return depends on the values of their inputs.
@@ -65,3 +70,13 @@ class HostReads:
     def __exit__(self, *exception) -> None:
         for mode in reversed(self._modes):
             mode.__exit__(*exception)
+
+
+@contextlib.contextmanager
+def accelerator_shapes() -> Iterator[None]:
+    """Within it generation takes the shapes, and leaves out the reads, that it does on an accelerator."""
+    EXACT_SHAPES.remove("cpu")
+    try:
+        yield
+    finally:
+        EXACT_SHAPES.add("cpu")

@@ -81,6 +81,8 @@ def test_a_comparison_is_killed_resumed_changed_and_extended(tmp_path, monkeypat
     assert re.fullmatch(r"Error: \S+ was run with trainer.learning_rate=0.001 and not 0.1: .*", sentence)
     _, sentence = call(tmp_path, monkeypatch, capsys, "budget.steps=5")
     assert "was run with trainer.max_steps=4 and not 5" in sentence
+    _, sentence = call(tmp_path, monkeypatch, capsys, "eval_model=./judge")
+    assert "was run with eval_model=None and not ./judge" in sentence
 
     (tmp_path / "out" / "results.csv").unlink()
     printed, sentence = call(

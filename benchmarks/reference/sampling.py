@@ -110,14 +110,14 @@ def diffusion(
     num_steps: int | None = None,
     **_,
 ) -> torch.Tensor:
-    """The reverse process of the log-linear schedule: a step from t to s writes a mask with probability (t - s) / t."""
+    """The reverse process of the log-linear schedule: a mask goes at a time t ~ U(0, 1), in the step that passes it."""
     all_seeds = row_seeds(seed, len(prompts), prompts.device)
     all_ids, columns = _canvas(prompts, max_new_tokens, model.config.mask_token_id)
     num_steps = num_steps or max_new_tokens
+    times = uniform(all_seeds[:, None], columns, 0)
     for step in range(num_steps):
-        t, s = (torch.tensor((num_steps - n) / num_steps, dtype=torch.float64) for n in (step, step + 1))
         masked = all_ids == model.config.mask_token_id
-        chosen = masked & (uniform(all_seeds[:, None], step, columns, 0) < (t - s) / t)
+        chosen = masked & (times >= (num_steps - step - 1) / num_steps)
         rows = chosen.any(dim=-1) if "rows" in savings else torch.ones_like(chosen[:, 0])
         if not rows.any():
             continue

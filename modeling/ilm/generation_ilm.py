@@ -10,8 +10,11 @@ from xlm_hf.modules.generation import (
     NonAutoregressiveGenerationConfig,
     NonAutoregressiveGenerationMixin,
     NonAutoregressiveGenerationOutput,
+    first_places,
     left_align_padding,
+    rounded_up,
     row_seeds,
+    shape_of_call,
 )
 from xlm_hf.modules.token_sampling import filter_logits, sample_categorical
 from xlm_hf.modules.vocabulary_head import LogitsOnDemand
@@ -92,11 +95,9 @@ class ILMGenerationMixin(NonAutoregressiveGenerationMixin):
         seeds = row_seeds(seed, len(prompt), prompt.device)
         if streamer is not None:
             streamer.put(prompt.cpu())
-        for step in range(int(room.max()) + 1):
-            rows = (~state.finished).nonzero().squeeze(-1)
-            if len(rows) == 0:
-                break
-            self._step(state, rows, config, logits_processor, seeds[rows], step)
+        step = 0
+        while self._step(state, config, logits_processor, seeds, step):
+            step += 1
             if streamer is not None:
                 streamer.put_draft(state.written().cpu())
         if streamer is not None:
@@ -105,13 +106,14 @@ class ILMGenerationMixin(NonAutoregressiveGenerationMixin):
         output = state.output(config.return_history)
         return output if config.return_dict_in_generate else output.sequences
 
-    def _step(self: Any, state, rows, config: ILMGenerationConfig, logits_processor, seeds, step: int) -> None:
-        """One forward pass over `rows`: end those that are complete, insert into the others."""
-        sequences, mask, width = state.view(rows)
-        L = sequences.shape[1]
-        slot_exists = torch.arange(width + 1, device=rows.device) <= state.lengths[rows, None]
-        in_sequence = torch.nn.functional.pad(slot_exists, (L - width - 1, 0))
-        slot_index = in_sequence.flatten().nonzero().squeeze(-1)
+    def _step(self: Any, state, config: ILMGenerationConfig, logits_processor, seeds, step: int) -> bool:
+        """One forward pass over the open rows: end those that are complete, insert into the others; False if none."""
+        rows, num_slots, width = state.shape_of_step()
+        if num_slots == 0:
+            return False
+        sequences, mask, slot_exists = state.view(rows, width)
+        is_slot = torch.nn.functional.pad(slot_exists, (sequences.shape[1] - width - 1, 0))
+        slot_index, seeds = first_places(is_slot, num_slots), seeds[rows]
         slots = (slot_exists.flatten().cumsum(dim=0) - 1).view_as(slot_exists).masked_fill(~slot_exists, -1)
 
         def draw(hidden_states, head, suppressed_ids) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -120,12 +122,12 @@ class ILMGenerationMixin(NonAutoregressiveGenerationMixin):
             return _draw_insertions(logits, slots, config, seeds, step)
 
         outputs = self(sequences, attention_mask=mask, slot_index=slot_index, head_function=draw)
-        state.nfe[rows] += 1
-        going_on = torch.ones_like(rows, dtype=torch.bool)
+        state.nfe += ~state.finished
         if config.stopping_threshold is not None and outputs.stop_logits is not None:
-            going_on = outputs.stop_logits.float().softmax(dim=-1)[:, 0] < config.stopping_threshold
-            state.finish(rows[~going_on])
-        state.insert(rows[going_on], *(drawn[going_on] for drawn in outputs.logits), step)
+            is_complete = outputs.stop_logits.float().softmax(dim=-1)[:, 0] >= config.stopping_threshold
+            state.finish(rows, is_complete)
+        state.insert(rows, *outputs.logits, step)
+        return True
 
     @property
     def _pad_token_id(self) -> int:
@@ -217,27 +219,39 @@ class _InsertionState:
         self.finished = torch.zeros(B, dtype=torch.bool, device=device)
         self.stopped = torch.zeros(B, dtype=torch.bool, device=device)
 
-    def view(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Ids and mask of `rows`, cut to the longest of them, and how many columns follow the prompt."""
-        width = int(self.lengths[rows].max())
-        written = torch.arange(width, device=rows.device) < self.lengths[rows, None]
+    def shape_of_step(self) -> tuple[torch.Tensor, int, int]:
+        """The open rows, their slots in all and the longest of them, by the one reading of a step (`shape_of_call`)."""
+        is_open, device = ~self.finished, self.finished.device
+        slots = torch.arange(self.capacity + 1, device=device) <= self.lengths[:, None]
+        longest = (self.lengths * is_open).max()
+        rows, num_slots, (width,) = shape_of_call(is_open, slots & is_open[:, None], longest)
+        width = rounded_up(width, self.capacity, device)
+        # No more than the rows have in so many columns.
+        return rows, min(num_slots, len(rows) * (width + 1)), width
+
+    def view(self, rows: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Ids and mask of `rows` up to `width` columns behind the prompt, and (R, width + 1) where they have slots."""
+        columns = torch.arange(width + 1, device=rows.device)
         sequences = torch.cat((self.prompt[rows], self.tokens[rows, :width]), dim=1)
-        return sequences, torch.cat((self.prompt_mask[rows], written), dim=1), width
+        mask = torch.cat((self.prompt_mask[rows], columns[:-1] < self.lengths[rows, None]), dim=1)
+        return sequences, mask, (columns <= self.lengths[rows, None]) & ~self.finished[rows, None]
 
     def written(self) -> torch.Tensor:
         """What was written so far, (B, longest), padded on the right."""
         return self.tokens[:, : int(self.lengths.max())]
 
-    def finish(self, rows: torch.Tensor) -> None:
-        """End `rows` because their stopping head said so."""
-        self.finished[rows] = True
-        self.stopped[rows] = True
+    def finish(self, rows: torch.Tensor, ended: torch.Tensor) -> None:
+        """End those of `rows` (R,) that have `ended` (R,) and are open."""
+        ended = ended & ~self.finished[rows]
+        self.finished[rows] |= ended
+        self.stopped[rows] |= ended
 
     def insert(self, rows, slots, tokens, drawn, step: int) -> None:
-        """Insert `tokens` into `slots` (R, K) of `rows` where `drawn`, as far as there is room."""
-        drawn = drawn & (drawn.cumsum(dim=-1) <= (self.room - self.lengths)[rows, None])
+        """Insert `tokens` into `slots` (R, K) of the open ones of `rows` where `drawn`, as far as there is room."""
         # Without a slot that is allowed there is nothing left to insert.
-        self.finish(rows[~drawn.any(dim=-1)])
+        self.finish(rows, ~drawn.any(dim=-1))
+        drawn = drawn & ~self.finished[rows, None]
+        drawn = drawn & (drawn.cumsum(dim=-1) <= (self.room - self.lengths)[rows, None])
         slots = torch.where(drawn, slots, self.capacity + 1)
         columns = torch.arange(self.capacity, device=rows.device)
         shifted = columns + (slots[:, None, :] <= columns[:, None]).sum(dim=-1)

@@ -1,26 +1,19 @@
 """Generation by unmasking: a canvas of masks, and in every step some of them become tokens."""
 
+from functools import partial
 from operator import itemgetter
 from typing import Any
 
 import torch
 from transformers.generation import LogitsProcessorList
 
-from xlm_hf.modules.canvas import (
-    MaskedCanvas,
-    MaskedGenerationMixin,
-    UnmaskingGenerationConfig,
-    choose_positions,
-    draw_tokens,
-)
+from xlm_hf.modules.canvas import MaskedCanvas, MaskedGenerationMixin, UnmaskingGenerationConfig, draw_tokens, unmask
 from xlm_hf.modules.counter_random import random_bits, uniform
-from xlm_hf.modules.generation import NonAutoregressiveGenerationOutput, row_seeds
+from xlm_hf.modules.generation import NonAutoregressiveGenerationOutput, first_places, row_seeds, shape_of_call
 from xlm_hf.modules.noise_schedules import NOISE_SCHEDULES
-from xlm_hf.modules.unmasking import commit_ranks, commit_top_k, num_to_commit, order_scores, statistics_in_place
-from xlm_hf.modules.vocabulary_head import LogitsOnDemand
+from xlm_hf.modules.unmasking import commit_ranks
 
 _EVENT, _TOKEN, _TIME = 0, 1, 2  # last counter of a random number: what it decides
-_AHEAD = 8  # steps that are looked through at once for one in which something is written
 
 
 class MDLMGenerationConfig(UnmaskingGenerationConfig):
@@ -107,19 +100,16 @@ class MDLMGenerationMixin(MaskedGenerationMixin):
         """
         config = self.resolve_generation_config(generation_config, overrides)
         canvas = self.open_canvas(config, input_ids, attention_mask)
-        process = _Process(canvas, config)
         seeds = row_seeds(seed, len(canvas.ids), canvas.ids.device)
+        # Whoever watches every step, or is told the time of it, gets every step.
+        watched = streamer is not None or logits_processor is not None or self.config.time_conditioning
+        process = _Process(canvas, config, seeds, passes_idle_steps=not watched and config.sampler == "ancestral")
         if streamer is not None:
             streamer.put(canvas.ids[:, : canvas.prompt_width].cpu())
-        # Whoever watches every step, or is told the time of it, gets every step.
-        jumps = not (streamer or logits_processor or self.config.time_conditioning) and config.sampler == "ancestral"
+        take_step = self._rule_step if config.sampler == "rule" else self._process_step
         step = 0
-        while len(rows := process.open_rows()):
-            if jumps:
-                process.pass_idle_steps(rows, seeds[rows])
-            take_step = self._rule_step if config.sampler == "rule" else self._process_step
-            take_step(process, rows, seeds[rows], logits_processor, step)
-            process.advance(rows)
+        while take_step(process, logits_processor, step):
+            process.advance()
             step += 1
             if streamer is not None:
                 streamer.put_draft(canvas.written().cpu())
@@ -130,82 +120,91 @@ class MDLMGenerationMixin(MaskedGenerationMixin):
             streamer.end()
         return output if config.return_dict_in_generate else output.sequences
 
-    def _rule_step(self, process: "_Process", rows, seeds, logits_processor, step: int) -> None:
-        """One forward pass over `rows`, after which a rule says what is written."""
-        canvas, config, positions = process.canvas, process.config, process.canvas.positions[rows]
-        eligible = process.eligible(rows)
+    def _rule_step(self, process: "_Process", logits_processor, step: int) -> bool:
+        """One forward pass over the rows that are not done, after which a rule says what is written; False if none."""
+        canvas, config, eligible = process.canvas, process.config, process.eligible()
+        rows, num_eligible, _ = shape_of_call(process.is_open(), eligible)
+        if num_eligible == 0:
+            return False
+        canvas.nfe += process.is_open()
         # The rules have no time of their own: the network is told the share that is masked.
-        share = canvas.masked[rows].sum(dim=-1).double() / process.sizes[rows]
-
-        def choose_and_draw(logits: LogitsOnDemand) -> tuple[torch.Tensor, torch.Tensor]:
-            if config.num_steps is None:
-                chosen = choose_positions(logits, eligible, positions, seeds, step, config)
-            else:
-                statistic = statistics_in_place(logits, eligible)
-                ranks = commit_ranks(order_scores(config.order, statistic, seeds, positions), eligible)
-                steps_left = process.num_steps(rows) - process.step[rows]
-                chosen = commit_top_k(ranks, eligible, num_to_commit(eligible.sum(dim=-1), steps_left))
-            uniforms = uniform(seeds[:, None], step, positions, _TOKEN)[chosen]
-            return chosen, draw_tokens(logits[chosen[eligible]], uniforms, config)
-
-        alpha = (1 - share).float()
+        alpha = (1 - canvas.masked.sum(dim=-1).double() / process.sizes)[rows].float()
+        eligible, positions, seeds = eligible[rows], canvas.positions[rows], process.seeds[rows]
+        steps_left = None
+        if config.num_steps is not None:
+            # Without blocks the rows share their steps.
+            of_rows = (process.num_steps() - process.step)[rows]
+            steps_left = of_rows if config.block_length else config.num_steps - step
         chosen, tokens = self.apply_to_logits(
-            choose_and_draw, canvas, rows, eligible, config, logits_processor, step, alpha=alpha
+            partial(
+                unmask,
+                masked=eligible,
+                num_masked=num_eligible,
+                positions=positions,
+                seeds=seeds,
+                step=step,
+                config=config,
+                uniforms=uniform(seeds[:, None], step, positions, _TOKEN),
+                steps_left=steps_left,
+            ),
+            *(canvas, rows, eligible, num_eligible, config, logits_processor, step),
+            alpha=alpha,
         )
         canvas.commit(rows, chosen, tokens, step)
+        return True
 
-    def _process_step(self: Any, process: "_Process", rows, seeds, logits_processor, step: int) -> None:
-        """One step of a reverse process: first which masks are written, then their tokens.
+    def _process_step(self: Any, process: "_Process", logits_processor, step: int) -> bool:
+        """One step of a reverse process: first which masks are written, then their tokens; False if no row is open.
 
         From t to s a mask becomes token v with probability p(v) x (share of the masks that go), and such products are
         too small for float32. The two draws apart need no product, and ask the network only about what is written.
         """
-        canvas, config, positions = process.canvas, process.config, process.canvas.positions[rows]
-        eligible, clock = process.eligible(rows), process.clock[rows, None]
-        remasked = torch.zeros_like(eligible)
-        if config.sampler == "first_hitting":
-            # n masks are all still there at r' < r with probability (r' / r)^n, r being the mask probability.
-            process.mask_probability[rows] *= uniform(seeds, clock[:, 0], 0, _TIME) ** (1 / eligible.sum(dim=-1))
-            ranks = commit_ranks(random_bits(seeds[:, None], positions), eligible)
-            chosen = commit_top_k(ranks, eligible, torch.ones_like(rows))
-        else:
-            unmask, sigma, process.mask_probability[rows] = process.transition(rows, process.step[rows])
-            events = uniform(seeds[:, None], clock, positions, _EVENT)
-            chosen = eligible & (events < unmask)
-            if config.sampler == "remask":
-                remasked = process.in_block(rows) & ~eligible & (events < sigma)
+        canvas, config = process.canvas, process.config
+        chosen, remasked = process.transition()
         # A network that ignores the time has nothing to say to a row in which nothing is written.
-        called = (eligible if self.config.time_conditioning else chosen).any(dim=-1)
-        logits = torch.zeros(0, self.config.vocab_size, device=rows.device)
-        if called.any():
-            wanted, alpha = chosen[called], (1 - process.masked_share(rows)[called]).float()
+        called = (process.eligible() if self.config.time_conditioning else chosen).any(dim=-1)
+        rows, num_chosen, (num_open,) = shape_of_call(called, chosen, process.is_open().sum())
+        if num_open == 0:
+            return False
+        canvas.nfe += called
+        if len(rows):
+            alpha, wanted, clock = (1 - process.masked_share()[rows]).float(), chosen[rows], process.clock[rows, None]
             logits = self.apply_to_logits(
-                itemgetter(slice(None)), canvas, rows[called], wanted, config, logits_processor, step, alpha=alpha
+                itemgetter(slice(None)),
+                *(canvas, rows, wanted, num_chosen, config, logits_processor, step),
+                alpha=alpha,
             )
-        uniforms = uniform(seeds[:, None], clock, positions, _TOKEN)[chosen]
-        tokens = draw_tokens(logits, uniforms, config)
-        canvas.commit(rows, chosen, tokens, clock)
-        if config.sampler == "remask":
-            canvas.ids[rows] = canvas.ids[rows].masked_fill(remasked, self.config.mask_token_id)
-            canvas.masked[rows] |= remasked
-            probabilities = logits.softmax(dim=-1).gather(-1, tokens[:, None]).squeeze(-1)
-            process.confidence[rows] = process.confidence[rows].masked_scatter(chosen, probabilities)
+            uniforms = uniform(process.seeds[rows, None], clock, canvas.positions[rows], _TOKEN)
+            tokens = draw_tokens(logits, uniforms.flatten()[first_places(wanted, num_chosen)], config)
+            canvas.commit(rows, wanted, tokens, clock)
+            if config.remasking == "conf":
+                probabilities = logits.softmax(dim=-1).gather(-1, tokens[:, None]).squeeze(-1)
+                process.confidence[rows] = process.confidence[rows].masked_scatter(wanted, probabilities)
+        if remasked is not None:
+            canvas.ids.masked_fill_(remasked, self.config.mask_token_id)
+            canvas.masked |= remasked
+        return True
 
 
 class _Process:
     """Where each row of a canvas stands: its block, and its step or its time there. Rows go at their own pace.
 
     Attributes:
+        seeds: (B,) of the rows.
         blocks: (B, L) the block of each place of the canvas, -1 elsewhere.
         sizes: (B,) places of the canvas.
         block, last, step, clock: (B,) the block a row is at, its last one, and the steps made in the block and in all.
         mask_probability: (B,) float64, 1 - alpha_t of a row, in its block.
+        times: (B, L) float64, when "ancestral" writes a place, as if in infinitely many steps: at t with alpha_t ~
+            U(0, 1].
         confidence: (B, L) the probability of each token when it was written.
         eos_token_id: ends the text.
+        passes_idle_steps: whether the steps in which a row writes nothing are passed over.
     """
 
-    def __init__(self, canvas: MaskedCanvas, config: MDLMGenerationConfig):
-        self.canvas, self.config, self.eos_token_id = canvas, config, canvas.eos_token_id
+    def __init__(self, canvas: MaskedCanvas, config: MDLMGenerationConfig, seeds, passes_idle_steps: bool):
+        self.canvas, self.config, self.eos_token_id, self.seeds = canvas, config, canvas.eos_token_id, seeds
+        self.passes_idle_steps, self.schedule = passes_idle_steps, NOISE_SCHEDULES[config.noise_schedule]
         if config.sampler != "rule":
             # The law of a process is that of the whole canvas: what stands behind the end of the text is written too.
             canvas.eos_token_id = None
@@ -214,82 +213,83 @@ class _Process:
         self.sizes, self.last = canvas.masked.sum(dim=-1), self.blocks.amax(dim=-1)
         self.block, self.step, self.clock = (torch.zeros_like(self.last) for _ in range(3))
         self.mask_probability = torch.ones_like(self.last, dtype=torch.float64)
+        self.times = self.schedule.inverse(1 - uniform(seeds[:, None], canvas.positions, _EVENT))
         self.confidence = torch.zeros(canvas.ids.shape, device=canvas.ids.device)
 
-    def open_rows(self) -> torch.Tensor:
-        """Indices (R,) of the rows that are not done."""
-        return (self.block <= self.last).nonzero().squeeze(-1)
+    def is_open(self) -> torch.Tensor:
+        """The rows (B,) that are not done."""
+        return self.block <= self.last
 
-    def in_block(self, rows: torch.Tensor) -> torch.Tensor:
-        """The places (R, L) of the blocks that `rows` are at."""
-        return self.blocks[rows] == self.block[rows, None]
+    def in_block(self) -> torch.Tensor:
+        """The places (B, L) of the blocks that the rows are at."""
+        return self.blocks == torch.where(self.is_open(), self.block, -2)[:, None]
 
-    def eligible(self, rows: torch.Tensor) -> torch.Tensor:
-        """The masks (R, L) of those blocks."""
-        return self.canvas.masked[rows] & self.in_block(rows)
+    def eligible(self) -> torch.Tensor:
+        """The masks (B, L) of those blocks."""
+        return self.canvas.masked & self.in_block()
 
-    def num_steps(self, rows: torch.Tensor) -> torch.Tensor:
-        """Steps (R,) that `rows` make in the blocks that they are at."""
+    def num_steps(self) -> torch.Tensor:
+        """Steps (B,) that the rows make in the blocks that they are at."""
         if self.config.num_steps is None:
-            return self.in_block(rows).sum(dim=-1)
-        return -(-self.config.num_steps // (self.last[rows] + 1))
+            return self.in_block().sum(dim=-1)
+        return -(-self.config.num_steps // (self.last + 1).clamp(min=1))
 
-    def masked_share(self, rows: torch.Tensor) -> torch.Tensor:
-        """Share (R,) of the canvas that is masked, on average, at the time of `rows`; later blocks are all masked."""
-        later = (self.blocks[rows] > self.block[rows, None]).sum(dim=-1)
-        return (self.mask_probability[rows] * self.in_block(rows).sum(dim=-1) + later) / self.sizes[rows]
+    def masked_share(self) -> torch.Tensor:
+        """Share (B,) of the canvas that is masked, on average, at the time of a row; later blocks are all masked."""
+        later = (self.blocks > self.block[:, None]).sum(dim=-1)
+        return (self.mask_probability * self.in_block().sum(dim=-1) + later) / self.sizes
 
-    def pass_idle_steps(self, rows: torch.Tensor, seeds: torch.Tensor) -> None:
-        """Let each of `rows` (R,) pass the steps in which it writes nothing; which those are, no network decides."""
-        while len(rows):
-            each, ahead = rows.repeat_interleave(_AHEAD), torch.arange(_AHEAD, device=rows.device).repeat(len(rows))
-            clock, keys = (self.clock[each] + ahead)[:, None], seeds.repeat_interleave(_AHEAD)[:, None]
-            unmask, _, _ = self.transition(each, self.step[each] + ahead)
-            writes = self.eligible(each) & (uniform(keys, clock, self.canvas.positions[each], _EVENT) < unmask)
-            # In the last step everything is written, so what lies beyond it is never reached.
-            writes = writes.any(dim=-1).view(-1, _AHEAD)
-            passed = torch.where(writes.any(dim=-1), writes.int().argmax(dim=-1), _AHEAD)
-            self.step[rows] += passed
-            self.clock[rows] += passed
-            rows, seeds = rows[passed == _AHEAD], seeds[passed == _AHEAD]
+    def transition(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Go to the next event of each row: the places (B, L) that are written, and those that are masked again."""
+        eligible, positions = self.eligible(), self.canvas.positions
+        if self.config.sampler == "first_hitting":
+            # n masks are all still there at r' < r with probability (r' / r)^n, r being the mask probability.
+            u = uniform(self.seeds, self.clock, 0, _TIME)
+            self.mask_probability *= u ** (1 / eligible.sum(dim=-1))
+            return eligible & (commit_ranks(random_bits(self.seeds[:, None], positions), eligible) == 0), None
+        n, remasked = self.num_steps(), None
+        if self.config.sampler == "ancestral":
+            # Of the masks at t those go whose times are after s: a share of (alpha_s - alpha_t) / (1 - alpha_t).
+            steps = n[:, None] - 1 - (n[:, None] * self.times).long().clamp(max=n[:, None] - 1)
+            if self.passes_idle_steps:
+                passed = steps.masked_fill(~eligible, torch.iinfo(steps.dtype).max).amin(dim=-1) - self.step
+                passed = passed.where(eligible.any(dim=-1), 0)
+                self.step, self.clock = self.step + passed, self.clock + passed
+            chosen = eligible & (steps == self.step[:, None])
+        else:
+            unmask, sigma = self.remasking(n)
+            events = uniform(self.seeds[:, None], self.clock[:, None], positions, _EVENT)
+            chosen, remasked = eligible & (events < unmask), self.in_block() & ~eligible & (events < sigma)
+        self.mask_probability = self.schedule.mask_probability((n - self.step) / n.double())
+        return chosen, remasked
 
-    def transition(self, rows: torch.Tensor, step: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Probabilities of step (R,), from t to s, float64 (R, 1) or (R, L) (arXiv 2503.00307, equations 4 to 8).
+    def remasking(self, n: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Probabilities of a step of n (B,), from t to s, float64 (B, 1) or (B, L): arXiv 2503.00307, equations 4 to 8.
 
         Returns:
-            that a mask is written, (alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t); that a token is masked, sigma; and
-            (R,) 1 - alpha_t.
+            that a mask is written, (alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t), and that a token is masked, sigma.
         """
-        config, n = self.config, self.num_steps(rows).double()
-        schedule, steps_left = NOISE_SCHEDULES[config.noise_schedule], n - step
-        mask_t = schedule.mask_probability(steps_left / n)[:, None]
-        mask_s = schedule.mask_probability((steps_left - 1) / n)[:, None]
+        config, steps_left = self.config, (n - self.step).double()
+        mask_t = self.schedule.mask_probability(steps_left / n)[:, None]
+        mask_s = self.schedule.mask_probability((steps_left - 1) / n)[:, None]
         alpha_t = 1 - mask_t
-        sigma = torch.zeros_like(mask_t)
-        if config.sampler == "remask":
-            largest = torch.where(mask_s < alpha_t, mask_s / alpha_t, 1.0)
-            sigma = largest.clamp(max=config.eta) if config.remasking == "cap" else config.eta * largest
-            if config.remasking == "conf":
-                written = self.in_block(rows) & ~self.canvas.masked[rows]
-                confidence = self.confidence[rows].double().masked_fill(~written, torch.inf)
-                # In a row without a written token the softmax is 0 / 0, and there is nothing to mask again.
-                sigma = sigma * (-confidence).softmax(dim=-1).nan_to_num(0.0)
-        return (mask_t - mask_s + sigma * alpha_t) / mask_t, sigma, mask_t[:, 0]
+        largest = torch.where(mask_s < alpha_t, mask_s / alpha_t, 1.0)
+        sigma = largest.clamp(max=config.eta) if config.remasking == "cap" else config.eta * largest
+        if config.remasking == "conf":
+            written = self.in_block() & ~self.canvas.masked
+            confidence = self.confidence.double().masked_fill(~written, torch.inf)
+            # In a row without a written token the softmax is 0 / 0, and there is nothing to mask again.
+            sigma = sigma * (-confidence).softmax(dim=-1).nan_to_num(0.0)
+        return (mask_t - mask_s + sigma * alpha_t) / mask_t, sigma
 
-    def advance(self, rows: torch.Tensor) -> None:
-        """Count a step of `rows`, and send those whose block is finished to the next one, or home."""
-        self.step[rows] += 1
-        self.clock[rows] += 1
-        if self.config.sampler == "remask":
-            finished = self.step[rows] == self.num_steps(rows)
-        else:
-            finished = ~self.eligible(rows).any(dim=-1)
-        rows = rows[finished]
-        columns = torch.arange(self.blocks.shape[1], device=rows.device)
-        ends = (
-            self.in_block(rows) & (self.canvas.ids[rows] == self.eos_token_id) & (columns >= self.canvas.prompt_width)
-        )
-        self.last[rows] = torch.where(ends.any(dim=-1), self.block[rows], self.last[rows])
-        self.block[rows] += 1
-        self.step[rows] = 0
-        self.mask_probability[rows] = 1.0
+    def advance(self) -> None:
+        """Count a step, and send the rows whose block is finished to the next one, or home."""
+        self.step, self.clock = self.step + 1, self.clock + 1
+        nothing_left = ~self.eligible().any(dim=-1)
+        finished = (self.step == self.num_steps() if self.config.sampler == "remask" else nothing_left) & self.is_open()
+        in_canvas = torch.arange(self.blocks.shape[1], device=self.blocks.device) >= self.canvas.prompt_width
+        ends = self.in_block() & (self.canvas.ids == self.eos_token_id) & in_canvas
+        self.last = torch.where(finished & ends.any(dim=-1), self.block, self.last)
+        self.block = self.block + finished
+        self.step = self.step.masked_fill(finished, 0)
+        self.mask_probability = self.mask_probability.masked_fill(finished, 1.0)

@@ -1,20 +1,14 @@
 """Generation by unmasking: a canvas of mask tokens, filled a few positions at a time."""
 
+from functools import partial
 from typing import Any
 
 import torch
 from transformers.generation import LogitsProcessorList
 
-from xlm_hf.modules.canvas import (
-    MaskedCanvas,
-    MaskedGenerationMixin,
-    UnmaskingGenerationConfig,
-    choose_positions,
-    draw_tokens,
-)
+from xlm_hf.modules.canvas import MaskedCanvas, MaskedGenerationMixin, UnmaskingGenerationConfig, unmask
 from xlm_hf.modules.counter_random import uniform
-from xlm_hf.modules.generation import NonAutoregressiveGenerationOutput, row_seeds
-from xlm_hf.modules.vocabulary_head import LogitsOnDemand
+from xlm_hf.modules.generation import NonAutoregressiveGenerationOutput, row_seeds, shape_of_call
 
 
 class MLMGenerationConfig(UnmaskingGenerationConfig):
@@ -76,8 +70,7 @@ class MLMGenerationMixin(MaskedGenerationMixin):
         if streamer is not None:
             streamer.put(canvas.ids[:, : canvas.prompt_width].cpu())
         step = 0
-        while len(rows := canvas.open_rows()):
-            self._step(canvas, rows, seeds[rows], config, logits_processor, step)
+        while self._step(canvas, seeds, config, logits_processor, step):
             step += 1
             if streamer is not None:
                 streamer.put_draft(canvas.written().cpu())
@@ -87,17 +80,32 @@ class MLMGenerationMixin(MaskedGenerationMixin):
         output = canvas.output(config.return_history)
         return output if config.return_dict_in_generate else output.sequences
 
-    def _step(
-        self, canvas: MaskedCanvas, rows, seeds, config: MLMGenerationConfig, logits_processor, step: int
-    ) -> None:
-        """One forward pass over `rows`, after which a rule says what is written."""
-        masked, positions = canvas.masked[rows], canvas.positions[rows]
+    def _step(self, canvas: MaskedCanvas, seeds, config: MLMGenerationConfig, logits_processor, step: int) -> bool:
+        """One forward pass over the rows that are not finished, after which a rule says what is written; False if none.
 
-        def choose_and_draw(logits: LogitsOnDemand) -> tuple[torch.Tensor, torch.Tensor]:
-            chosen = choose_positions(logits, masked, positions, seeds, step, config)
-            # A position is written once, so its place in the row is all that a draw needs to be told apart by.
-            uniforms = uniform(seeds[:, None], positions, 1)[chosen]
-            return chosen, draw_tokens(logits[chosen[masked]], uniforms, config)
-
-        chosen, tokens = self.apply_to_logits(choose_and_draw, canvas, rows, masked, config, logits_processor, step)
+        The host waits for the device once, in `shape_of_call`.
+        """
+        is_open = canvas.masked.any(dim=-1)
+        rows, num_masked, _ = shape_of_call(is_open, canvas.masked)
+        if num_masked == 0:
+            return False
+        canvas.nfe += is_open
+        masked, positions, seeds = canvas.masked[rows], canvas.positions[rows], seeds[rows]
+        # A position is written once, so its place in the row is all that a draw needs to be told apart by.
+        uniforms = uniform(seeds[:, None], positions, 1)
+        chosen, tokens = self.apply_to_logits(
+            partial(
+                unmask,
+                masked=masked,
+                num_masked=num_masked,
+                positions=positions,
+                seeds=seeds,
+                step=step,
+                config=config,
+                uniforms=uniforms,
+                steps_left=None if config.num_steps is None else config.num_steps - step,
+            ),
+            *(canvas, rows, masked, num_masked, config, logits_processor, step),
+        )
         canvas.commit(rows, chosen, tokens, step)
+        return True

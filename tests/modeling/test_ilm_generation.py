@@ -5,6 +5,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
+from tests.host_reads import accelerator_shapes
 from tests.modeling.ilm_helpers import BOS, CLS, PAD, TableModel, exact_law
 from xlm_hf.modeling.ilm import ILMConfig, ILMForInsertionLM, ILMGenerationConfig
 
@@ -92,16 +93,23 @@ def batch_of(prompts, side="left"):
     return torch.tensor(padded)
 
 
-@pytest.mark.parametrize("options", [{}, {"do_sample": True}, {"do_sample": True, "insertions_per_step": 3}])
+@pytest.mark.parametrize(
+    "options", [{}, *({"do_sample": True, **o} for o in ({}, {"insertions_per_step": 3}, {"top_p": 0.8}))]
+)
 def test_a_row_decodes_alike_in_any_batch_and_the_prompt_stays(options):
     model = make_model()
-    options = {"max_new_tokens": 7, **options}
+    options = {"max_new_tokens": 7, "return_history": True, **options}
     seeds = [3, 1, 4, 1]
     together = model.generate(batch_of(PROMPTS), seed=seeds, **options)
     width = batch_of(PROMPTS).shape[1]
     torch.testing.assert_close(together.sequences[:, :width], batch_of(PROMPTS))
     right = model.generate(batch_of(PROMPTS, side="right"), seed=seeds, **options)
     torch.testing.assert_close(together.sequences, right.sequences)
+    with accelerator_shapes():
+        rounded = model.generate(batch_of(PROMPTS), seed=seeds, **options)
+    for field in ("sequences", "history", "nfe"):
+        torch.testing.assert_close(rounded[field], together[field])
+    assert rounded.finish_reason == together.finish_reason
     for row, prompt in enumerate(PROMPTS):
         alone = model.generate(batch_of([prompt]), seed=[seeds[row]], **options)
         assert written(alone, len(prompt) + 2)[0] == written(together, width)[row]

@@ -20,7 +20,7 @@ def test_rows_hold_prompt_and_canvas_of_their_own_length():
     assert canvas.masked.int().tolist() == [[0, 0, 1, 1, 1], [0, 0, 1, 1, 0], [1, 0, 0, 0, 0]]
     assert canvas.positions[0, 1:].tolist() == [0, 1, 2, 3]
     assert canvas.positions[1, :4].tolist() == [0, 1, 2, 3]
-    assert canvas.open_rows().tolist() == [0, 1, 2]
+    assert canvas.masked.any(dim=-1).tolist() == [True] * 3
 
 
 def write(canvas, rows, chosen, tokens, step):
@@ -33,10 +33,10 @@ def test_a_row_ends_with_its_end_of_sequence():
     write(canvas, [0, 2], [[0, 0, 0, 0, 1], [1, 0, 0, 0, 0]], [9, 8], step=0)
     write(canvas, [0], [[0, 0, 0, 1, 0]], [EOS], step=1)
     # The row still lacks what stands before its end; the other row has an end in its prompt, which ends nothing.
-    assert canvas.open_rows().tolist() == [0, 1]
+    assert canvas.masked.any(dim=-1).tolist() == [True, True, False]
     assert canvas.masked.int().tolist() == [[0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 0]]
     write(canvas, [0, 1], [[0, 0, 1, 0, 0], [0, 0, 1, 0, 0]], [6, EOS], step=2)
-    assert canvas.open_rows().tolist() == []
+    assert not canvas.masked.any()
 
     output = canvas.output(return_history=True)
     assert output.sequences.tolist() == [[PAD, 7, 6, EOS], [8, EOS, EOS, PAD], [8, 9, PAD, PAD]]

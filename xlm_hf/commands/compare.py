@@ -88,6 +88,7 @@ def plan(options: dict[str, Any], output_dir: Path) -> list[Cell]:
         raise ValueError("There is nothing to compare: families, tasks and seeds must each name at least one.")
     check_options("nfe_sweep", options["nfe_sweep"], list(families))
     shared = [*_search_path(), f"size={HydraConfig.get().runtime.choices['size']}", *options["overrides"]]
+    shared += [f"eval_model='{options['eval_model']}'"] if options["eval_model"] else []
     limit = [f"{name}={amount}" for name, amount in budget.items()]
     cells = []
     for task, family, seed in itertools.product(tasks, families, options["seeds"]):

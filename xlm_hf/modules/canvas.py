@@ -11,10 +11,13 @@ import torch
 
 from .counter_random import random_bits
 from .generation import (
+    EXACT_SHAPES,
     NonAutoregressiveGenerationConfig,
     NonAutoregressiveGenerationMixin,
     NonAutoregressiveGenerationOutput,
+    first_places,
     left_align_padding,
+    rounded_up,
 )
 from .token_sampling import filter_logits, sample_categorical
 from .unmasking import (
@@ -86,6 +89,7 @@ class MaskedCanvas:
         masked: (B, L) bool, what is still to be written; a position behind an end-of-sequence token no longer is.
         positions: (B, L) int64, the place of each token in its own row.
         nfe: (B,) int64, forward passes that each row took part in.
+        is_padded: whether the attention mask says anything.
     """
 
     def __init__(
@@ -105,16 +109,13 @@ class MaskedCanvas:
         self.masked = (self.ids == mask_token_id) & self.attention_mask
         self.positions = (self.attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
         self.nfe = torch.zeros_like(lengths)
+        self.is_padded = not bool(self.attention_mask.all())
         self._steps = torch.full_like(self.ids, -1)
 
-    def open_rows(self) -> torch.Tensor:
-        """Indices of the rows in which something is still to be written."""
-        return self.masked.any(dim=-1).nonzero().squeeze(-1)
-
     def commit(self, rows: torch.Tensor, chosen: torch.Tensor, tokens: torch.Tensor, step: int | torch.Tensor) -> None:
-        """Write `tokens` (S,), in reading order, where `chosen` (R, L) in the rows of indices `rows` (R,).
+        """Write `tokens`, in reading order, where `chosen` (R, L) in the rows of indices `rows` (R,).
 
-        `step` is what the history says of them: a number, or (R, 1).
+        There may be more tokens than places. `step` is what the history says of them: a number, or (R, 1).
         """
         self.ids[rows] = self.ids[rows].masked_scatter(chosen, tokens)
         self._steps[rows] = torch.where(chosen, step, self._steps[rows])
@@ -225,6 +226,7 @@ class MaskedGenerationMixin(NonAutoregressiveGenerationMixin):
         canvas: MaskedCanvas,
         rows: torch.Tensor,
         wanted: torch.Tensor,
+        num_wanted: int,
         generation_config: NonAutoregressiveGenerationConfig,
         logits_processor: Any,
         step: int,
@@ -232,48 +234,69 @@ class MaskedGenerationMixin(NonAutoregressiveGenerationMixin):
     ) -> Any:
         """One forward pass over `rows` (R,), and what `function` makes in it of the logits at the `wanted` (R, L).
 
-        They come in reading order, after `generation_config.suppress_tokens` and `logits_processor` (see
-        `LogitsOnDemand.processed`). Counts the `nfe` of `canvas`.
+        They come in reading order, `num_wanted` of them, after `generation_config.suppress_tokens` and
+        `logits_processor` (see `LogitsOnDemand.processed`).
         """
-        ids, index = canvas.ids[rows], wanted.flatten().nonzero().squeeze(-1)
+        ids, index = canvas.ids[rows], first_places(wanted, num_wanted)
 
         def head_function(hidden_states, head, suppressed_ids):
             logits = LogitsOnDemand(hidden_states, head, suppressed_ids)
             return function(logits.processed(generation_config.suppress_tokens, logits_processor, ids, index, step))
 
-        canvas.nfe[rows] += 1
-        mask = canvas.attention_mask[rows]
+        mask = canvas.attention_mask[rows] if canvas.is_padded else None
         return self(ids, attention_mask=mask, logits_index=index, head_function=head_function, **model_inputs).logits
 
 
-def choose_positions(
+def unmask(
     logits: LogitsOnDemand,
     masked: torch.Tensor,
+    num_masked: int,
     positions: torch.Tensor,
     seeds: torch.Tensor,
     step: int,
     config: UnmaskingGenerationConfig,
-) -> torch.Tensor:
-    """The positions (R, L) bool that a step commits, by the rule of `config`; at least one in each row that has any.
+    uniforms: torch.Tensor,
+    steps_left: int | torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose positions by the rule of `config`, at least one in each row that has any, and draw their tokens.
 
-    `logits` are those of the `masked` (R, L) positions in reading order, before temperature, top-k and top-p;
-    `positions` (R, L) say the place of each token in its own row, `seeds` (R,) are those of the rows.
+    Args:
+        logits: of the `masked` positions in reading order, before temperature, top-k and top-p.
+        masked: (R, L) bool.
+        num_masked: how many they are, or a bound of it.
+        positions: (R, L) place of each token in its own row.
+        seeds: (R,) of the rows.
+        step: number of the step.
+        config: the options.
+        uniforms: (R, L) in [0, 1), to draw a token by at each position.
+        steps_left: with `num_steps`, how many are left, this one included, of all rows or (R,) of each.
+
+    Returns:
+        the chosen positions (R, L) bool, and their tokens in reading order, behind which may stand others.
     """
     statistic = statistics_in_place(logits, masked)
     # A random order is drawn anew in each step: how far a bound lets one go tells something about the rest of it.
     scores = order_scores(config.order, statistic, random_bits(seeds, step), positions)
     ranks = commit_ranks(scores, masked)
+    most, rows = num_masked, len(masked)
     if config.confidence_threshold is not None:
-        return commit_confident(ranks, masked, statistic("confidence"), config.confidence_threshold)
-    if config.entropy_bound is not None:
-        return commit_bounded(ranks, masked, statistic("entropy"), config.entropy_bound)
-    if config.error_bound is not None:
-        return commit_bounded(ranks, masked, 1 - statistic("confidence"), config.error_bound)
-    k = torch.ones_like(seeds)
-    if config.num_steps is not None:
-        num_masked = masked.sum(dim=-1)
-        k = num_to_commit(num_masked, torch.full_like(num_masked, config.num_steps - step))
-    return commit_top_k(ranks, masked, k)
+        chosen = commit_confident(ranks, masked, statistic("confidence"), config.confidence_threshold)
+    elif config.entropy_bound is not None:
+        chosen = commit_bounded(ranks, masked, statistic("entropy"), config.entropy_bound)
+    elif config.error_bound is not None:
+        chosen = commit_bounded(ranks, masked, 1 - statistic("confidence"), config.error_bound)
+    elif steps_left is None:
+        chosen, most = masked & (ranks == 0), min(num_masked, rows)
+    else:
+        chosen = commit_top_k(ranks, masked, num_to_commit(masked.sum(dim=-1), steps_left))
+        if isinstance(steps_left, int):
+            # sum_i ceil(m_i / r) is at most this.
+            most = min(num_masked, num_masked // steps_left + rows)
+    # An accelerator is not asked how many there are.
+    exact = chosen.device.type in EXACT_SHAPES
+    places = first_places(chosen, int(chosen.sum()) if exact else rounded_up(most, chosen.numel(), chosen.device))
+    numbers = (masked.flatten().cumsum(dim=0) - 1).clamp(min=0)
+    return chosen, draw_tokens(logits[numbers[places]], uniforms.flatten()[places], config)
 
 
 def draw_tokens(

@@ -142,6 +142,43 @@ def row_seeds(seed: int | Sequence[int] | torch.Tensor | None, num_rows: int, de
     return seeds
 
 
+# Devices on which a forward pass has just the rows, columns and positions that it needs.
+EXACT_SHAPES = {"cpu"}
+
+
+def rounded_up(size: int, most: int, device: torch.device) -> int:
+    """`size` on a CPU; on an accelerator the next power of two, or `most` if that is less.
+
+    So few shapes, and few graphs, compiled or captured, serve all steps of all decodes, at the price of work whose
+    results nobody uses.
+    """
+    return size if device.type in EXACT_SHAPES or not size else min(1 << (size - 1).bit_length(), most)
+
+
+def first_places(mask: torch.Tensor, num: int) -> torch.Tensor:
+    """The first `num` of: flat indices of the True entries of `mask` in reading order, then those of the others."""
+    return mask.flatten().logical_not().int().argsort(stable=True)[:num]
+
+
+def shape_of_call(
+    called: torch.Tensor, wanted: torch.Tensor, *others: torch.Tensor
+) -> tuple[torch.Tensor, int, list[int]]:
+    """The rows that take part in a forward pass and the positions that are looked at, by one reading of the device.
+
+    Args:
+        called: (B,) bool, the rows.
+        wanted: (B, L) bool, the positions, in these rows alone.
+        others: integers to be read with them.
+
+    Returns:
+        indices (R,) of the rows; the number of positions; the other integers. Both numbers are `rounded_up`: behind the
+        rows that are called come some of the others.
+    """
+    num_rows, num_wanted, *read = torch.stack((called.sum(), wanted.sum(), *others)).tolist()
+    num_rows = rounded_up(num_rows, len(called), called.device)
+    return first_places(called, num_rows), rounded_up(num_wanted, num_rows * wanted.shape[1], called.device), read
+
+
 def left_align_padding(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Move the padding of every row to its left and drop columns that hold nothing but padding.
 

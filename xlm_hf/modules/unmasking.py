@@ -69,7 +69,7 @@ def commit_ranks(scores: torch.Tensor, eligible: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(order).scatter_(-1, order, places)
 
 
-def num_to_commit(num_masked: torch.Tensor, steps_left: torch.Tensor) -> torch.Tensor:
+def num_to_commit(num_masked: torch.Tensor, steps_left: torch.Tensor | int) -> torch.Tensor:
     """An even schedule: ceil(m / r) of m masked positions with r steps left, this one included.
 
     It commits at least one where m > 0, so no forward pass is idle and none is needed beyond a row's m-th; after r
@@ -77,7 +77,7 @@ def num_to_commit(num_masked: torch.Tensor, steps_left: torch.Tensor) -> torch.T
 
     Args:
         num_masked: (B,) int64, m.
-        steps_left: (B,) int64, r >= 1.
+        steps_left: (B,) int64 or one number, r >= 1.
 
     Returns:
         (B,) int64.

@@ -1,0 +1,114 @@
+"""Generation as on an accelerator: one wait for it in a step, and shapes of which there are few."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+from transformers import GenerationMixin
+
+from tests.host_reads import HostReads, accelerator_shapes
+from xlm_hf.hub import families
+from xlm_hf.testing import FamilyCase
+
+# Those whose loop is transformers' own make a step as transformers does.
+FAMILIES = [name for name, family in families().items() if not issubclass(family.model_class, GenerationMixin)]
+# What may stand in the options of one family or of another.
+OPTIONS = {
+    "greedy": {},
+    "sampled": {"do_sample": True},
+    "half as many steps": {"num_steps": 0.5},  # of one for each token
+    "half as many steps, by a rule": {"num_steps": 0.5, "sampler": "rule"},
+    "half as many steps, by a rule in blocks": {"num_steps": 0.5, "sampler": "rule", "block_length": 3},
+    "by confidence": {"confidence_threshold": 0.3},
+    "by entropy": {"entropy_bound": 0.5, "order": "entropy"},
+    "in blocks": {"block_length": 2},
+    "remasking": {"sampler": "remask", "remasking": "conf", "do_sample": True},
+    "first hitting": {"sampler": "first_hitting"},
+    "several insertions": {"insertions_per_step": 2, "do_sample": True},
+    "filtered": {"do_sample": True, "top_p": 0.9},
+}
+
+
+CASES = [
+    (family, name)
+    for family in FAMILIES
+    for name, options in OPTIONS.items()
+    if all(hasattr(families()[family].model_class.generation_config_class, option) for option in options)
+]
+
+
+def options_of(model, name, num_tokens):
+    """The options `name` for so many tokens a row."""
+    options, known = {**OPTIONS[name], "max_new_tokens": num_tokens}, model.generation_config
+    if "num_steps" in options:
+        options["num_steps"] = int(options["num_steps"] * num_tokens)
+    if hasattr(known, "sampler") and {"confidence_threshold", "entropy_bound"} & options.keys():
+        options["sampler"] = "rule"
+    if hasattr(known, "stopping_threshold"):
+        options["stopping_threshold"] = None
+    return options
+
+
+def recorded(model, prompt, options):
+    """Decode as on an accelerator: the reads of the host, and the shapes of every call of the layers."""
+    shapes = []
+    hook = model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append((tuple(args[0].shape), len(kwargs["output_index"]))),
+        with_kwargs=True,
+    )
+    with accelerator_shapes(), HostReads() as reads:
+        model.generate(**prompt, seed=[3, 1, 4], **options)
+    hook.remove()
+    return reads.found, shapes
+
+
+def prompts_of(case, model):
+    prompt = case.collator("seq2seq_prediction", model)(case.examples()[:3])
+    del prompt["example_id"]
+    return prompt
+
+
+@pytest.mark.parametrize(("family", "name"), CASES)
+def test_a_step_waits_once_for_its_device(family, name):
+    case = FamilyCase(family)
+    model = case.model()
+    (few, some_steps), (more, more_steps) = (
+        recorded(model, prompts_of(case, model), options_of(model, name, num_tokens)) for num_tokens in (4, 12)
+    )
+    assert len(more_steps) > len(some_steps)
+    assert len(more) - len(few) == len(more_steps) - len(some_steps), sorted(set(more))
+
+
+def rounded(most):
+    return {most, *(2**power for power in range(most.bit_length()) if 2**power <= most)}
+
+
+@pytest.mark.parametrize(("family", "name"), CASES)
+def test_shapes_are_powers_of_two_or_the_largest(family, name):
+    case = FamilyCase(family)
+    model = case.model()
+    prompts, num_tokens = prompts_of(case, model), 12
+    _, shapes = recorded(model, prompts, options_of(model, name, num_tokens))
+    for (rows, length), looked_at in shapes:
+        written = length - prompts["input_ids"].shape[1]
+        assert rows in rounded(3)
+        assert written in {0, *rounded(num_tokens)}
+        # The classes of a stopping head are read off one more position of each row.
+        assert {looked_at, looked_at - rows} & {0, *rounded(rows * length), rows * (written + 1)}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_graph_for_each_shape_and_none_for_another_decode(family):
+    case = FamilyCase(family)
+    model = case.model()
+    prompts, options = prompts_of(case, model), options_of(model, "sampled", 8)
+    expected = model.generate(**prompts, seed=[3, 1, 4], **options).sequences
+    _, shapes = recorded(model, prompts, options)
+    torch._dynamo.reset()
+    graphs = CompileCounter()
+    model.model.compile(dynamic=False, fullgraph=True, backend=graphs)
+    with accelerator_shapes(), torch._dynamo.config.patch(recompile_limit=64):
+        assert torch.equal(model.generate(**prompts, seed=[3, 1, 4], **options).sequences, expected)
+        assert graphs.frame_count == len(set(shapes))
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            model.generate(**prompts, seed=[3, 1, 4], **options)
+    torch._dynamo.reset()
