@@ -1,13 +1,13 @@
 """Where a host would wait for its accelerator, found on a CPU: what it must read to go on, and what it must send."""
 
-import contextlib
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from unittest import mock
 
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from xlm_hf.modules.generation import EXACT_SHAPES
+from xlm_hf.modules import devices
 
 aten = torch.ops.aten
 # The size or the branch taken of what these return depends on the values of their inputs.
@@ -72,11 +72,6 @@ class HostReads:
             mode.__exit__(*exception)
 
 
-@contextlib.contextmanager
-def accelerator_shapes() -> Iterator[None]:
-    """Within it generation takes the shapes, and leaves out the reads, that it does on an accelerator."""
-    EXACT_SHAPES.remove("cpu")
-    try:
-        yield
-    finally:
-        EXACT_SHAPES.add("cpu")
+def as_on_an_accelerator() -> AbstractContextManager[object]:
+    """Within it the CPU is taken for a device whose results the host must wait for."""
+    return mock.patch.object(devices, "_HOST", ())

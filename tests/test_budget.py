@@ -6,7 +6,9 @@ import pytest
 from hydra import compose, initialize_config_module
 
 import xlm_hf.trainer
-from xlm_hf.callbacks import Budget, EarlyStopping, budget
+from xlm_hf.callbacks import budget
+from xlm_hf.callbacks.budget import Budget
+from xlm_hf.callbacks.early_stopping import EarlyStopping
 from xlm_hf.checkpoints import last_sound_checkpoint
 from xlm_hf.commands.common import build_model, build_task, build_trainer
 from xlm_hf.trainer import XLMTrainer

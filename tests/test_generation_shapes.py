@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 from transformers import GenerationMixin
 
-from tests.host_reads import HostReads, accelerator_shapes
+from tests.host_reads import HostReads, as_on_an_accelerator
 from xlm_hf.hub import families
 from xlm_hf.testing import FamilyCase
 
@@ -55,7 +55,7 @@ def recorded(model, prompt, options):
         lambda module, args, kwargs: shapes.append((tuple(args[0].shape), len(kwargs["output_index"]))),
         with_kwargs=True,
     )
-    with accelerator_shapes(), HostReads() as reads:
+    with as_on_an_accelerator(), HostReads() as reads:
         model.generate(**prompt, seed=[3, 1, 4], **options)
     hook.remove()
     return reads.found, shapes
@@ -106,7 +106,7 @@ def test_one_graph_for_each_shape_and_none_for_another_decode(family):
     torch._dynamo.reset()
     graphs = CompileCounter()
     model.model.compile(dynamic=False, fullgraph=True, backend=graphs)
-    with accelerator_shapes(), torch._dynamo.config.patch(recompile_limit=64):
+    with as_on_an_accelerator(), torch._dynamo.config.patch(recompile_limit=64):
         assert torch.equal(model.generate(**prompts, seed=[3, 1, 4], **options).sequences, expected)
         assert graphs.frame_count == len(set(shapes))
         with torch._dynamo.config.patch(error_on_recompile=True):

@@ -18,7 +18,9 @@ from transformers.trainer_callback import ExportableState, PrinterCallback, Prog
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput
 
 from xlm_hf.arguments import XLMTrainingArguments
-from xlm_hf.callbacks import ProgressBar, TensorBoardTracker, WandbTracker, show_predictions, write_predictions
+from xlm_hf.callbacks.predictions import show_predictions, write_predictions
+from xlm_hf.callbacks.progress import ProgressBar
+from xlm_hf.callbacks.trackers import TensorBoardTracker, WandbTracker
 from xlm_hf.checkpoints import INCOMPLETE_SUFFIX, delete_old_checkpoints, replaced_folder
 from xlm_hf.data import Mixture, keyed
 from xlm_hf.data.static_shapes import StaticShapes, collate_without_full_mask

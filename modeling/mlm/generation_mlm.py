@@ -7,7 +7,7 @@ import torch
 from transformers.generation import LogitsProcessorList
 
 from xlm_hf.modules.canvas import MaskedCanvas, MaskedGenerationMixin, UnmaskingGenerationConfig, unmask
-from xlm_hf.modules.counter_random import uniform
+from xlm_hf.modules.counter_random import random_bits, uniform
 from xlm_hf.modules.generation import NonAutoregressiveGenerationOutput, row_seeds, shape_of_call
 
 
@@ -99,8 +99,7 @@ class MLMGenerationMixin(MaskedGenerationMixin):
                 masked=masked,
                 num_masked=num_masked,
                 positions=positions,
-                seeds=seeds,
-                step=step,
+                order_seeds=random_bits(seeds, step),
                 config=config,
                 uniforms=uniforms,
                 steps_left=None if config.num_steps is None else config.num_steps - step,

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from tests.host_reads import accelerator_shapes
+from tests.host_reads import as_on_an_accelerator
 from tests.modeling.ilm_helpers import BOS, CLS, PAD, TableModel, exact_law
 from xlm_hf.modeling.ilm import ILMConfig, ILMForInsertionLM, ILMGenerationConfig
 
@@ -105,7 +105,7 @@ def test_a_row_decodes_alike_in_any_batch_and_the_prompt_stays(options):
     torch.testing.assert_close(together.sequences[:, :width], batch_of(PROMPTS))
     right = model.generate(batch_of(PROMPTS, side="right"), seed=seeds, **options)
     torch.testing.assert_close(together.sequences, right.sequences)
-    with accelerator_shapes():
+    with as_on_an_accelerator():
         rounded = model.generate(batch_of(PROMPTS), seed=seeds, **options)
     for field in ("sequences", "history", "nfe"):
         torch.testing.assert_close(rounded[field], together[field])

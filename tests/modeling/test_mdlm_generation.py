@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from tests.host_reads import accelerator_shapes
+from tests.host_reads import as_on_an_accelerator
 from tests.modeling.mdlm_helpers import (
     BOS,
     EOS,
@@ -285,7 +285,7 @@ def test_a_row_decodes_alike_in_any_batch_and_the_prompt_stays(backbone, name):
         assert set(written.unique().tolist()) <= {PAD, EOS, *range(FIRST_WORD, 20)}
         right = model.generate(batch_of(PROMPTS, side="right"), seed=seeds, **options)
         torch.testing.assert_close(together.sequences, right.sequences)
-        with accelerator_shapes():
+        with as_on_an_accelerator():
             rounded = model.generate(batch_of(PROMPTS), seed=seeds, **options)
         for field in ("sequences", "history", "nfe"):
             torch.testing.assert_close(rounded[field], together[field])

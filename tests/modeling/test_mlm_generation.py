@@ -5,7 +5,7 @@ import torch
 from scipy.stats import chisquare
 from transformers.generation import LogitsProcessorList
 
-from tests.host_reads import accelerator_shapes
+from tests.host_reads import as_on_an_accelerator
 from tests.modeling.mlm_helpers import (
     BOS,
     CLS,
@@ -109,7 +109,7 @@ def test_a_row_decodes_alike_in_any_batch(options, side):
     rows = [*PROMPTS, [8, MASK, MASK, 9, MASK]]
     call = {"max_length": 12, "return_history": True, **options}
     output = model.generate(batch_of(rows, side), seed=seeds, **call)
-    with accelerator_shapes():
+    with as_on_an_accelerator():
         rounded = model.generate(batch_of(rows, side), seed=seeds, **call)
     for field in ("sequences", "history", "nfe"):
         torch.testing.assert_close(rounded[field], output[field])

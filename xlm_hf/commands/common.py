@@ -28,7 +28,10 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTo
 
 from xlm_hf.arguments import XLMTrainingArguments
 from xlm_hf.backbones import add_lora, backbone_options, check_sees_both_ways, load_backbone
-from xlm_hf.callbacks import Budget, EarlyStopping, Profiler, write_predictions
+from xlm_hf.callbacks.budget import Budget
+from xlm_hf.callbacks.early_stopping import EarlyStopping
+from xlm_hf.callbacks.predictions import write_predictions
+from xlm_hf.callbacks.profiler import Profiler
 from xlm_hf.checkpoints import resolve_checkpoint, write_text
 from xlm_hf.ema import load_average
 from xlm_hf.evaluation import RECORD_FIELDS, EvaluationSet

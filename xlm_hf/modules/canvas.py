@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 
-from .counter_random import random_bits
+from .devices import reads_are_free
 from .generation import (
-    EXACT_SHAPES,
     NonAutoregressiveGenerationConfig,
     NonAutoregressiveGenerationMixin,
     NonAutoregressiveGenerationOutput,
@@ -252,8 +251,7 @@ def unmask(
     masked: torch.Tensor,
     num_masked: int,
     positions: torch.Tensor,
-    seeds: torch.Tensor,
-    step: int,
+    order_seeds: torch.Tensor,
     config: UnmaskingGenerationConfig,
     uniforms: torch.Tensor,
     steps_left: int | torch.Tensor | None = None,
@@ -265,8 +263,8 @@ def unmask(
         masked: (R, L) bool.
         num_masked: how many they are, or a bound of it.
         positions: (R, L) place of each token in its own row.
-        seeds: (R,) of the rows.
-        step: number of the step.
+        order_seeds: (R,) for a random order. It is drawn anew in each step: how far a bound lets one go tells something
+            about the rest of it.
         config: the options.
         uniforms: (R, L) in [0, 1), to draw a token by at each position.
         steps_left: with `num_steps`, how many are left, this one included, of all rows or (R,) of each.
@@ -275,9 +273,7 @@ def unmask(
         the chosen positions (R, L) bool, and their tokens in reading order, behind which may stand others.
     """
     statistic = statistics_in_place(logits, masked)
-    # A random order is drawn anew in each step: how far a bound lets one go tells something about the rest of it.
-    scores = order_scores(config.order, statistic, random_bits(seeds, step), positions)
-    ranks = commit_ranks(scores, masked)
+    ranks = commit_ranks(order_scores(config.order, statistic, order_seeds, positions), masked)
     most, rows = num_masked, len(masked)
     if config.confidence_threshold is not None:
         chosen = commit_confident(ranks, masked, statistic("confidence"), config.confidence_threshold)
@@ -293,8 +289,9 @@ def unmask(
             # sum_i ceil(m_i / r) is at most this.
             most = min(num_masked, num_masked // steps_left + rows)
     # An accelerator is not asked how many there are.
-    exact = chosen.device.type in EXACT_SHAPES
-    places = first_places(chosen, int(chosen.sum()) if exact else rounded_up(most, chosen.numel(), chosen.device))
+    if reads_are_free(chosen.device):
+        most = int(chosen.sum())
+    places = first_places(chosen, rounded_up(most, chosen.numel(), chosen.device))
     numbers = (masked.flatten().cumsum(dim=0) - 1).clamp(min=0)
     return chosen, draw_tokens(logits[numbers[places]], uniforms.flatten()[places], config)
 

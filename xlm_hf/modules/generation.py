@@ -13,6 +13,7 @@ from transformers.generation import GenerationConfig
 from transformers.utils import ModelOutput
 
 from .counter_random import random_bits
+from .devices import reads_are_free
 from .messages import check_options
 
 
@@ -142,17 +143,13 @@ def row_seeds(seed: int | Sequence[int] | torch.Tensor | None, num_rows: int, de
     return seeds
 
 
-# Devices on which a forward pass has just the rows, columns and positions that it needs.
-EXACT_SHAPES = {"cpu"}
-
-
 def rounded_up(size: int, most: int, device: torch.device) -> int:
-    """`size` on a CPU; on an accelerator the next power of two, or `most` if that is less.
+    """`size` where reads are free, as on a CPU; on an accelerator the next power of two, or `most` if that is less.
 
     So few shapes, and few graphs, compiled or captured, serve all steps of all decodes, at the price of work whose
     results nobody uses.
     """
-    return size if device.type in EXACT_SHAPES or not size else min(1 << (size - 1).bit_length(), most)
+    return size if reads_are_free(device) or not size else min(1 << (size - 1).bit_length(), most)
 
 
 def first_places(mask: torch.Tensor, num: int) -> torch.Tensor:
