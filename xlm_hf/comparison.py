@@ -10,6 +10,9 @@ from xlm_hf.checkpoints import INCOMPLETE_SUFFIX, write_text
 
 logger = logging.getLogger(__name__)
 
+# Endings of what says something of a metric, and is none.
+NOT_IN_TABLE = ("/samples", "/seconds", "_standard_error")
+
 
 def number(value: float) -> str:
     """Four significant digits; thousands in full; a dash for what is not there."""

@@ -91,15 +91,8 @@ class DraftRecorder(BaseStreamer):
 
     def _place(self, old: int | None, new: int) -> Place:
         mask = self.tokenizer.mask_token_id
-        event: Event = "replaced"
-        if old == new:
-            event = ""
-        elif old is None:
-            event = "inserted"
-        elif old == mask:
-            event = "unmasked"
-        elif new == mask:
-            event = "remasked"
+        of_masks: Event = "unmasked" if old == mask else "remasked" if new == mask else "replaced"
+        event: Event = "" if old == new else "inserted" if old is None else of_masks
         return Place(self._text(new), event, new == mask)
 
     def _has_blanks(self, row: int) -> bool:

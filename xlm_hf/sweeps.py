@@ -13,11 +13,10 @@ from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, read_write
 
-from xlm_hf.comparison import markdown_table, number, write_tables
+from xlm_hf.comparison import NOT_IN_TABLE, markdown_table, number, write_tables
 
 # Beside the metrics of a run that failed there are none: one sentence with its cause.
 ERROR_FILE = "error.txt"
-_NOT_IN_TABLE = ("/samples", "/seconds", "_standard_error")
 
 
 def run_name(overrides: str) -> str:
@@ -61,7 +60,7 @@ class SweepSummary(Callback):
         found = {file.parent.name: json.loads(file.read_text()) for file in sorted(folder.glob("*/metrics.json"))}
         if found:
             runs = pd.DataFrame([{"run": name, **metrics} for name, metrics in found.items()])
-            shown = runs[[name for name in runs if not name.endswith(_NOT_IN_TABLE)]]
+            shown = runs[[name for name in runs if not name.endswith(NOT_IN_TABLE)]]
             table = markdown_table(shown.map(lambda value: value if isinstance(value, str) else number(value)))
             write_tables(folder, "sweep", runs, table)
             print(f"\n{table}\nWritten: {folder / 'sweep.csv'}, {folder / 'sweep.md'}", flush=True)

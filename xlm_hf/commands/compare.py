@@ -18,13 +18,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from xlm_hf.checkpoints import list_checkpoints, write_text
 from xlm_hf.commands.common import is_open, open_override, plain, run_directory, say
-from xlm_hf.comparison import markdown_table, plot, summarise, write_tables
+from xlm_hf.comparison import NOT_IN_TABLE, markdown_table, plot, summarise, write_tables
 from xlm_hf.modules.messages import check_options
 
 _BUDGETS = {"steps": "trainer.max_steps", "tokens": "budget.tokens", "seconds": "budget.seconds"}
 # Of a run as such, not of its quality.
 _COSTS = ("parameters", "steps", "tokens", "seconds")
-_NOT_IN_TABLE = ("/samples", "/seconds", "_standard_error")
 
 
 @dataclass(frozen=True)
@@ -205,7 +204,7 @@ def write_comparison(cells: list[Cell], output_dir: Path, quality: list[str]) ->
     ]
     points, history = _frame(evaluations), _frame([(cell, log) for cell in done for log in _history(cell.folder)])
     chosen = _named(runs, [*quality, "nfe"])
-    others = [name for name in sorted(runs) if "/" in name and not name.endswith(_NOT_IN_TABLE) and name not in chosen]
+    others = [name for name in sorted(runs) if "/" in name and not name.endswith(NOT_IN_TABLE) and name not in chosen]
     table = summarise(runs, ["family"], [*chosen, *others, *_COSTS])
     text = f"# Comparison\n\nMean ± standard deviation over seeds.\n\n{markdown_table(table)}"
     if any(cell.sweep for cell in done):

@@ -21,15 +21,14 @@ def run(cfg: DictConfig) -> str:
         ValueError: if no repository or checkpoint is named.
         OSError: one sentence, if the Hub refuses or cannot be reached; nothing is lost here.
     """
-    options = cfg.trainer
-    repo_id = options.get("hub_model_id")
+    repo_id = cfg.trainer.get("hub_model_id")
     if repo_id is None:
         raise ValueError("job=push_to_hub needs the name of a repository: add trainer.hub_model_id=USER/NAME.")
     model, tokenizer = load_model(cfg), load_tokenizer(cfg)
     variables = {**_run_variables(Path(resolve_checkpoint(cfg.checkpoint))), "model_id": repo_id}
     with tempfile.TemporaryDirectory() as folder:
         export = export_model(model, tokenizer, Path(folder) / "model", variables)
-        private, token = options.get("hub_private_repo"), options.get("hub_token")
+        private, token = cfg.trainer.get("hub_private_repo"), cfg.trainer.get("hub_token")
         url = push_folder(export, repo_id, private, token, exist_ok=cfg.exist_ok)
     say(f"{url}\nLoad it: AutoModel.from_pretrained({repo_id!r}, trust_remote_code=True)")
     return url
