@@ -94,7 +94,15 @@ def batch_of(prompts, side="left"):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, *({"do_sample": True, **o} for o in ({}, {"insertions_per_step": 3}, {"top_p": 0.8}))]
+    "options",
+    [
+        {},
+        {"do_sample": True},
+        {"do_sample": True, "insertions_per_step": 3},
+        {"do_sample": True, "top_p": 0.8},
+        # Room by the prompt: rows that are full stand beside rows that go on.
+        {"do_sample": True, "max_new_tokens": None, "max_length": 12, "stopping_threshold": None},
+    ],
 )
 def test_a_row_decodes_alike_in_any_batch_and_the_prompt_stays(options):
     model = make_model()
