@@ -1,8 +1,8 @@
-"""Write the tables of docs/performance.md from benchmarks/results/speed/*.json.
+"""Write the tables and the plot of docs/performance.md from benchmarks/results/speed/*.json.
 
     python -m benchmarks.tables
 
-Each table stands between `<!-- NAME -->` and `<!-- end -->`; the text around them stays.
+Each table stands between `<!-- NAME -->` and `<!-- end -->`; the text around them stays. The plot needs matplotlib.
 """
 
 import json
@@ -14,6 +14,7 @@ from benchmarks.measure import ROOT
 from benchmarks.run import RESULTS
 
 PAGE = ROOT / "docs" / "performance.md"
+PLOT = ROOT / "docs" / "assets" / "speed.png"
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
@@ -116,5 +117,27 @@ def renew(page: str, folder: Path) -> str:
     return page
 
 
+def draw(folder: Path, file: Path) -> None:
+    """Draw how many times longer the references take, in training and in generation."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    for axes, name in zip(figure.subplots(1, 2), ("training", "generation"), strict=True):
+        records = [r for r in json.loads((folder / f"{name}.json").read_text())["records"] if r["ratios"]]
+        places = range(len(records), 0, -1)
+        for reference, colour in (("dense", "#cf222e"), ("plain", "#0969da")):
+            ratios = [r["ratios"][f"{reference}/ours"] for r in records]
+            axes.scatter(ratios, places, color=colour, label=f"{reference} / ours", zorder=2)
+        axes.set_yticks(places, [f"{r['setting']}: {r['family'].upper()}" for r in records], fontsize=7)
+        axes.set_xscale("log")
+        axes.set_xticks(ticks := [1, 2, 4, 8, 16], [str(tick) for tick in ticks])
+        axes.axvline(1, color="black", linewidth=0.8)
+        axes.grid(alpha=0.3)
+        axes.set(title=name, xlabel="CPU seconds of a reference / ours")
+        axes.legend()
+    figure.savefig(file, dpi=110)
+
+
 if __name__ == "__main__":
+    draw(RESULTS, PLOT)
     PAGE.write_text(renew(PAGE.read_text(), RESULTS))
