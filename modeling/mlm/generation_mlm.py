@@ -69,8 +69,9 @@ class MLMGenerationMixin(MaskedGenerationMixin):
 
         if streamer is not None:
             streamer.put(canvas.ids[:, : canvas.prompt_width].cpu())
-        step = 0
-        while self._step(canvas, seeds, config, logits_processor, step):
+        # A position is written once, so its place in the row is all that a draw needs to be told apart by.
+        uniforms, step = uniform(seeds[:, None], canvas.positions, 1), 0
+        while self._step(canvas, seeds, uniforms, config, logits_processor, step):
             step += 1
             if streamer is not None:
                 streamer.put_draft(canvas.written().cpu())
@@ -80,7 +81,9 @@ class MLMGenerationMixin(MaskedGenerationMixin):
         output = canvas.output(config.return_history)
         return output if config.return_dict_in_generate else output.sequences
 
-    def _step(self, canvas: MaskedCanvas, seeds, config: MLMGenerationConfig, logits_processor, step: int) -> bool:
+    def _step(
+        self, canvas: MaskedCanvas, seeds, uniforms, config: MLMGenerationConfig, logits_processor, step: int
+    ) -> bool:
         """One forward pass over the rows that are not finished, after which a rule says what is written; False if none.
 
         The host waits for the device once, in `shape_of_call`.
@@ -90,18 +93,16 @@ class MLMGenerationMixin(MaskedGenerationMixin):
         if num_masked == 0:
             return False
         canvas.nfe += is_open
-        masked, positions, seeds = canvas.masked[rows], canvas.positions[rows], seeds[rows]
-        # A position is written once, so its place in the row is all that a draw needs to be told apart by.
-        uniforms = uniform(seeds[:, None], positions, 1)
+        masked = canvas.masked[rows]
         chosen, tokens = self.apply_to_logits(
             partial(
                 unmask,
                 masked=masked,
                 num_masked=num_masked,
-                positions=positions,
-                order_seeds=random_bits(seeds, step),
+                positions=canvas.positions[rows],
+                order_seeds=random_bits(seeds[rows], step),
                 config=config,
-                uniforms=uniforms,
+                uniforms=uniforms[rows],
                 steps_left=None if config.num_steps is None else config.num_steps - step,
             ),
             *(canvas, rows, masked, num_masked, config, logits_processor, step),

@@ -57,14 +57,14 @@ def commit_ranks(scores: torch.Tensor, eligible: torch.Tensor) -> torch.Tensor:
     """Rank the eligible positions of each row by descending score, from 0; ties keep their order.
 
     Args:
-        scores: (B, L), any value where not eligible.
+        scores: (B, L), any value where not eligible; elsewhere above -inf, and of 64 random bits not the lowest number.
         eligible: (B, L) bool.
 
     Returns:
         (B, L) int64, a permutation of 0..L-1 a row, the eligible positions first.
     """
-    order = scores.argsort(dim=-1, descending=True, stable=True)
-    order = order.gather(-1, eligible.gather(-1, order).int().argsort(dim=-1, descending=True, stable=True))
+    lowest = -torch.inf if scores.is_floating_point() else torch.iinfo(scores.dtype).min
+    order = scores.masked_fill(~eligible, lowest).argsort(dim=-1, descending=True, stable=True)
     places = torch.arange(scores.shape[-1], device=scores.device).expand_as(order)
     return torch.empty_like(order).scatter_(-1, order, places)
 
