@@ -141,7 +141,7 @@ class MDLMGenerationMixin(MaskedGenerationMixin):
                 masked=eligible,
                 num_masked=num_eligible,
                 positions=positions,
-                order_seeds=random_bits(seeds, step),
+                order_seeds=random_bits(seeds, step) if config.order == "random" else seeds,
                 config=config,
                 uniforms=uniform(seeds[:, None], step, positions, _TOKEN),
                 steps_left=steps_left,

@@ -100,7 +100,7 @@ class MLMGenerationMixin(MaskedGenerationMixin):
                 masked=masked,
                 num_masked=num_masked,
                 positions=canvas.positions[rows],
-                order_seeds=random_bits(seeds[rows], step),
+                order_seeds=random_bits(seeds[rows], step) if config.order == "random" else seeds[rows],
                 config=config,
                 uniforms=uniforms[rows],
                 steps_left=None if config.num_steps is None else config.num_steps - step,

@@ -96,10 +96,10 @@ class LogitsOnDemand:
                 "margin", p1 - p2, the largest less the second largest; "entropy", -sum p log p, in nats.
         """
         size = _BLOCK_SIZES.get(self.hidden_states.device.type, _BLOCK_SIZE)
-        num_rows = max(size // self[:1].shape[-1], _BLOCK_ROWS if is_linear(self.head) else 1)
+        head, x = self.head, self.hidden_states
+        num_rows = max(size // len(head.weight), _BLOCK_ROWS) if is_linear(head) else max(1, size // self[:1].shape[-1])
         # Even parts: a product with the few rows that are left over would cost a reading of all weights.
-        parts = self.hidden_states.chunk(max(1, len(self.hidden_states) // num_rows))
-        return torch.cat([_statistic(name, self._blocks(x, size)) for x in parts])
+        return torch.cat([_statistic(name, self._blocks(part, size)) for part in x.chunk(max(1, len(x) // num_rows))])
 
     def _blocks(self, x: torch.Tensor, size: int) -> Iterator[torch.Tensor]:
         """The logits of hidden states x for one part of the vocabulary after the other, each where the last was."""
