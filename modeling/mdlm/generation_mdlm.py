@@ -123,10 +123,11 @@ class MDLMGenerationMixin(MaskedGenerationMixin):
     def _rule_step(self, process: "_Process", logits_processor, step: int) -> bool:
         """One forward pass over the rows that are not done, after which a rule says what is written; False if none."""
         canvas, config, eligible = process.canvas, process.config, process.eligible()
-        rows, num_eligible, _ = shape_of_call(process.is_open(), eligible)
+        is_open = process.is_open()
+        rows, num_eligible, _ = shape_of_call(is_open, eligible)
         if num_eligible == 0:
             return False
-        canvas.nfe += process.is_open()
+        canvas.nfe += is_open
         # The rules have no time of their own: the network is told the share that is masked.
         alpha = (1 - canvas.masked.sum(dim=-1).double() / process.sizes)[rows].float()
         eligible, positions, seeds = eligible[rows], canvas.positions[rows], process.seeds[rows]
@@ -220,7 +221,7 @@ class _Process:
         return self.block <= self.last
 
     def in_block(self) -> torch.Tensor:
-        """The places (B, L) of the blocks that the rows are at."""
+        """The places (B, L) of the blocks that the rows are at; none of a row that is done."""
         return self.blocks == torch.where(self.is_open(), self.block, -2)[:, None]
 
     def eligible(self) -> torch.Tensor:
