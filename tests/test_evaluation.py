@@ -241,6 +241,10 @@ SAMPLES = {"name": "samples", "num_samples": 4, "collator": "lm_prediction", "ge
             "'generative_perplexity' of 'samples' needs the option eval_m",
         ),
         (
+            {**SAMPLES, "metrics": [{"name": "generative_perplexity", "eval_model": "no/such"}]},
+            "eval_model 'no/such' is no folder or Hub id of a model with its tokenizer",
+        ),
+        (
             {**SAMPLES, "metrics": ["exact_match"]},
             "needs references and gets predictions, prompts; a split gives references",
         ),

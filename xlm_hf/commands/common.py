@@ -291,6 +291,7 @@ def _build_metrics(entry: dict[str, Any]) -> list[Any]:
         if missing := [name for name in required if isinstance(spec, str) or name not in spec]:
             raise ValueError(f"{where} needs the option {missing[0]}: add it beside its name.")
         if all(spec[name] is not None for name in required):
+            getattr(metric, "check", dict)()
             metrics.append(metric)
     return metrics
 

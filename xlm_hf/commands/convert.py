@@ -31,9 +31,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("checkpoint", help="a Lightning .ckpt, or a folder or Hub id with a model.safetensors")
     parser.add_argument("output", help="the folder to write")
     parser.add_argument("--family", help="needed where the tensors fit several")
-    parser.add_argument(
-        "--config", type=Path, help="JSON of the constructor arguments (config.json beside the weights)"
-    )
+    parser.add_argument("--config", type=Path, help="JSON of constructor arguments (config.json beside the weights)")
     parser.add_argument("--raw", action="store_true", help="the weights themselves, where averages are held too")
     parser.add_argument("--tokenizer", help=f"a folder or Hub id, or {_NUMBERS!r}: special tokens and numbers")
     options = parser.parse_args(arguments)

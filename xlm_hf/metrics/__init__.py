@@ -19,7 +19,8 @@ def load_metric(metric: str | Mapping[str, Any], /, **options: Any) -> Evaluatio
     """Load a metric; `metric.features` says which inputs its `compute` wants.
 
     A metric that is a mean over examples may have a method `per_example`, with the arguments of `compute`, that returns
-    the values of each: they are written beside the predictions, and give a standard error.
+    the values of each: they are written beside the predictions, and give a standard error. A method `check`, given the
+    options, is called before a run begins, and raises ValueError for what `compute` would fail at.
 
     Args:
         metric: the name of a shipped metric (a folder of `xlm_hf/metrics`); or the path of a metric's folder or .py
@@ -44,7 +45,7 @@ def load_metric(metric: str | Mapping[str, Any], /, **options: Any) -> Evaluatio
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         known = [name for name in parameters if name not in module.features]
         check_options(f"Metric {label!r}", options, known)
-    for method in ("compute", "per_example"):
+    for method in ("compute", "per_example", "check"):
         if hasattr(module, method):
             setattr(module, method, functools.partial(getattr(module, method), **options))
     return module

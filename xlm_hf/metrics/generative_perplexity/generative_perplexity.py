@@ -9,8 +9,6 @@ import evaluate
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-FIRST_TOKENS = ("unscored", "after_bos")
-
 
 class GenerativePerplexity(evaluate.Metric):
     """generative_nll = sum of -ln p(x_i | x_<i) over all scored tokens / their number, p being another model.
@@ -39,10 +37,14 @@ class GenerativePerplexity(evaluate.Metric):
         features = datasets.Features({"predictions": datasets.Value("string")})
         return evaluate.MetricInfo(description=__doc__, citation="", inputs_description=self.__doc__, features=features)
 
+    def check(self, eval_model, eval_tokenizer=None, **_):
+        """Raise ValueError if there is no such judge, before anything has been written that it should score."""
+        _load(AutoTokenizer, eval_model if eval_tokenizer is None else eval_tokenizer)
+
     def _compute(
         self, predictions, eval_model, eval_tokenizer=None, first_token="unscored", batch_size=8, max_length=1024
     ):
-        if first_token not in FIRST_TOKENS:
+        if first_token not in ("unscored", "after_bos"):
             raise ValueError(f"unknown first_token {first_token!r}: choose 'unscored' or 'after_bos'.")
         model = _load(AutoModelForCausalLM, eval_model).eval()
         tokenizer = _load(AutoTokenizer, eval_model if eval_tokenizer is None else eval_tokenizer)
