@@ -8,7 +8,7 @@ from benchmarks.cases import FAMILIES
 from benchmarks.generation import Setting
 from benchmarks.measure import compare
 from benchmarks.reference.sampling import LADDERS
-from xlm_hf.modules.cross_entropy import CHUNK_SIZES
+from xlm_hf.objectives.head_operator import CHUNK_SIZES
 
 TRAINING = "16 x 128, vocabulary 30,522"
 GENERATION = [

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-import xlm_hf.modules.cross_entropy  # noqa: F401  (registers its operator)
+import xlm_hf.objectives.head_operator  # noqa: F401  (registers its operator)
 
 
 def _chunked_cross_entropy(hidden_states, weight, suppressed, targets, groups, dtype, wanted, **_) -> int:

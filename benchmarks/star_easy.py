@@ -25,8 +25,8 @@ import torch
 from hydra import compose, initialize_config_module
 from transformers import TrainerCallback
 
+from xlm_hf.building import build_model, build_task, build_trainer
 from xlm_hf.cli import open_override
-from xlm_hf.commands.common import build_model, build_task, build_trainer
 from xlm_hf.evaluation import EvaluationSet, run_evaluation_set
 from xlm_hf.metrics import load_metric
 

@@ -9,11 +9,11 @@ from accelerate import PartialState
 from datasets import Dataset
 from safetensors.torch import save_file
 
-from tests.test_trainer import evaluation_sets, make_trainer, weights
+from tests.training.test_trainer import evaluation_sets, make_trainer, weights
 from xlm_hf.evaluation import EvaluationSet, run_evaluation_set
 from xlm_hf.metrics import load_metric
 from xlm_hf.modeling.mdlm import MDLMLoss
-from xlm_hf.modules import cross_entropy
+from xlm_hf.objectives import head_operator
 from xlm_hf.testing import FamilyCase
 
 
@@ -34,7 +34,7 @@ def main(output_dir: Path, batch_size: int) -> None:
     trainer.model.config.attention_dropout = 0.0
     # Two ranks compute the vocabulary head in chunks within the wrapped model, one rank all logits at once.
     if PartialState().num_processes > 1:
-        cross_entropy.CHUNK_SIZES["cpu"] = 4 * trainer.model.config.vocab_size
+        head_operator.CHUNK_SIZES["cpu"] = 4 * trainer.model.config.vocab_size
     trainer.train()
     metrics = trainer.evaluate(metric_key_prefix="test")
     likelihood, samples = likelihood_and_samples()

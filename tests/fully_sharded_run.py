@@ -9,8 +9,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.testing import assert_close
 
-from xlm_hf.hub import families
-from xlm_hf.modules import cross_entropy
+from xlm_hf.families import families
+from xlm_hf.objectives import head_operator
 from xlm_hf.testing import FamilyCase
 
 
@@ -28,7 +28,7 @@ def check(family: str) -> None:
         fully_shard(layer, mesh=mesh)
     fully_shard(sharded, mesh=mesh)
     share = collate(examples[dist.get_rank() * 4 :][:4])
-    with patch.dict(cross_entropy.CHUNK_SIZES, cpu=4 * whole.config.vocab_size):
+    with patch.dict(head_operator.CHUNK_SIZES, cpu=4 * whole.config.vocab_size):
         # The gradients of the ranks are averaged, and the loss is their sum.
         (2 * loss(sharded, share).loss_sum / num_items).backward()
     for (name, expected), parameter in zip(whole.named_parameters(), sharded.parameters(), strict=True):

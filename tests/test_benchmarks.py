@@ -9,7 +9,7 @@ from benchmarks import gpu, operations, tables, training
 from benchmarks.cases import FAMILIES, build_collator, build_model, end_at_given_lengths, family_class, random_examples
 from benchmarks.reference.losses import LOSSES
 from benchmarks.reference.sampling import LADDERS, SAMPLERS
-from xlm_hf.modules.cross_entropy import CHUNK_SIZES
+from xlm_hf.objectives.head_operator import CHUNK_SIZES
 
 VOCABULARY, BLOCK = 50, 20
 PROMPTS = {"ilm": [1, 20, 4], "arlm": [20, 21, 4], "mlm": [20, 4], "mdlm": [20, 4]}

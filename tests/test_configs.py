@@ -9,7 +9,7 @@ from datasets import Dataset
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
-from xlm_hf.commands.common import build_model, build_task, build_trainer
+from xlm_hf.building import build_model, build_task, build_trainer
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 GROUPS = {

@@ -104,4 +104,4 @@ def test_the_site_is_built_without_a_warning(tmp_path):
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     reference = (tmp_path / "site" / "reference" / "core" / "index.html").read_text()
-    assert 'id="xlm_hf.trainer.XLMTrainer.compute_loss"' in reference
+    assert 'id="xlm_hf.training.trainer.XLMTrainer.compute_loss"' in reference

@@ -11,10 +11,10 @@ import pytest
 from omegaconf import OmegaConf
 
 from tests.metrics.test_metrics import save_judge, slow_entropy, slow_generative_perplexity
+from xlm_hf.building import build_evaluation_sets, build_trainer
 from xlm_hf.cli import main
-from xlm_hf.commands.common import build_evaluation_sets, build_trainer
 from xlm_hf.evaluation import RECORD_FIELDS, EvaluationSet, likelihood_metrics, run_evaluation_set
-from xlm_hf.hub import families
+from xlm_hf.families import families
 from xlm_hf.modeling.mdlm import MDLMLoss
 from xlm_hf.tasks import Task, load_task
 from xlm_hf.testing import FamilyCase

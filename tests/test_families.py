@@ -2,7 +2,7 @@
 
 import pytest
 
-from xlm_hf.hub import families
+from xlm_hf.families import families
 from xlm_hf.testing import CHECKS, FamilyCase
 
 

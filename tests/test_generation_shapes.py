@@ -6,7 +6,7 @@ from torch._dynamo.testing import CompileCounter
 from transformers import GenerationMixin
 
 from tests.host_reads import HostReads, as_on_an_accelerator
-from xlm_hf.hub import families
+from xlm_hf.families import families
 from xlm_hf.testing import FamilyCase
 
 # Those whose loop is transformers' own make a step as transformers does.

@@ -10,19 +10,19 @@ import pkgutil
 import warnings
 from pathlib import Path
 
-from .hub import register_family
+from .families import register_family
 
 __version__ = "0.1.0"
 
 _LAZY = {
-    "XLMTrainer": "trainer",
-    "XLMTrainingArguments": "arguments",
-    "LossOutput": "modules.loss_output",
+    "XLMTrainer": "training.trainer",
+    "XLMTrainingArguments": "training.arguments",
+    "LossOutput": "objectives.loss_output",
     "EvaluationSet": "evaluation",
     "load_task": "tasks",
     "load_metric": "metrics",
-    "export_model": "hub",
-    "convert_checkpoint": "conversion",
+    "export_model": "hub.export",
+    "convert_checkpoint": "hub.conversion",
 }
 __all__ = ["__version__", "register_family", *_LAZY]
 

@@ -24,12 +24,12 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 import xlm_hf.commands
-from xlm_hf.checkpoints import write_text
-from xlm_hf.commands.common import open_override
-from xlm_hf.debugging import apply_debug_options
+from xlm_hf.building import open_override
+from xlm_hf.files import write_text
 from xlm_hf.modules.messages import did_you_mean
-from xlm_hf.signals import TrainingStopped
-from xlm_hf.sweeps import ERROR_FILE
+from xlm_hf.reports.sweeps import ERROR_FILE
+from xlm_hf.training.debugging import apply_debug_options
+from xlm_hf.training.signals import TrainingStopped
 
 # Commands with arguments of their own, `xlm-hf NAME ...`, beside the jobs of a config.
 _TOOLS = ("scaffold", "convert")
@@ -103,7 +103,7 @@ def _run(cfg: DictConfig) -> None:
     if cfg.num_threads is not None:
         torch.set_num_threads(cfg.num_threads)
     modules = pkgutil.iter_modules(xlm_hf.commands.__path__)
-    jobs = sorted(module.name for module in modules if module.name not in ("common", *_TOOLS))
+    jobs = sorted(module.name for module in modules if module.name not in _TOOLS)
     if cfg.job not in jobs:
         raise ValueError(f"There is no job {cfg.job!r}: {did_you_mean(cfg.job, jobs)}")
     importlib.import_module(f"xlm_hf.commands.{cfg.job}").run(cfg)

@@ -20,11 +20,12 @@ import torch
 from hydra import compose, initialize_config_module
 from transformers import AutoModel, TrainerCallback
 
-from xlm_hf.checkpoints import last_sound_checkpoint
-from xlm_hf.commands.common import build_collator, build_model, build_task, build_trainer
-from xlm_hf.hub import export_model
-from xlm_hf.modules import cross_entropy, devices
+from xlm_hf.building import build_collator, build_model, build_task, build_trainer
+from xlm_hf.hub.export import export_model
+from xlm_hf.modules import devices
 from xlm_hf.modules.rotary_transformer import take
+from xlm_hf.objectives import head_operator
+from xlm_hf.training.checkpoints import last_sound_checkpoint
 
 _FEW = ["task.num_train=40", "task.num_validation=4", "task.num_test=8", "size=tiny"]
 _SHORT = [
@@ -178,7 +179,7 @@ def check_ways_to_compute(case: FamilyCase, tmp_path: Path) -> None:
 
     with mock.patch.object(model.base_model, "forward", everywhere):
         assert_close(loss_and_gradients(model, loss, batch), expected)
-    with mock.patch.dict(cross_entropy.CHUNK_SIZES, cpu=4 * model.config.vocab_size):
+    with mock.patch.dict(head_operator.CHUNK_SIZES, cpu=4 * model.config.vocab_size):
         assert_close(loss_and_gradients(model, loss, batch), expected)
     compiled = torch.compile(loss.__call__, fullgraph=True, backend="aot_eager")
     assert_close(loss_and_gradients(model, compiled, batch), expected)

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from xlm_hf.modules.collation import Collator, Documents, Rows, parts, runs, starts_of
+from xlm_hf.objectives.collation import Collator, Documents, Rows, parts, runs, starts_of
 
 
 class _ARLMCollator(Collator):

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from xlm_hf.modules.published_weights import ROTARY_TRANSFORMER, Weights, model_options, renamed
+from xlm_hf.hub.published_weights import ROTARY_TRANSFORMER, Weights, model_options, renamed
 
 
 def from_xlm_core(weights: Mapping[str, torch.Tensor], arguments: Mapping[str, Any]) -> tuple[dict[str, Any], Weights]:

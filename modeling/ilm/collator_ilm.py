@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from xlm_hf.modules.collation import Collator, Documents, Rows, parts, smallest, starts_of
+from xlm_hf.objectives.collation import Collator, Documents, Rows, parts, smallest, starts_of
 
 
 class _ILMCollator(Collator):

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from xlm_hf.modules.published_weights import ROTARY_TRANSFORMER, Weights, model_options, renamed
+from xlm_hf.hub.published_weights import ROTARY_TRANSFORMER, Weights, model_options, renamed
 
 STOPPING_HEAD = {
     r"length_output_layer\.norm_final": "stop_head.norm",

@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from xlm_hf.modules.collation import Collator, Documents, Rows, parts, ragged, smallest
 from xlm_hf.modules.counter_random import unit_interval
 from xlm_hf.modules.messages import did_you_mean
 from xlm_hf.modules.noise_schedules import NOISE_SCHEDULES
+from xlm_hf.objectives.collation import Collator, Documents, Rows, parts, ragged, smallest
 
 MASKINGS = ("exact", "bernoulli")
 _EXTRAS = "its special ones and its canvas"

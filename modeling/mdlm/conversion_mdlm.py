@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from xlm_hf.hub.published_weights import HEADS, LAYERS, Weights, model_options, renamed
 from xlm_hf.modules.messages import did_you_mean
-from xlm_hf.modules.published_weights import HEADS, LAYERS, Weights, model_options, renamed
 
 _TIME = {r"sigma_map\.mlp\.0": "model.time_embedding.up_proj", r"sigma_map\.mlp\.2": "model.time_embedding.down_proj"}
 _NORM = {r"output_layer\.norm_final": "model.final_norm.norm"}

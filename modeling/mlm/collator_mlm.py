@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from xlm_hf.modules.collation import Collator, Documents, Rows, ragged
 from xlm_hf.modules.counter_random import unit_interval
+from xlm_hf.objectives.collation import Collator, Documents, Rows, ragged
 
 _EXTRAS = "its special tokens and padding content"
 

@@ -5,8 +5,8 @@ from functools import partial
 import torch
 from torch import nn
 
-from xlm_hf.modules.cross_entropy import linear_cross_entropy
-from xlm_hf.modules.loss_output import LossOutput, model_inputs
+from xlm_hf.objectives.head_operator import linear_cross_entropy
+from xlm_hf.objectives.loss_output import LossOutput, model_inputs
 
 
 class MLMLoss:

@@ -22,7 +22,7 @@ from tests.modeling.mdlm_helpers import (
     random_order_law,
     slow_loss,
 )
-from tests.modules.test_collation import check_documents_of_a_row
+from tests.objectives.test_collation import check_documents_of_a_row
 from xlm_hf.modeling.mdlm import MDLMCollatorForLanguageModeling, MDLMCollatorForSeq2Seq, MDLMConfig, MDLMLoss
 from xlm_hf.testing import FamilyCase, check_packing
 

@@ -16,10 +16,11 @@ import pandas as pd
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from xlm_hf.checkpoints import list_checkpoints, write_text
-from xlm_hf.commands.common import is_open, open_override, plain, run_directory, say
-from xlm_hf.comparison import NOT_IN_TABLE, markdown_table, plot, summarise, write_tables
+from xlm_hf.building import is_open, open_override, plain, run_directory, say
+from xlm_hf.files import write_text
 from xlm_hf.modules.messages import check_options
+from xlm_hf.reports.comparison import NOT_IN_TABLE, markdown_table, plot, summarise, write_tables
+from xlm_hf.training.checkpoints import list_checkpoints
 
 _BUDGETS = {"steps": "trainer.max_steps", "tokens": "budget.tokens", "seconds": "budget.seconds"}
 # Of a run as such, not of its quality.

@@ -2,16 +2,8 @@
 
 from omegaconf import DictConfig
 
-from xlm_hf.callbacks.progress import format_metrics
-from xlm_hf.commands.common import (
-    build_task,
-    build_trainer,
-    load_model,
-    next_command,
-    run_directory,
-    say,
-    write_results,
-)
+from xlm_hf.building import build_task, build_trainer, load_model, next_command, run_directory, say, write_results
+from xlm_hf.training.callbacks.progress import format_metrics
 
 
 def run(cfg: DictConfig) -> dict[str, float]:

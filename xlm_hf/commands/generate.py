@@ -9,8 +9,7 @@ from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import is_vision_available
 
-from xlm_hf.checkpoints import write_text
-from xlm_hf.commands.common import (
+from xlm_hf.building import (
     build_collator,
     build_task,
     load_model,
@@ -20,9 +19,10 @@ from xlm_hf.commands.common import (
     say,
     write_results,
 )
-from xlm_hf.decode_history import history_html, save_gif
 from xlm_hf.evaluation import check_blanks, decode_records
-from xlm_hf.streamers import BatchDiffusionStreamer, DraftRecorder
+from xlm_hf.files import write_text
+from xlm_hf.reports.decode_page import history_html, save_gif
+from xlm_hf.reports.streamers import BatchDiffusionStreamer, DraftRecorder
 
 
 def run(cfg: DictConfig) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from collections.abc import Sized
 
 from omegaconf import DictConfig
 
-from xlm_hf.commands.common import build_task, next_command, say
+from xlm_hf.building import build_task, next_command, say
 from xlm_hf.data import Mixture
 
 

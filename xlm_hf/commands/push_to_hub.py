@@ -8,10 +8,10 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig
 
-from xlm_hf.checkpoints import resolve_checkpoint
-from xlm_hf.commands.common import card_variables, load_model, load_tokenizer, say
-from xlm_hf.hub import export_model
-from xlm_hf.pushing import push_folder
+from xlm_hf.building import card_variables, load_model, load_tokenizer, say
+from xlm_hf.hub.export import export_model
+from xlm_hf.hub.upload import push_folder
+from xlm_hf.training.checkpoints import resolve_checkpoint
 
 
 def run(cfg: DictConfig) -> str:

@@ -7,9 +7,9 @@ import re
 from importlib import resources
 from pathlib import Path
 
-from xlm_hf.checkpoints import replaced_folder
-from xlm_hf.commands.common import say
-from xlm_hf.hub import families
+from xlm_hf.building import say
+from xlm_hf.families import families
+from xlm_hf.files import replaced_folder
 from xlm_hf.modules.messages import did_you_mean
 
 

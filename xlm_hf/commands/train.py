@@ -6,10 +6,7 @@ from pathlib import Path
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from xlm_hf.callbacks.budget import saved_seconds
-from xlm_hf.callbacks.progress import format_metrics
-from xlm_hf.checkpoints import last_sound_checkpoint, write_text
-from xlm_hf.commands.common import (
+from xlm_hf.building import (
     build_model,
     build_task,
     build_trainer,
@@ -20,8 +17,12 @@ from xlm_hf.commands.common import (
     say,
     write_results,
 )
-from xlm_hf.debugging import FrozenBatch, describe_batch, first_examples
-from xlm_hf.hub import export_model
+from xlm_hf.files import write_text
+from xlm_hf.hub.export import export_model
+from xlm_hf.training.callbacks.budget import saved_seconds
+from xlm_hf.training.callbacks.progress import format_metrics
+from xlm_hf.training.checkpoints import last_sound_checkpoint
+from xlm_hf.training.debugging import FrozenBatch, describe_batch, first_examples
 
 # What makes two runs different runs; the rest (steps, logging, generation) may change when a run is resumed.
 _IDENTITY = ("family", "task", "model", "loss", "collators", "train_collator", "seed")

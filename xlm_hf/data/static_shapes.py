@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from xlm_hf.modules.cross_entropy import IGNORED_ID
+from xlm_hf.objectives.head_operator import IGNORED_ID
 
 # What batches hold for each position with a loss or each slot, of which there are at most as many as tokens.
 _OF_POSITIONS = {"logits_index", "target_index", "target_ids", "target_documents", "target_slots"}

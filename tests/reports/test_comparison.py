@@ -1,0 +1,177 @@
+"""A comparison as a person runs it: killed, resumed, changed, and with a run that fails."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from xlm_hf.cli import main
+from xlm_hf.reports import comparison
+
+SCRIPT = str(Path(__file__).parents[2] / "examples" / "run_xlm.py")
+CONFIG = """
+defaults: [compare, _self_]
+budget: {steps: 4}
+families:
+  ilm: [train_collator.drop_beta=2]
+  diffusion: [--config-name=mdlm_star]
+tasks: {star: [task=star_easy, task.num_train=40, task.num_validation=4, task.num_test=6]}
+seeds: [0, 1]
+nfe_sweep: {diffusion: [[generation.confidence_threshold=null, generation.num_steps=2]]}
+overrides: [trainer.eval_steps=2]
+quality: [loss, exact_match]
+parallel: 2
+"""
+CELLS = ["diffusion_star_0", "diffusion_star_1", "ilm_star_0", "ilm_star_1"]
+
+
+def compare(folder, *overrides):
+    return [SCRIPT, f"--config-dir={folder}", "--config-name=mine", "size=tiny", "output_dir=out", *overrides]
+
+
+def call(folder, monkeypatch, capsys, *overrides):
+    """Run a comparison in this process; what it printed, and the sentence in which it ended or None."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", compare(folder, *overrides))
+    sentence = None
+    try:
+        main()
+    except SystemExit as stopped:
+        sentence = stopped.code
+    return capsys.readouterr().out, sentence
+
+
+def metrics_of(folder):
+    return {file.parent.name: json.loads(file.read_text()) for file in folder.glob("out/*/metrics.json")}
+
+
+def test_a_comparison_is_killed_resumed_changed_and_extended(tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine.yaml").write_text(CONFIG)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, *compare(tmp_path)], cwd=tmp_path, env=environment, start_new_session=True
+    )
+    deadline = time.monotonic() + 120
+    while not metrics_of(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    before = {name: (tmp_path / "out" / name / "metrics.json").stat().st_mtime_ns for name in metrics_of(tmp_path)}
+    assert 0 < len(before) < 4
+    assert not (tmp_path / "out" / "results.csv").exists()
+
+    printed, sentence = call(tmp_path, monkeypatch, capsys)
+    assert sentence is None, printed
+    assert f"4 runs, {len(before)} of them done" in printed
+    metrics = metrics_of(tmp_path)
+    assert sorted(metrics) == CELLS
+    for name, written in before.items():
+        assert (tmp_path / "out" / name / "metrics.json").stat().st_mtime_ns == written
+    _check_tables(tmp_path / "out", metrics)
+
+    _, sentence = call(tmp_path, monkeypatch, capsys, "trainer.learning_rate=0.1")
+    assert re.fullmatch(r"Error: \S+ was run with trainer.learning_rate=0.001 and not 0.1: .*", sentence)
+    _, sentence = call(tmp_path, monkeypatch, capsys, "budget.steps=5")
+    assert "was run with trainer.max_steps=4 and not 5" in sentence
+    _, sentence = call(tmp_path, monkeypatch, capsys, "eval_model=./judge")
+    assert "was run with eval_model=None and not ./judge" in sentence
+
+    (tmp_path / "out" / "results.csv").unlink()
+    printed, sentence = call(
+        tmp_path, monkeypatch, capsys, "families.broken=['family=mlm','model.hidden_size=33']", "seeds=[1]"
+    )
+    assert sentence.startswith("Error: 1 of the runs failed (broken_star_1)")
+    assert "broken_star_1: failed with exit status 1" in printed
+    assert "Error: hidden_size (33) must be a multiple of num_attention_heads (2)" in printed
+    with (tmp_path / "out" / "results.csv").open() as file:
+        assert sorted(row["family"] for row in csv.DictReader(file)) == ["diffusion", "ilm"]
+
+
+def _check_tables(out, metrics):
+    with (out / "results.csv").open() as file:
+        rows = {f"{row['family']}_{row['task']}_{row['seed']}": row for row in csv.DictReader(file)}
+    assert sorted(rows) == CELLS
+    for name, row in rows.items():
+        assert {key: float(row[key]) for key in metrics[name]} == metrics[name]
+        assert metrics[name]["steps"] == 4
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (out / "results.md").read_text().splitlines()]
+    columns = next(line for line in table if "family" in line)
+    for family in ("ilm", "diffusion"):
+        first, second = (metrics[f"{family}_star_{seed}"]["test/loss"] for seed in (0, 1))
+        mean, deviation = (first + second) / 2, abs(first - second) / 2**0.5
+        line = next(line for line in table if line[:1] == [family])
+        assert line[columns.index("test/loss")] == f"{mean:.4g} ± {deviation:.2g}"
+        assert line[columns.index("steps")] == "4"
+    with (out / "results_nfe.csv").open() as file:
+        points = [(row["family"], row["options"], float(row["test/nfe"])) for row in csv.DictReader(file)]
+    assert sorted(points)[:2] == [("diffusion", "num_steps=2", 2.0)] * 2
+    for name in ("quality_steps.png", "quality_nfe.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["budget.tokens=7"], "A comparison has one budget of steps, tokens, seconds, and this one has 2."),
+        (["seeds=[]"], "There is nothing to compare"),
+        (["nfe_sweep.difusion=[]"], "nfe_sweep has no option 'difusion': did you mean 'diffusion'?"),
+        (["size=tinyy"], "There is no size 'tinyy': did you mean 'tiny'?"),
+        (["families.x=[]"], "There is no family 'x'"),
+        (["tasks.star_esy=[]"], "There is no task 'star_esy': did you mean 'star_easy'?"),
+        (["overrides=['sed=1']"], "There is no option 'sed': did you mean 'seed'?"),
+    ],
+)
+def test_a_mistake_is_found_before_anything_runs(overrides, sentence, tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine.yaml").write_text(CONFIG)
+    _, found = call(tmp_path, monkeypatch, capsys, *overrides)
+    assert sentence in found
+    assert "\n" not in found
+    assert [file.name for file in (tmp_path / "out").glob("*")] in ([], ["train.log"])
+
+
+def test_the_recipe_for_star_graphs_is_four_families_and_three_seeds(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    # Composes everything, and starts a program that does nothing in place of each training.
+    arguments = ["--config-name=compare_star", "output_dir=out", "launcher=['true']", "++task.num_train=9"]
+    monkeypatch.setattr(sys, "argv", [SCRIPT, *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code.startswith("Error: 12 of the runs failed (ilm_star_easy_0, ilm_star_easy_1, ilm_star_")
+    assert len(list((tmp_path / "out").glob("*/console.log"))) == 12
+
+
+def test_summaries_meet_a_computation_by_hand():
+    runs = pd.DataFrame(
+        [
+            {"family": "b", "task": "x", "m": 1.0, "n": 5000},
+            {"family": "b", "task": "x", "m": 2.0, "n": 5000},
+            {"family": "b", "task": "x", "m": 4.5, "n": 5000},
+            {"family": "a", "task": "x", "m": 7.0},
+            {"family": "a", "task": "y", "m": 8.0, "n": 1},
+        ]
+    )
+    # (1 + 2 + 4.5) / 3 = 2.5; ((1.5² + 0.5² + 2²) / 2)^½ = 3.25^½ = 1.8
+    table = comparison.markdown_table(comparison.summarise(runs, ["family"], ["m", "n"]))
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    rows = {line[0]: dict(zip(lines[0], line, strict=True)) for line in lines[2:]}
+    assert rows == {
+        "b": {"family": "b", "x m": "2.5 ± 1.8", "y m": "-", "x n": "5,000", "y n": "-"},
+        "a": {"family": "a", "x m": "7", "y m": "8", "x n": "-", "y n": "1"},
+    }
+    assert "| 2.5 ± 1.8 |" in comparison.markdown_table(comparison.summarise(runs[:3], ["family"], ["m"]))
+
+
+def test_without_matplotlib_the_rest_is_written_and_a_sentence_says_how_to_get_it(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    points = pd.DataFrame([{"family": "a", "task": "x", "step": 1, "m": 2.0}])
+    comparison.plot(tmp_path / "a.png", points, "step", "step", ["m"])
+    assert not list(tmp_path.iterdir())
+    assert 'pip install "xlm-hf[plots]"' in caplog.text

@@ -1,0 +1,110 @@
+"""Training steps under torch.compile: no graph breaks, and no compilation after the first batches."""
+
+import shutil
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
+
+from xlm_hf.data.static_shapes import StaticShapes
+from xlm_hf.families import families
+from xlm_hf.testing import FamilyCase, assert_close, loss_and_gradients
+
+# Examples of which each batch is made, by number: prompts and targets get shorter from one to the next.
+BATCHES = [[0, 1, 2, 3], [2, 3, 4, 5], [5, 0, 1, 4], [3, 3, 3, 3], [0, 0, 0, 0], [5, 5, 5, 5]]
+LENGTH = 44
+
+
+def batches(case, collator):
+    examples = case.examples()
+    for epoch, numbers in enumerate(BATCHES):
+        yield collator(
+            [
+                {**examples[number], "epoch": epoch, "example_id": 10 * epoch + place, "position": 4 * epoch + place}
+                for place, number in enumerate(numbers)
+            ]
+        )
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("family", families())
+def test_batches_of_one_shape_share_one_graph_and_have_the_gradients_of_the_others(family, tmp_path):
+    case, graphs = FamilyCase(family), CompileCounterWithBackend("aot_eager")
+    model, loss = case.model(), case.trainer(tmp_path).loss
+    collator, compiled = case.collator("seq2seq", model), torch.compile(model, fullgraph=True, backend=graphs)
+    shapes = set()
+    for plain, static in zip(batches(case, collator), batches(case, StaticShapes(collator, LENGTH)), strict=True):
+        shapes.add(tuple((name, tuple(x.shape)) for name, x in static.items()))
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            results = loss_and_gradients(compiled, loss, static)
+        assert_close(results, loss_and_gradients(model, loss, plain))
+    assert len(shapes) == graphs.frame_count == 1
+
+
+@pytest.mark.parametrize("family", families())
+def test_packed_batches_of_many_shapes_share_the_graphs_of_the_first_three(family, tmp_path):
+    case = FamilyCase(family)
+    model, loss = case.model(), case.trainer(tmp_path).loss
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for number, batch in enumerate(batches(case, case.collator("lm", model, packing=True))):
+        with torch._dynamo.config.patch(error_on_recompile=number >= 3):
+            loss_sum = loss(compiled, batch).loss_sum
+        torch.testing.assert_close(loss_sum, loss(model, batch).loss_sum, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the default compiler of a CPU needs g++")
+@pytest.mark.parametrize("family", ["mlm", *(pytest.param(name, marks=pytest.mark.slow) for name in families())])
+def test_the_default_compiler_gives_the_gradients_of_every_shape(family, tmp_path):
+    case = FamilyCase(family)
+    model, loss = case.model(), case.trainer(tmp_path).loss
+    compiled = torch.compile(model)
+    for batch in batches(case, case.collator("seq2seq", model)):
+        assert_close(loss_and_gradients(compiled, loss, batch), loss_and_gradients(model, loss, batch))
+
+
+@pytest.mark.parametrize("family", families())
+def test_decodes_of_every_shape_share_two_graphs_and_write_the_same(family):
+    case = FamilyCase(family, "generation.max_new_tokens=8")
+    model = case.model()
+    prompts = [case.collator("seq2seq_prediction", model)(case.examples()[:number]) for number in (6, 3, 5)]
+    for prompt in prompts:
+        del prompt["example_id"]
+
+    def written():
+        return [model.generate(**prompt, seed=3, do_sample=True).sequences.tolist() for prompt in prompts]
+
+    expected = written()
+    model.model.compile(dynamic=True, fullgraph=True, backend="aot_eager")
+    counters.clear()
+    assert written() == expected
+    # One for several rows, and one for the last row that is left.
+    assert 1 <= counters["stats"]["unique_graphs"] <= 2
+
+
+def test_a_row_that_is_too_long_is_refused():
+    case = FamilyCase(min(families()))
+    plain = case.collator("seq2seq", case.model())
+    with pytest.raises(ValueError, match=r"trainer.static_length is 12 and a row needs \d+: raise it"):
+        StaticShapes(plain, 12)(case.examples())
+
+
+def test_more_targets_than_places_are_refused_and_not_cut_off():
+    batch = {"input_ids": torch.zeros(2, 3, dtype=torch.long), "target_ids": torch.zeros(11, dtype=torch.long)}
+    with pytest.raises(ValueError, match="static_length is 5 and a row needs 6"):
+        StaticShapes(lambda examples: batch, 5)([])
+
+
+def test_the_trainer_pads_its_batches_and_compiles_a_step_once(tmp_path):
+    options = ("trainer.torch_compile=true", "+trainer.torch_compile_backend=aot_eager")
+    trainer = FamilyCase("mlm", *options, f"trainer.static_length={LENGTH}").trainer(tmp_path)
+    assert {batch["input_ids"].shape for batch in trainer.get_train_dataloader()} == {(4, LENGTH)}
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        trainer.train()
+    assert trainer.state.global_step == 6

@@ -1,0 +1,59 @@
+"""Files and folders that are whole or not there: written beside their final position and renamed."""
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+INCOMPLETE_SUFFIX = ".incomplete"
+
+
+@contextlib.contextmanager
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """Write a folder beside its final place and move it there once it is complete.
+
+    Yields the temporary folder to write into, which is removed if the block raises; an earlier `folder` is kept until
+    the new one is complete. Raises OSError, one sentence with the cause and the remedy, if writing failed.
+    """
+    staging = folder.with_name(folder.name + INCOMPLETE_SUFFIX)
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+        previous = folder.with_name(folder.name + ".previous")
+        if folder.exists():
+            folder.rename(previous)
+        staging.rename(folder)
+        shutil.rmtree(previous, ignore_errors=True)
+    except Exception as error:
+        if not _is_failed_write(error):
+            raise
+        full = shutil.disk_usage(staging.parent).free < 2**20
+        cause = os.strerror(errno.ENOSPC) if full else str(error).strip().splitlines()[0]
+        raise OSError(
+            f"{folder} could not be written ({cause}); what was saved before is intact: free disk space or name "
+            "another folder, and start the same command again."
+        ) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _is_failed_write(error: Exception) -> bool:
+    # torch, safetensors and tokenizers report a full disk as errors of their own kinds.
+    signs = ("inline_container", "PytorchStreamWriter", os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
+    return isinstance(error, (OSError, SafetensorError)) or any(sign in str(error) for sign in signs)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a text file beside its final place and rename it, so that a reader never sees half of it."""
+    staging = file.with_name(file.name + INCOMPLETE_SUFFIX)
+    try:
+        staging.write_text(text, encoding="utf-8")
+        staging.replace(file)
+    except OSError:
+        staging.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,140 @@
+"""Checkpoints of other projects, by the converters that the families register: read, translated, loaded.
+
+A checkpoint is data from outside. Only tensors and plain values are read from it; nothing that it names is imported or
+called.
+"""
+
+import json
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+from xlm_hf.families import Family, families
+from xlm_hf.modules.messages import did_you_mean
+
+_PREFIXES = re.compile(r"^(model|backbone)\.(_orig_mod\.)?")
+
+
+class _Ignored:
+    """Stands where a checkpoint holds an object of another class; it keeps nothing and does nothing."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+def convert_checkpoint(
+    *,
+    family: str,
+    state_dict: Mapping[str, torch.Tensor],
+    config: Mapping[str, Any],
+    source: str = "xlm-core",
+    token_ids: Mapping[str, Any] | None = None,
+) -> PreTrainedModel:
+    """A model of `family` with the weights of a checkpoint of another project.
+
+    Args:
+        family: its `model_type`.
+        state_dict: the tensors under their published names, with or without the prefix `model.` or `backbone.`.
+        config: the arguments of the published model's constructor.
+        source: the project, one of the family's converters.
+        token_ids: options of the configuration that the tokenizer decides, such as `eos_token_id`.
+
+    Returns:
+        the model, in float32 and evaluation mode. Ids that its configuration suppresses are left out by `generate`.
+
+    Raises:
+        ValueError: for an unknown family or source, and for tensors or arguments that no such model has or that do not
+            fit together.
+    """
+    known = families()
+    if family not in known:
+        raise ValueError(f"There is no family {family!r}: {did_you_mean(family, known)}")
+    converters = known[family].converters
+    if source not in converters:
+        raise ValueError(f"Family {family!r} converts no {source!r}: {did_you_mean(source, converters)}")
+    options, weights = converters[source](_without_prefix(state_dict), config)
+    names = {option.name for option in fields(known[family].config_class)}
+    options |= {name: value for name, value in (token_ids or {}).items() if name in names}
+    return _loaded(known[family], options, weights)
+
+
+def _loaded(family: Family, options: dict[str, Any], weights: Mapping[str, torch.Tensor]) -> PreTrainedModel:
+    model: Any = family.model_class(family.config_class(**options))
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    for name in [*shapes, *found]:
+        if shapes.get(name) != found.get(name):
+            raise ValueError(
+                f"The checkpoint does not fit its config: {name} is {found.get(name, 'missing')} and should be "
+                f"{shapes.get(name, 'absent')}."
+            )
+    model.load_state_dict(weights)
+    ids = {name: getattr(model.config, name) for name in ("bos_token_id", "pad_token_id", "eos_token_id")}
+    model.generation_config = model.generation_config_class(suppress_tokens=model.config.never_written, **ids)
+    return model.eval()
+
+
+def _without_prefix(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of the model itself: a training module holds others, and duplicates of these, beside it."""
+    own = {_PREFIXES.sub("", name): tensor for name, tensor in weights.items() if _PREFIXES.match(name)}
+    return own or dict(weights)
+
+
+def read_checkpoint(source: str, ema: bool = True) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Tensors and constructor arguments of a published checkpoint.
+
+    Args:
+        source: a Lightning `.ckpt` file; or a folder, or the Hub id of one, of `model.safetensors` and `config.json`.
+        ema: take the averaged weights of a `.ckpt` that holds some.
+
+    Returns:
+        the tensors, without prefixes, and the `config.json` beside them, {} if there is none.
+
+    Raises:
+        ValueError: if there is nothing to read, or what is there cannot be read safely.
+    """
+    path = Path(source).expanduser()
+    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        path = Path(snapshot_download(source, allow_patterns=["model.safetensors", "config.json"]))
+    folder, weights = (path.parent, path) if path.is_file() else (path, path / "model.safetensors")
+    if not weights.is_file():
+        raise ValueError(
+            f"There is no checkpoint at {source}: name a Lightning .ckpt file, or a folder or Hub id with a "
+            "model.safetensors (a folder of shards of a distributed run is not read: consolidate it first)."
+        )
+    file = folder / "config.json"
+    config = json.loads(file.read_text()) if file.exists() else {}
+    return load_file(weights) if weights.suffix == ".safetensors" else _read_lightning(weights, ema), config
+
+
+def _read_lightning(file: Path, ema: bool) -> dict[str, torch.Tensor]:
+    try:
+        others = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+        # Objects of other classes, hyperparameters say, become empty ones of ours: nothing of theirs is imported.
+        with torch.serialization.safe_globals([(_Ignored, name) for name in others]):
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        weights = _without_prefix(content["state_dict"])
+    except (pickle.UnpicklingError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{file} is not a Lightning checkpoint, or cannot be read without running what it holds: save its "
+            "state_dict as safetensors where you trust it."
+        ) from error
+    if not ema or not content.get("ema"):
+        return weights
+    # The averages are a list in the order of the parameters, which is that of the state dict without its buffers.
+    names = [name for name in weights if not name.endswith(("inv_freq", "freqs"))]
+    averages = content["ema"]["shadow_params"]
+    if [weights[name].shape for name in names] != [average.shape for average in averages]:
+        raise ValueError(f"The averaged weights of {file} do not fit its parameters: take the raw ones, with --raw.")
+    return {**weights, **dict(zip(names, averages, strict=True))}

@@ -1,0 +1,1 @@
+"""What collators and losses share and no exported model needs: collation, the head operator, the output of a loss."""

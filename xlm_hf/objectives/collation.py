@@ -1,0 +1,283 @@
+"""What the collators of all families share: reading documents, placing them in rows, and the checks on both.
+
+An example holds one document or, with a column `segment_ids`, several. A collator corrupts each document by itself and
+then places what is left of them in rows: an example to a row, or with packing as many as fit. Everything is computed on
+flat arrays, the tokens of all documents one after the other, so nothing depends on how a batch is padded; in NumPy,
+whose small operations take a fraction of torch's time, and made tensors at the end.
+"""
+
+import math
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from xlm_hf.modules.counter_random import low_discrepancy, random_bits
+
+Examples = list[dict[str, Any]]
+Ids = Sequence[Sequence[int]]
+
+
+def ragged(rows: Ids) -> tuple[np.ndarray, np.ndarray]:
+    """Concatenate lists of ids: the values (sum of lengths,) and the lengths (B,), both int64."""
+    lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
+    return np.fromiter(chain.from_iterable(rows), dtype=np.int64, count=int(lengths.sum())), lengths
+
+
+def column(examples: Examples, name: str) -> np.ndarray:
+    """The integers `name` of all examples, (B,) int64."""
+    return np.fromiter((example[name] for example in examples), dtype=np.int64, count=len(examples))
+
+
+def starts_of(lengths: np.ndarray) -> np.ndarray:
+    """Where each part begins in the concatenation of parts of `lengths`."""
+    return lengths.cumsum() - lengths
+
+
+def parts(lengths: np.ndarray) -> np.ndarray:
+    """The number of its part, for every element of the concatenation of parts of `lengths`."""
+    return np.repeat(np.arange(len(lengths)), lengths)
+
+
+def runs(first: np.ndarray | int, lengths: np.ndarray) -> np.ndarray:
+    """Runs of consecutive integers, one after the other: `lengths` (D,) of them from `first` (D,) on."""
+    return np.repeat(first - starts_of(lengths), lengths) + np.arange(lengths.sum())
+
+
+def smallest(bits: np.ndarray, lengths: np.ndarray, num: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Choose the `num` smallest of the random `bits` of each part: uniformly random subsets of these sizes.
+
+    All parts are sorted at once, each key below the number of its part, for which the last of its 64 bits make room.
+
+    Args:
+        bits: (N,) uint64, of all parts one after the other.
+        lengths: (D,) of the parts.
+        num: (D,), at most `lengths`.
+
+    Returns:
+        (N,) bool, which are chosen; and (D,) uint64, the greatest of those of each part, without meaning where
+        none is.
+    """
+    room = np.uint64((len(lengths) - 1).bit_length())
+    keys = (bits >> room) | np.repeat(np.arange(len(lengths), dtype=np.uint64) << (np.uint64(64) - room), lengths)
+    ordered = np.sort(np.append(keys, np.uint64(2**64 - 1)))
+    end = starts_of(lengths) + num
+    return keys < np.repeat(ordered[end], lengths), ordered[end - 1] << room
+
+
+def tensors(**arrays: np.ndarray) -> dict[str, torch.Tensor]:
+    """The arrays as tensors, which share their memory."""
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+class Documents:
+    """The documents of a batch of examples.
+
+    Attributes:
+        prompt_ids, prompt_lengths: the prompts one after the other, and the length of each (D,).
+        target_ids, target_lengths: likewise what is modelled.
+        example: (D,) place of each document's example in the batch.
+        number: (D,) number of each document within its example.
+        example_id: (examples,) as given.
+        ends: (D,) 1 for a document with an end; 0 for one that goes on in another example, as the column `continues`
+            says of the last one of an example.
+        key: (D,) uint64, a function of (example_id, number of the document): what a corruption is drawn by.
+    """
+
+    def __init__(self, examples: Examples, prompts: Ids, targets: Ids):
+        self.examples = examples
+        self.prompt_ids, self.prompt_lengths = ragged(prompts)
+        self.target_ids, self.target_lengths = ragged(targets)
+        self.example = np.arange(len(examples))
+        self.number = np.zeros_like(self.example)
+        self.example_id = column(examples, "example_id")
+        self.ends = 1 - np.fromiter((e.get("continues", False) for e in examples), dtype=np.int64, count=len(examples))
+        self.key = self.example_id.view(np.uint64)
+        if any(example.get("segment_ids") is not None for example in examples):
+            self._split(targets)
+
+    def _split(self, targets: Ids) -> None:
+        """Cut the targets where their `segment_ids` change; a further document has no prompt."""
+        given = zip(self.examples, targets, strict=True)
+        segments, _ = ragged([e.get("segment_ids") or [0] * len(target) for e, target in given])
+        example = parts(self.target_lengths)
+        inside = np.flatnonzero((segments[1:] != segments[:-1]) & (example[1:] == example[:-1])) + 1
+        starts = np.sort(np.append(starts_of(self.target_lengths), inside))
+        self.target_lengths = np.diff(starts, append=len(segments))
+        self.example, self.number = np.sort(np.append(self.example, example[inside])), np.append(segments, 0)[starts]
+        self.prompt_lengths = np.where(self.number == 0, self.prompt_lengths[self.example], 0)
+        is_last = np.append(self.example[1:] != self.example[:-1], True)
+        self.ends = np.where(is_last, self.ends[self.example], 1)
+        self.key = self.key[self.example]
+        self.key = np.where(self.number == 0, self.key, random_bits(self.key, self.number.view(np.uint64)))
+
+    def column(self, name: str) -> np.ndarray:
+        """The integers `name` of each document's example, (D,) int64."""
+        return column(self.examples, name)[self.example]
+
+    def even_draws(self, seed: int) -> np.ndarray:
+        """Draws in [0, 1), float64 (D,), spread evenly over the documents of an epoch.
+
+        `low_discrepancy` for the first document of an example, shifted by sqrt(2) for each further one: both steps and
+        1 are linearly independent over the rationals, so the draws are evenly spread over both counts (Weyl, 1916).
+        """
+        first = low_discrepancy(seed, self.column("epoch").view(np.uint64), self.column("position"))
+        return (first + self.number * math.sqrt(2)) % 1.0
+
+    def random_bits(self, seed: int, lengths: np.ndarray, start: np.ndarray | int = 0) -> np.ndarray:
+        """Random bits, uint64, for `lengths` (D,) tokens of each document, from its `start`-th on.
+
+        Functions of (seed, epoch, key of the document, place in it) alone.
+        """
+        of_documents = random_bits(seed, self.column("epoch").view(np.uint64), self.key)
+        return random_bits(runs(start, lengths).view(np.uint64), state=np.repeat(of_documents, lengths))
+
+
+class Rows:
+    """Where documents stand in the rows of a batch.
+
+    Each example has a row to itself, padded on the right; with `packing`, it goes into the first row in which it still
+    fits, in the order of the batch ("first fit").
+
+    Args:
+        lengths: (D,) tokens of each document as it is placed.
+        documents: to which they belong.
+        pad_token_id: what stands where nothing else is written.
+        packing: most tokens of a row that holds several examples; None gives each its own.
+
+    Attributes:
+        filled: tokens of each row.
+        shape: rows, and tokens of the longest of them.
+        several: whether a row holds several documents.
+        first: (D,) where each document begins in the flattened batch.
+        input_ids: the flattened batch, all padding at first.
+    """
+
+    def __init__(self, lengths: np.ndarray, documents: Documents, pad_token_id: int, packing: int | None = None):
+        self.lengths, self.documents = lengths, documents
+        sizes = np.bincount(documents.example, lengths, len(documents.examples)).astype(np.int64)
+        row, start = _first_fit(sizes, packing) if packing else (np.arange(len(sizes)), np.zeros_like(sizes))
+        self.filled = np.bincount(row, sizes)
+        self.shape = (len(self.filled), int(self.filled.max()))
+        self.several = len(lengths) > self.shape[0]
+        self.first = (row * self.shape[1] + start - starts_of(sizes))[documents.example] + starts_of(lengths)
+        self.input_ids = np.full(self.shape[0] * self.shape[1], pad_token_id)
+
+    def index(self, start: np.ndarray | int, lengths: np.ndarray) -> np.ndarray:
+        """Places in the flattened batch of `lengths` (D,) tokens of each document, from its `start`-th on."""
+        return runs(self.first + start, lengths)
+
+    def write(self, start: np.ndarray | int, lengths: np.ndarray, ids: np.ndarray) -> None:
+        """Write `ids`, one after the other, where `index(start, lengths)` says."""
+        self.input_ids[self.index(start, lengths)] = ids
+
+    def batch(self, **others: np.ndarray) -> dict[str, torch.Tensor]:
+        """The tensors of every batch, and `others`.
+
+        Returns:
+            `input_ids` and `attention_mask` (rows, L), `example_id` (examples,) and, where a row holds several
+            documents, `segment_ids`, the number of each token's document in its row, and `position_ids`, which begin
+            anew with each. Padding has the number of the document before it, so that no token sees nothing at all.
+        """
+        batch = {
+            "input_ids": self.input_ids.reshape(self.shape),
+            "attention_mask": np.arange(self.shape[1]) < self.filled[:, None],
+            "example_id": self.documents.example_id,
+        }
+        if self.several:
+            begins, position_ids = np.zeros((2, *self.shape), dtype=np.int64)
+            begins.reshape(-1)[self.first[self.lengths > 0]] = 1
+            position_ids.reshape(-1)[self.index(0, self.lengths)] = runs(0, self.lengths)
+            batch.update(segment_ids=begins.cumsum(axis=-1) - 1, position_ids=position_ids)
+        return tensors(**batch, **others)
+
+
+def _first_fit(sizes: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+    """Row and start of each part of `sizes`, by first fit; one that is larger than `capacity` has a row to itself."""
+    row, start, used = np.zeros((3, len(sizes)), dtype=np.int64)
+    for number, size in enumerate(sizes.tolist()):
+        row[number] = np.argmax((used + size <= capacity) | (used == 0))
+        start[number] = used[row[number]]
+        used[row[number]] += size
+    return row, start
+
+
+class Collator:
+    """What all collators share: special ids, the model's length, the checks on what comes in, and prompts.
+
+    Args:
+        tokenizer: names the special tokens.
+        max_length: positions of the model; a longer document is refused.
+        seed: of the corruption.
+        packing: whether a row may hold several examples, up to `max_length` tokens.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, seed: int = 0, packing: bool = False):
+        self.pad_token_id = tokenizer.pad_token_id
+        self.bos_token_id, self.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+        self.vocab_size = len(tokenizer)
+        self.max_length = max_length
+        self.seed = seed
+        self.packing = max_length if packing else None
+
+    def check_ids(self, *ids: np.ndarray) -> None:
+        """Raise ValueError if an id is outside the vocabulary."""
+        for every in ids:
+            # As an unsigned integer a negative id is a large one.
+            outside = every[every.view(np.uint64) >= self.vocab_size]
+            if len(outside):
+                raise ValueError(
+                    f"Token id {outside[0]} is outside the vocabulary of {self.vocab_size}: tokenize the data with "
+                    "the tokenizer of this run."
+                )
+
+    def check_lengths(self, lengths: np.ndarray, what: str, extras: str) -> None:
+        """Raise ValueError if a `what` has more tokens than the model has positions, `extras` included."""
+        if lengths.max() > self.max_length:
+            raise ValueError(
+                f"A {what} has {lengths.max()} tokens with {extras}, and the model has {self.max_length} "
+                "positions: shorten it or raise max_position_embeddings."
+            )
+
+    def with_canvas(
+        self, documents: Documents, canvas_length: int | None, extras: str
+    ) -> tuple[Rows, np.ndarray, np.ndarray]:
+        """Rows of documents `prompt [BOS] canvas`: the target, `[EOS]` if there is room, and `[PAD]` up to the end.
+
+        A canvas has `canvas_length` places; None makes it as long as the target and, where the document ends, `[EOS]`.
+
+        Returns:
+            the rows, and start and length of the canvas of each document, (D,).
+
+        Raises:
+            ValueError: for a target that is longer than the canvas, or a sequence that is too long.
+        """
+        prompts, targets = documents.prompt_lengths, documents.target_lengths
+        lengths = targets + documents.ends
+        if canvas_length is not None:
+            if targets.max() > canvas_length:
+                raise ValueError(
+                    f"A target has {targets.max()} tokens and the canvas {canvas_length} places: raise canvas_length "
+                    "(max_new_tokens of the task), or shorten the target."
+                )
+            lengths = np.full_like(lengths, canvas_length)
+        self.check_lengths(prompts + 1 + lengths, "sequence", extras)
+        rows = Rows(prompts + 1 + lengths, documents, self.pad_token_id, self.packing)
+        rows.write(0, prompts, documents.prompt_ids)
+        rows.input_ids[rows.first + prompts] = self.bos_token_id
+        rows.write(prompts + 1, targets, documents.target_ids)
+        rows.input_ids[(rows.first + prompts + 1 + targets)[targets < lengths]] = self.eos_token_id
+        return rows, prompts + 1, lengths
+
+    def left_padded(self, examples: Examples, rows: Ids, extras: str) -> dict[str, torch.Tensor]:
+        """Checked prompts for `generate`, padded on the left: `input_ids`, `attention_mask`, `example_id`."""
+        ids, lengths = ragged(rows)
+        self.check_ids(ids)
+        self.check_lengths(lengths, "prompt", extras)
+        attention_mask = np.arange(-lengths.max(), 0) >= -lengths[:, None]
+        input_ids = np.full(attention_mask.shape, self.pad_token_id)
+        input_ids[attention_mask] = ids
+        return tensors(input_ids=input_ids, attention_mask=attention_mask, example_id=column(examples, "example_id"))

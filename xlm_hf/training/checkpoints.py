@@ -1,0 +1,123 @@
+"""Checkpoints of a run: found, verified before they are read, and deleted when they are no longer wanted."""
+
+import json
+import logging
+import re
+import shutil
+import zipfile
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+logger = logging.getLogger(__name__)
+
+_DELETED_SUFFIX = ".deleted"
+_FSDP_SHARDS = "pytorch_model_fsdp_*"
+
+
+def fault(checkpoint: Path) -> str | None:
+    """What is wrong with the files of a checkpoint or model folder, in a few words; None if it is sound."""
+    weights = sorted(checkpoint.glob("*.safetensors"))
+    if not weights and not list(checkpoint.glob(_FSDP_SHARDS)):
+        return "it holds no weights (*.safetensors)"
+    for file in weights:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError:
+            return f"{file.name} is truncated or damaged"
+    for file in [*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]:
+        if not zipfile.is_zipfile(file):
+            return f"{file.name} is truncated or damaged"
+    for file in checkpoint.glob("*.json"):
+        try:
+            json.loads(file.read_text())
+        except ValueError:
+            return f"{file.name} is truncated or damaged"
+    shards = [json.loads(index.read_text())["weight_map"] for index in checkpoint.glob("*.safetensors.index.json")]
+    missing = {name for weight_map in shards for name in weight_map.values() if not (checkpoint / name).exists()}
+    return f"its shard {min(missing)} is missing" if missing else None
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """The checkpoint folders of a run, oldest first."""
+    found = [folder for folder in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", folder.name)]
+    return sorted(found, key=_step)
+
+
+def delete_old_checkpoints(output_dir: Path, limit: int | None, keep_every: int | None, best: str | None) -> None:
+    """Delete the oldest checkpoints of a run until at most `limit` are left; the newest and the `best` one stay.
+
+    Those at multiples of `keep_every` steps stay too and are not counted; with `keep_every` alone, `limit` is 1.
+    """
+    for leftover in output_dir.glob(f"checkpoint-*{_DELETED_SUFFIX}"):
+        shutil.rmtree(leftover)
+    checkpoints = list_checkpoints(output_dir)
+    counted = [c for c in checkpoints if keep_every is None or _step(c) % keep_every]
+    limit = limit or (len(counted) if keep_every is None else 1)
+    deletable = [c for c in counted if c != checkpoints[-1] and str(c) != best]
+    for checkpoint in deletable[: max(len(counted) - limit, 0)]:
+        # Renamed first, so that a kill leaves no checkpoint that lacks some of its files.
+        shutil.rmtree(checkpoint.rename(checkpoint.with_name(checkpoint.name + _DELETED_SUFFIX)))
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
+
+
+def last_sound_checkpoint(output_dir: Path) -> Path | None:
+    """The newest checkpoint of a run that can be resumed; damaged ones are named in a warning and skipped."""
+    for checkpoint in reversed(list_checkpoints(output_dir)):
+        reason = fault(checkpoint)
+        if reason is None and not (checkpoint / "trainer_state.json").exists():
+            reason = "it holds no trainer_state.json"
+        if reason is None:
+            return checkpoint
+        logger.warning("%s is skipped: %s.", checkpoint, reason)
+    return None
+
+
+def resolve_checkpoint(checkpoint: str) -> str:
+    """Find the model behind what a user names: a run, a checkpoint or model folder, or a Hub id.
+
+    Returns:
+        a folder to load from - for a run its `model/`, or else its newest checkpoint; for `RUN/best` and `RUN/last` the
+        checkpoint with the best metric and the newest one - or the Hub id as it is.
+
+    Raises:
+        ValueError: if nothing is there, or what is there is damaged.
+    """
+    folder = Path(checkpoint).expanduser()
+    if folder.name in ("best", "last") and not folder.exists() and (known := list_checkpoints(folder.parent)):
+        folder = known[-1] if folder.name == "last" else _best_checkpoint(known[-1])
+    if not folder.exists():
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", checkpoint):
+            return checkpoint
+        raise ValueError(
+            f"There is no checkpoint at {checkpoint}: name the output_dir of a run, a checkpoint-* or model folder, or "
+            "a Hub id such as user/model."
+        )
+    if not (folder / "config.json").exists():
+        candidates = [folder / "model", *reversed(list_checkpoints(folder))]
+        folder = next((candidate for candidate in candidates if candidate.is_dir()), folder)
+    if (shards := list(folder.glob(_FSDP_SHARDS))) and not list(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"{folder} is in the shards of FSDP: join them by `accelerate merge-weights {shards[0]} "
+            f"{folder}`, or train with fsdp_state_dict_type: FULL_STATE_DICT."
+        )
+    reason = "it holds no config.json" if not (folder / "config.json").exists() else fault(folder)
+    if reason is not None:
+        raise ValueError(f"{folder} cannot be loaded: {reason}. Choose another checkpoint.")
+    return str(folder)
+
+
+def _best_checkpoint(newest: Path) -> Path:
+    """The checkpoint that `newest`, of the same run, records as the best."""
+    state = json.loads((newest / "trainer_state.json").read_text())
+    best = newest.with_name(f"checkpoint-{state.get('best_global_step')}")
+    if not best.exists():
+        raise ValueError(
+            f"{newest.parent} has no best checkpoint any more: name one of "
+            f"{', '.join(folder.name for folder in list_checkpoints(newest.parent))}."
+        )
+    return best
