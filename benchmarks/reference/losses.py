@@ -40,7 +40,7 @@ def masked_loss(model, batch: dict[str, torch.Tensor], block: int, dense: bool) 
     """Sum of the cross-entropies of the masked tokens."""
     ids, mask = padded(batch, block)
     logits = model(ids, attention_mask=mask).logits.float()
-    return _cross_entropies(logits, *_in_block(batch["target_index"], batch, block), batch["target_ids"], dense).sum()
+    return _cross_entropies(logits, *_in_block(batch["logits_index"], batch, block), batch["target_ids"], dense).sum()
 
 
 def diffusion_loss(model, batch: dict[str, torch.Tensor], block: int, dense: bool) -> torch.Tensor:

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from xlm_hf.objectives.collation import Collator, Documents, Rows, parts, runs, starts_of
+from xlm_hf.objectives.collation import Collator, Documents, Rows, segment_numbers, segment_ranges, segment_starts
 
 
 class _ARLMCollator(Collator):
@@ -25,11 +25,11 @@ class _ARLMCollator(Collator):
         # A document's last tokens, from [BOS] on, each predict the one after it.
         predicted = target_lengths + documents.ends
         target_ids = np.full(predicted.sum(), self.eos_token_id)
-        target_ids[runs(starts_of(predicted), target_lengths)] = documents.target_ids
+        target_ids[segment_ranges(segment_starts(predicted), target_lengths)] = documents.target_ids
         return rows.batch(
             logits_index=rows.index(prompt_lengths, predicted),
             target_ids=target_ids,
-            target_documents=parts(predicted),
+            target_documents=segment_numbers(predicted),
             target_lengths=predicted,
         )
 

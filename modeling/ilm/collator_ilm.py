@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from xlm_hf.objectives.collation import Collator, Documents, Rows, parts, smallest, starts_of
+from xlm_hf.objectives.collation import Collator, Documents, Rows, random_subset, segment_numbers, segment_starts
 
 
 class _ILMCollator(Collator):
@@ -34,11 +34,11 @@ class _ILMCollator(Collator):
         self.check_lengths(prefix_lengths + target_lengths, "sequence", "[CLS] and [BOS]")
 
         # The number n, evenly spread over the epoch; then the n tokens with the smallest random keys go.
-        share = documents.even_draws(self.seed) ** (1 / self.drop_beta)
+        share = documents.low_discrepancy_draws(self.seed) ** (1 / self.drop_beta)
         num_dropped = (share * (target_lengths + 1)).astype(np.int64)
         # With the first bit turned, in the order of the signed integers that tensors hold.
         keys = documents.random_bits(self.seed, target_lengths) ^ np.uint64(1 << 63)
-        is_dropped, _ = smallest(keys, target_lengths, num_dropped)
+        is_dropped, _ = random_subset(keys, target_lengths, num_dropped)
         dropped, kept = np.flatnonzero(is_dropped), np.flatnonzero(~is_dropped)
         num_kept = target_lengths - num_dropped
 
@@ -55,8 +55,8 @@ class _ILMCollator(Collator):
             cls_index=rows.first,
             num_dropped=num_dropped,
             slot_index=rows.index(prefix_lengths - 1, num_slots),
-            slot_documents=parts(num_slots),
-            target_slots=kept_before + np.repeat(starts_of(num_slots) - starts_of(num_kept), num_dropped),
+            slot_documents=segment_numbers(num_slots),
+            target_slots=kept_before + np.repeat(segment_starts(num_slots) - segment_starts(num_kept), num_dropped),
             target_ids=documents.target_ids[dropped],
         )
 

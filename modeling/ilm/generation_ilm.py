@@ -10,11 +10,11 @@ from xlm_hf.modules.generation import (
     NonAutoregressiveGenerationConfig,
     NonAutoregressiveGenerationMixin,
     NonAutoregressiveGenerationOutput,
-    first_places,
     left_align_padding,
     rounded_up,
     row_seeds,
     shape_of_call,
+    true_indices,
 )
 from xlm_hf.modules.token_sampling import filter_logits, sample_categorical
 from xlm_hf.modules.vocabulary_head import LogitsOnDemand
@@ -113,7 +113,7 @@ class ILMGenerationMixin(NonAutoregressiveGenerationMixin):
             return False
         sequences, mask, slot_exists = state.view(rows, width)
         is_slot = torch.nn.functional.pad(slot_exists, (sequences.shape[1] - width - 1, 0))
-        slot_index, seeds = first_places(is_slot, num_slots), seeds[rows]
+        slot_index, seeds = true_indices(is_slot, num_slots), seeds[rows]
         slots = (slot_exists.flatten().cumsum(dim=0) - 1).view_as(slot_exists).masked_fill(~slot_exists, -1)
 
         def draw(hidden_states, head, suppressed_ids) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from xlm_hf.modules.counter_random import unit_interval
 from xlm_hf.modules.messages import did_you_mean
 from xlm_hf.modules.noise_schedules import NOISE_SCHEDULES
-from xlm_hf.objectives.collation import Collator, Documents, Rows, parts, ragged, smallest
+from xlm_hf.objectives.collation import Collator, Documents, Rows, ragged, random_subset, segment_numbers
 
 MASKINGS = ("exact", "bernoulli")
 _EXTRAS = "its special ones and its canvas"
@@ -94,7 +94,7 @@ class _MDLMTrainingCollator(_MDLMCollator):
         index, bits = rows.index(starts, lengths), rows.documents.random_bits(self.seed, lengths, starts)
         if maskable is not None:
             index, bits = index[maskable], bits[maskable]
-            lengths = np.bincount(parts(lengths)[maskable], minlength=len(lengths))
+            lengths = np.bincount(segment_numbers(lengths)[maskable], minlength=len(lengths))
         content = rows.input_ids[index]
         special = content[self.never_written[content]]
         if len(special):
@@ -102,12 +102,12 @@ class _MDLMTrainingCollator(_MDLMCollator):
                 f"A text holds the special token {special[0]}, which this model never writes: tokenize the data "
                 "without special tokens."
             )
-        u, beta = rows.documents.even_draws(self.seed), self.mask_beta or 1.0
+        u, beta = rows.documents.low_discrepancy_draws(self.seed), self.mask_beta or 1.0
         if self.masking == "exact":
             k = (u ** (1 / beta) * lengths).astype(np.int64) + 1
             # The k smallest of L uniform draws are a uniformly random k-subset, and the k-th is, independently, a
             # Beta(k, L - k + 1) draw: the law of the mask probability given that k of L tokens are masked.
-            masked, greatest = smallest(bits, lengths, np.minimum(k, lengths))
+            masked, greatest = random_subset(bits, lengths, np.minimum(k, lengths))
             # Nothing can be masked in a document without a canvas.
             alpha = np.where(lengths == 0, 0.0, 1 - unit_interval(greatest))
             weights = lengths**beta / (k * (k**beta - (k - 1) ** beta))
@@ -121,7 +121,7 @@ class _MDLMTrainingCollator(_MDLMCollator):
         return rows.batch(
             logits_index=index[masks],
             target_ids=content[masks],
-            target_documents=parts(lengths)[masks],
+            target_documents=segment_numbers(lengths)[masks],
             alpha=_times(rows, alpha.astype(np.float32)),
             weights=weights.astype(np.float32),
             canvas_lengths=lengths,

@@ -9,7 +9,7 @@ from transformers.generation import LogitsProcessorList
 
 from xlm_hf.modules.canvas import MaskedCanvas, MaskedGenerationMixin, UnmaskingGenerationConfig, draw_tokens, unmask
 from xlm_hf.modules.counter_random import random_bits, uniform
-from xlm_hf.modules.generation import NonAutoregressiveGenerationOutput, first_places, row_seeds, shape_of_call
+from xlm_hf.modules.generation import NonAutoregressiveGenerationOutput, row_seeds, shape_of_call, true_indices
 from xlm_hf.modules.noise_schedules import NOISE_SCHEDULES
 from xlm_hf.modules.unmasking import commit_ranks
 
@@ -175,7 +175,7 @@ class MDLMGenerationMixin(MaskedGenerationMixin):
                 alpha=alpha,
             )
             uniforms = uniform(process.seeds[rows, None], clock, canvas.positions[rows], _TOKEN)
-            tokens = draw_tokens(logits, uniforms.flatten()[first_places(wanted, num_chosen)], config)
+            tokens = draw_tokens(logits, uniforms.flatten()[true_indices(wanted, num_chosen)], config)
             canvas.commit(rows, wanted, tokens, clock)
             if config.remasking == "conf":
                 probabilities = logits.softmax(dim=-1).gather(-1, tokens[:, None]).squeeze(-1)

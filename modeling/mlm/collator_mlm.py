@@ -48,13 +48,13 @@ class _MLMCollator(Collator):
 
         Each maskable token is masked with probability t ~ Beta(mask_beta, 1), evenly spread over the epoch.
         """
-        t = rows.documents.even_draws(self.seed) ** (1 / self.mask_beta)
+        t = rows.documents.low_discrepancy_draws(self.seed) ** (1 / self.mask_beta)
         draws = unit_interval(rows.documents.random_bits(self.seed, lengths, starts))
         masked = np.flatnonzero(maskable & (draws < np.repeat(t, lengths)))
-        target_index = rows.index(starts, lengths)[masked]
-        target_ids = rows.input_ids[target_index]
-        rows.input_ids[target_index] = self.mask_token_id
-        return rows.batch(target_index=target_index, target_ids=target_ids)
+        logits_index = rows.index(starts, lengths)[masked]
+        target_ids = rows.input_ids[logits_index]
+        rows.input_ids[logits_index] = self.mask_token_id
+        return rows.batch(logits_index=logits_index, target_ids=target_ids)
 
 
 class _MLMCanvasCollator(_MLMCollator):
@@ -114,7 +114,7 @@ class MLMCollatorForSeq2Seq(_MLMCanvasCollator):
         input_ids (B, L): the documents with their masks, padded on the right.
         attention_mask (B, L): True for tokens, padding content included.
         segment_ids, position_ids (B, L): document and position of each token, where a row holds several documents.
-        target_index (S,): where the masked tokens are, as indices into the flattened (B x L) tokens.
+        logits_index (S,): where the masked tokens are, as indices into the flattened (B x L) tokens.
         target_ids (S,): the masked tokens.
         example_id: of the examples, as given.
     """

@@ -32,7 +32,7 @@ class MLMLoss:
             none is more probable than.
         """
         cross_entropy = partial(linear_cross_entropy, target_ids=batch["target_ids"])
-        outputs = model(**model_inputs(batch), logits_index=batch["target_index"], head_function=cross_entropy)
+        outputs = model(**model_inputs(batch), logits_index=batch["logits_index"], head_function=cross_entropy)
         num_items = self.num_items(batch)
         return LossOutput(
             loss_sum=outputs.logits.loss_sum,

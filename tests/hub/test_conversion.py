@@ -72,7 +72,7 @@ def test_recorded_losses_are_met(name, loss):
     targets = tensors["in.target_ids"]
     counts = (targets != -100) & ((tensors["in.input_ids"] == 2) | (name == "arlm"))
     chosen = counts.flatten().nonzero().squeeze(-1)
-    index = "target_index" if name == "mlm" else "logits_index"
+    index = "logits_index"
     inputs = {"input_ids": tensors["in.input_ids"], "attention_mask": tensors["in.attention_mask"]}
     documents, lengths = chosen // targets.shape[1], counts.sum(-1)
     inputs |= {"target_documents": documents, "target_lengths": lengths, index: chosen}

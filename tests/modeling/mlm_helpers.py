@@ -62,7 +62,7 @@ def make_examples(num, max_prompt=6, max_target=8, min_target=0, seed=0):
 def slow_loss(logits, batch):
     """The objective as written: a loop over sequences and positions, and one over the vocabulary for the softmax."""
     total = logits.new_zeros(())
-    truth = dict(zip(batch["target_index"].tolist(), batch["target_ids"].tolist(), strict=True))
+    truth = dict(zip(batch["logits_index"].tolist(), batch["target_ids"].tolist(), strict=True))
     B, L = batch["input_ids"].shape
     for b in range(B):
         for i in range(L):

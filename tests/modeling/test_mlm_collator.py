@@ -20,8 +20,8 @@ from xlm_hf.modeling.mlm import (
 def restore(batch):
     """The rows with their masked tokens put back."""
     ids = batch["input_ids"].clone()
-    assert (ids.flatten()[batch["target_index"]] == MASK).all()
-    ids.view(-1)[batch["target_index"]] = batch["target_ids"]
+    assert (ids.flatten()[batch["logits_index"]] == MASK).all()
+    ids.view(-1)[batch["logits_index"]] = batch["target_ids"]
     return ids
 
 

@@ -7,7 +7,7 @@ import torch
 from xlm_hf.building import build_collator
 from xlm_hf.families import families
 from xlm_hf.modules.counter_random import random_bits
-from xlm_hf.objectives.collation import Documents, Rows, smallest
+from xlm_hf.objectives.collation import Documents, Rows, random_subset
 from xlm_hf.testing import FamilyCase, assert_close, check_packing, loss_and_gradients
 
 PAD = 0
@@ -83,9 +83,9 @@ def test_documents_draw_apart_and_evenly():
     documents = documents_of([4] * num, segments={i: [0, 1, 2, 3] for i in range(num)})
     single = documents_of([4] * num)
     assert np.array_equal(documents.key[::4], single.key)
-    assert np.array_equal(documents.even_draws(1)[::4], single.even_draws(1))
+    assert np.array_equal(documents.low_discrepancy_draws(1)[::4], single.low_discrepancy_draws(1))
     assert len(set(documents.key.tolist())) == 4 * num
-    for draws in (documents.even_draws(1), documents.even_draws(1)[3::4]):
+    for draws in (documents.low_discrepancy_draws(1), documents.low_discrepancy_draws(1)[3::4]):
         gap = np.abs(np.sort(draws) - (np.arange(len(draws)) + 0.5) / len(draws)).max()
         assert gap < 6 / len(draws)
 
@@ -96,7 +96,7 @@ def test_the_smallest_of_each_part_are_chosen(sizes):
     lists = [[rng.getrandbits(64) for _ in range(size)] for size in sizes]
     num = [rng.randint(0, size) for size in sizes]
     bits = np.array([x for bits in lists for x in bits], dtype=np.uint64)
-    chosen, greatest = smallest(bits, np.array(sizes), np.array(num))
+    chosen, greatest = random_subset(bits, np.array(sizes), np.array(num))
     assert chosen.tolist() == [sorted(bits).index(x) < n for bits, n in zip(lists, num, strict=True) for x in bits]
     room = (len(sizes) - 1).bit_length()
     for bits, n, value in zip(lists, num, greatest.tolist(), strict=True):
@@ -129,7 +129,7 @@ def test_a_document_that_goes_on_in_another_example_has_no_end(family, continues
         assert batch["target_lengths"].tolist() == [3, 3 + len(end)]
         assert batch["logits_index"].tolist() == list(range(6 + len(end)))
         return
-    index = batch["target_index" if family == "mlm" else "logits_index"]
+    index = batch["logits_index"]
     whole = batch["input_ids"].flatten().scatter(0, index, batch["target_ids"])
     assert whole.tolist() == [bos, 11, 12, eos, bos, 13, 14, 15, *end]
 

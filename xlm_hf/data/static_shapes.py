@@ -8,7 +8,7 @@ import torch
 from xlm_hf.objectives.head_operator import IGNORED_ID
 
 # What batches hold for each position with a loss or each slot, of which there are at most as many as tokens.
-_OF_POSITIONS = {"logits_index", "target_index", "target_ids", "target_documents", "target_slots"}
+_OF_POSITIONS = {"logits_index", "target_ids", "target_documents", "target_slots"}
 _OF_POSITIONS |= {"slot_index", "slot_documents"}
 
 

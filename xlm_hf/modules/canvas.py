@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from .devices import reads_are_free
+from .devices import is_synchronous
 from .generation import (
     NonAutoregressiveGenerationConfig,
     NonAutoregressiveGenerationMixin,
     NonAutoregressiveGenerationOutput,
-    first_places,
     left_align_padding,
     rounded_up,
+    true_indices,
 )
 from .token_sampling import filter_logits, sample_categorical
 from .unmasking import (
@@ -236,7 +236,7 @@ class MaskedGenerationMixin(NonAutoregressiveGenerationMixin):
         They come in reading order, `num_wanted` of them, after `generation_config.suppress_tokens` and
         `logits_processor` (see `LogitsOnDemand.processed`).
         """
-        ids, index = canvas.ids[rows], first_places(wanted, num_wanted)
+        ids, index = canvas.ids[rows], true_indices(wanted, num_wanted)
 
         def head_function(hidden_states, head, suppressed_ids):
             logits = LogitsOnDemand(hidden_states, head, suppressed_ids)
@@ -289,9 +289,9 @@ def unmask(
             # sum_i ceil(m_i / r) is at most this.
             most = min(num_masked, num_masked // steps_left + rows)
     # An accelerator is not asked how many there are.
-    if reads_are_free(chosen.device):
+    if is_synchronous(chosen.device):
         most = int(chosen.sum())
-    places = first_places(chosen, rounded_up(most, chosen.numel(), chosen.device))
+    places = true_indices(chosen, rounded_up(most, chosen.numel(), chosen.device))
     numbers = (masked.flatten().cumsum(dim=0) - 1).clamp(min=0)
     return chosen, draw_tokens(logits[numbers[places]], uniforms.flatten()[places], config)
 

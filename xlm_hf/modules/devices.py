@@ -6,7 +6,7 @@ import torch
 _HOST = ("cpu",)
 
 
-def reads_are_free(device: torch.device) -> bool:
+def is_synchronous(device: torch.device) -> bool:
     """Whether the host has the results of `device` at once, since it computes them itself.
 
     Any other device works off a queue. To read a result the host waits until all that was queued before is done, and

@@ -13,7 +13,7 @@ from transformers.generation import GenerationConfig
 from transformers.utils import ModelOutput
 
 from .counter_random import random_bits
-from .devices import reads_are_free
+from .devices import is_synchronous
 from .messages import check_options
 
 
@@ -149,10 +149,10 @@ def rounded_up(size: int, most: int, device: torch.device) -> int:
     So few shapes, and few graphs, compiled or captured, serve all steps of all decodes, at the price of work whose
     results nobody uses.
     """
-    return size if reads_are_free(device) or not size else min(1 << (size - 1).bit_length(), most)
+    return size if is_synchronous(device) or not size else min(1 << (size - 1).bit_length(), most)
 
 
-def first_places(mask: torch.Tensor, num: int) -> torch.Tensor:
+def true_indices(mask: torch.Tensor, num: int) -> torch.Tensor:
     """The first `num` of: flat indices of the True entries of `mask` in reading order, then those of the others."""
     return mask.flatten().logical_not().int().argsort(stable=True)[:num]
 
@@ -173,7 +173,7 @@ def shape_of_call(
     """
     num_rows, num_wanted, *read = torch.stack((called.sum(), wanted.sum(), *others)).tolist()
     num_rows = rounded_up(num_rows, len(called), called.device)
-    return first_places(called, num_rows), rounded_up(num_wanted, num_rows * wanted.shape[1], called.device), read
+    return true_indices(called, num_rows), rounded_up(num_wanted, num_rows * wanted.shape[1], called.device), read
 
 
 def left_align_padding(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

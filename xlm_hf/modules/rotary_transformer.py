@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .devices import reads_are_free
+from .devices import is_synchronous
 
 
 @strict
@@ -397,7 +397,7 @@ class RotaryTransformer(RotaryTransformerPreTrainedModel):
             attention_mask=attention_mask,
             cache=cache,
             and_mask_function=None if segment_ids is None else packed_sequence_mask_function(segment_ids),
-            **{skip: attention_mask is None or reads_are_free(embeddings.device)},
+            **{skip: attention_mask is None or is_synchronous(embeddings.device)},
         )
 
     @merge_with_config_defaults

@@ -32,22 +32,22 @@ def column(examples: Examples, name: str) -> np.ndarray:
     return np.fromiter((example[name] for example in examples), dtype=np.int64, count=len(examples))
 
 
-def starts_of(lengths: np.ndarray) -> np.ndarray:
+def segment_starts(lengths: np.ndarray) -> np.ndarray:
     """Where each part begins in the concatenation of parts of `lengths`."""
     return lengths.cumsum() - lengths
 
 
-def parts(lengths: np.ndarray) -> np.ndarray:
+def segment_numbers(lengths: np.ndarray) -> np.ndarray:
     """The number of its part, for every element of the concatenation of parts of `lengths`."""
     return np.repeat(np.arange(len(lengths)), lengths)
 
 
-def runs(first: np.ndarray | int, lengths: np.ndarray) -> np.ndarray:
+def segment_ranges(first: np.ndarray | int, lengths: np.ndarray) -> np.ndarray:
     """Runs of consecutive integers, one after the other: `lengths` (D,) of them from `first` (D,) on."""
-    return np.repeat(first - starts_of(lengths), lengths) + np.arange(lengths.sum())
+    return np.repeat(first - segment_starts(lengths), lengths) + np.arange(lengths.sum())
 
 
-def smallest(bits: np.ndarray, lengths: np.ndarray, num: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def random_subset(bits: np.ndarray, lengths: np.ndarray, num: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Choose the `num` smallest of the random `bits` of each part: uniformly random subsets of these sizes.
 
     All parts are sorted at once, each key below the number of its part, for which the last of its 64 bits make room.
@@ -64,7 +64,7 @@ def smallest(bits: np.ndarray, lengths: np.ndarray, num: np.ndarray) -> tuple[np
     room = np.uint64((len(lengths) - 1).bit_length())
     keys = (bits >> room) | np.repeat(np.arange(len(lengths), dtype=np.uint64) << (np.uint64(64) - room), lengths)
     ordered = np.sort(np.append(keys, np.uint64(2**64 - 1)))
-    end = starts_of(lengths) + num
+    end = segment_starts(lengths) + num
     return keys < np.repeat(ordered[end], lengths), ordered[end - 1] << room
 
 
@@ -103,9 +103,9 @@ class Documents:
         """Cut the targets where their `segment_ids` change; a further document has no prompt."""
         given = zip(self.examples, targets, strict=True)
         segments, _ = ragged([e.get("segment_ids") or [0] * len(target) for e, target in given])
-        example = parts(self.target_lengths)
+        example = segment_numbers(self.target_lengths)
         inside = np.flatnonzero((segments[1:] != segments[:-1]) & (example[1:] == example[:-1])) + 1
-        starts = np.sort(np.append(starts_of(self.target_lengths), inside))
+        starts = np.sort(np.append(segment_starts(self.target_lengths), inside))
         self.target_lengths = np.diff(starts, append=len(segments))
         self.example, self.number = np.sort(np.append(self.example, example[inside])), np.append(segments, 0)[starts]
         self.prompt_lengths = np.where(self.number == 0, self.prompt_lengths[self.example], 0)
@@ -118,7 +118,7 @@ class Documents:
         """The integers `name` of each document's example, (D,) int64."""
         return column(self.examples, name)[self.example]
 
-    def even_draws(self, seed: int) -> np.ndarray:
+    def low_discrepancy_draws(self, seed: int) -> np.ndarray:
         """Draws in [0, 1), float64 (D,), spread evenly over the documents of an epoch.
 
         `low_discrepancy` for the first document of an example, shifted by sqrt(2) for each further one: both steps and
@@ -133,7 +133,7 @@ class Documents:
         Functions of (seed, epoch, key of the document, place in it) alone.
         """
         of_documents = random_bits(seed, self.column("epoch").view(np.uint64), self.key)
-        return random_bits(runs(start, lengths).view(np.uint64), state=np.repeat(of_documents, lengths))
+        return random_bits(segment_ranges(start, lengths).view(np.uint64), state=np.repeat(of_documents, lengths))
 
 
 class Rows:
@@ -163,12 +163,12 @@ class Rows:
         self.filled = np.bincount(row, sizes)
         self.shape = (len(self.filled), int(self.filled.max()))
         self.several = len(lengths) > self.shape[0]
-        self.first = (row * self.shape[1] + start - starts_of(sizes))[documents.example] + starts_of(lengths)
+        self.first = (row * self.shape[1] + start - segment_starts(sizes))[documents.example] + segment_starts(lengths)
         self.input_ids = np.full(self.shape[0] * self.shape[1], pad_token_id)
 
     def index(self, start: np.ndarray | int, lengths: np.ndarray) -> np.ndarray:
         """Places in the flattened batch of `lengths` (D,) tokens of each document, from its `start`-th on."""
-        return runs(self.first + start, lengths)
+        return segment_ranges(self.first + start, lengths)
 
     def write(self, start: np.ndarray | int, lengths: np.ndarray, ids: np.ndarray) -> None:
         """Write `ids`, one after the other, where `index(start, lengths)` says."""
@@ -190,7 +190,7 @@ class Rows:
         if self.several:
             begins, position_ids = np.zeros((2, *self.shape), dtype=np.int64)
             begins.reshape(-1)[self.first[self.lengths > 0]] = 1
-            position_ids.reshape(-1)[self.index(0, self.lengths)] = runs(0, self.lengths)
+            position_ids.reshape(-1)[self.index(0, self.lengths)] = segment_ranges(0, self.lengths)
             batch.update(segment_ids=begins.cumsum(axis=-1) - 1, position_ids=position_ids)
         return tensors(**batch, **others)
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from xlm_hf.modules.devices import reads_are_free
+from xlm_hf.modules.devices import is_synchronous
 from xlm_hf.modules.vocabulary_head import is_linear, suppress_, vocabulary_logits
 
 # Logits of one chunk: what fits into a CPU's cache, and elsewhere what keeps an accelerator busy (512 MiB of float32).
@@ -103,7 +103,7 @@ def _chunks(num_rows: int, most_rows: int, groups: Tensor | None, target_rows: T
     With `groups` a chunk ends where a group does, which the host must read. Where that is not free, chunks are cut at
     fixed rows, and each is given all targets.
     """
-    if groups is None or not reads_are_free(groups.device):
+    if groups is None or not is_synchronous(groups.device):
         rows = [slice(i, min(i + most_rows, num_rows)) for i in range(0, num_rows, most_rows)]
         return [(chunk, chunk if groups is None else slice(None)) for chunk in rows]
     bounds = [0]
@@ -142,7 +142,7 @@ def _chunked_cross_entropy(
         return suppress_((hidden[rows] @ matrix.T).to(dtype), suppressed_ids)
 
     normalisers = None
-    if groups is not None and not reads_are_free(hidden.device):
+    if groups is not None and not is_synchronous(hidden.device):
         normalisers = _log_normaliser(torch.cat([logits_of(rows).logsumexp(dim=-1) for rows, _ in chunks]), groups)
     number = torch.arange(len(hidden), device=hidden.device) if groups is None else _numbered(groups)
     by_groups = losses.new_zeros(len(hidden)).index_add(0, number[targets[0]], targets[2])[number]

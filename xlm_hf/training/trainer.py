@@ -22,7 +22,7 @@ from xlm_hf.data.static_shapes import StaticShapes, collate_without_full_mask
 from xlm_hf.evaluation import EvaluationSet, check_evaluation_sets, reduce_sums, run_evaluation_set
 from xlm_hf.files import INCOMPLETE_SUFFIX, replaced_folder
 from xlm_hf.hub.upload import PushesRepositories
-from xlm_hf.modules.devices import reads_are_free
+from xlm_hf.modules.devices import is_synchronous
 from xlm_hf.modules.messages import did_you_mean
 from xlm_hf.training.arguments import XLMTrainingArguments
 from xlm_hf.training.averages import EMA_FILE, ExponentialMovingAverage
@@ -185,7 +185,7 @@ class XLMTrainer(PushesRepositories):
             self.train_dataset,
             batch_size=self._train_batch_size,
             sampler=self._sampler,
-            collate_fn=collate if reads_are_free(args.device) else partial(collate_without_full_mask, collate),
+            collate_fn=collate if is_synchronous(args.device) else partial(collate_without_full_mask, collate),
             drop_last=args.dataloader_drop_last,
             num_workers=args.dataloader_num_workers,
             persistent_workers=args.dataloader_persistent_workers,
