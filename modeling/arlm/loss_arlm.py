@@ -35,7 +35,7 @@ class ARLMLoss:
         cross_entropy = partial(linear_cross_entropy, target_ids=batch["target_ids"])
         outputs = model(**model_inputs(batch), logits_index=batch["logits_index"], head_function=cross_entropy)
         num_items = self.num_items(batch)
-        loss_sum, losses, correct = outputs.logits
+        loss_sum, losses, correct = outputs.head_output
         tokens = batch["target_lengths"]
         nll = losses.new_zeros(len(tokens)).index_add(0, batch["target_documents"], losses)
         return LossOutput(

@@ -1,5 +1,8 @@
 """The left-to-right language model (ARLM): p(next token | all tokens before it)."""
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
@@ -8,10 +11,21 @@ from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 
 from xlm_hf.modules.rotary_transformer import RotaryTransformer, RotaryTransformerPreTrainedModel
-from xlm_hf.modules.vocabulary_head import HeadFunction, vocabulary_logits
+from xlm_hf.modules.vocabulary_head import HeadFunction, head_fields
 
 from .configuration_arlm import ARLMConfig
 from .generation_arlm import ARLMGenerationConfig, ARLMGenerationMixin
+
+
+@dataclass
+class ARLMOutput(CausalLMOutputWithPast):
+    """What `ARLMForCausalLM.forward` returns: transformers' `CausalLMOutputWithPast`, without a loss, and one field.
+
+    Attributes:
+        head_output: what the head function of the call returned, in place of `logits`; None without one.
+    """
+
+    head_output: Any = None
 
 
 class ARLMPreTrainedModel(RotaryTransformerPreTrainedModel):
@@ -44,9 +58,9 @@ class ARLMForCausalLM(ARLMPreTrainedModel, ARLMGenerationMixin):  # type: ignore
         use_cache: bool | None = None,
         logits_index: torch.Tensor | None = None,
         logits_to_keep: int = 0,
-        head_function: HeadFunction = vocabulary_logits,
+        head_function: HeadFunction | None = None,
         **kwargs,
-    ) -> CausalLMOutputWithPast:
+    ) -> ARLMOutput:
         """Score the next token after every token.
 
         Args:
@@ -59,11 +73,11 @@ class ARLMForCausalLM(ARLMPreTrainedModel, ARLMGenerationMixin):  # type: ignore
                 vocabulary head is the largest product of a small model, and few of its rows matter.
             logits_to_keep: last tokens of each row whose logits are wanted; 0 means all. What `generate` of
                 transformers uses.
-            head_function: what is made of the selected hidden states instead of logits (see `vocabulary_logits`).
+            head_function: what is made of the selected hidden states instead of logits (see `head_fields`).
 
         Returns:
-            transformers' `CausalLMOutputWithPast`, its `logits` (B, L, V), or (S, V) with `logits_index`; those at a
-            token score the token after it, and those of `config.suppress_tokens` are -inf.
+            `ARLMOutput` with `logits` (B, L, V), or (S, V) with `logits_index`; those at a token score the token after
+            it, and those of `config.suppress_tokens` are -inf.
         """
         if use_cache and cache is None:
             cache = self.new_cache()
@@ -78,7 +92,9 @@ class ARLMForCausalLM(ARLMPreTrainedModel, ARLMGenerationMixin):  # type: ignore
         hidden_states = outputs.last_hidden_state
         if logits_index is None and logits_to_keep:
             hidden_states = hidden_states[:, -logits_to_keep:]
-        logits = head_function(hidden_states, self.lm_head, self.config.outside_softmax)
-        return CausalLMOutputWithPast(
-            logits=logits, cache=cache, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        return ARLMOutput(
+            **head_fields(hidden_states, self.lm_head, self.config.outside_softmax, head_function),
+            cache=cache,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
         )

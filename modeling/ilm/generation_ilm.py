@@ -126,7 +126,7 @@ class ILMGenerationMixin(NonAutoregressiveGenerationMixin):
         if config.stopping_threshold is not None and outputs.stop_logits is not None:
             is_complete = outputs.stop_logits.float().softmax(dim=-1)[:, 0] >= config.stopping_threshold
             state.finish(rows, is_complete)
-        state.insert(rows, *outputs.logits, step)
+        state.insert(rows, *outputs.head_output, step)
         return True
 
     @property

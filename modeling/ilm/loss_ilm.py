@@ -57,7 +57,7 @@ class ILMLoss:
         )
         if outputs.stop_logits is None:
             raise ValueError("num_missing_classes is 0: a model without a stopping head cannot be trained; choose 2.")
-        token_loss = outputs.logits.loss_sum
+        token_loss = outputs.head_output.loss_sum
         missing = num_dropped > 0
         stop_class = num_dropped.clamp(max=outputs.stop_logits.shape[-1] - 1)
         stop_logits = outputs.stop_logits.to(torch.promote_types(outputs.stop_logits.dtype, torch.float32))

@@ -4,33 +4,28 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from xlm_hf.modules.rotary_transformer import RotaryTransformer, RotaryTransformerPreTrainedModel, take
 from xlm_hf.modules.transformer_backbone import TransformerBackbone
-from xlm_hf.modules.vocabulary_head import HeadFunction, vocabulary_logits
+from xlm_hf.modules.vocabulary_head import HeadFunction, LanguageModelOutput, head_fields
 
 from .configuration_ilm import ILMConfig
 from .generation_ilm import ILMGenerationConfig, ILMGenerationMixin
 
 
 @dataclass
-class ILMOutput(ModelOutput):
-    """What `ILMForInsertionLM.forward` returns.
+class ILMOutput(LanguageModelOutput):
+    """What `ILMForInsertionLM.forward` returns: `LanguageModelOutput` and the logits of the stopping head.
+
+    Entry (i, v) of `logits` (B, L, V), or (S, V) with `slot_index`, scores the insertion of token v right of token i.
 
     Attributes:
-        logits: (B, L, V), or (S, V) with `slot_index`. Entry (i, v) scores the insertion of token v right of token i.
         stop_logits: (B, 2), or (D, 2) with `cls_index`; class 0 says that the sequence is complete, class 1 that
             something is missing. With `num_missing_classes` other than 2 there are so many, or None of them.
-        hidden_states: per layer (B, L, hidden_size), with `output_hidden_states=True`.
-        attentions: per layer (B, heads, L, L), with `output_attentions=True` and eager attention.
     """
 
-    logits: torch.Tensor | None = None
     stop_logits: torch.Tensor | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 class ILMStoppingHead(nn.Module):
@@ -76,7 +71,7 @@ class ILMForInsertionLM(ILMPreTrainedModel, ILMGenerationMixin):
         position_ids: torch.Tensor | None = None,
         slot_index: torch.Tensor | None = None,
         cls_index: torch.Tensor | None = None,
-        head_function: HeadFunction = vocabulary_logits,
+        head_function: HeadFunction | None = None,
         **kwargs,
     ) -> ILMOutput:
         """Score every insertion.
@@ -88,7 +83,7 @@ class ILMForInsertionLM(ILMPreTrainedModel, ILMGenerationMixin):
             slot_index: (S,) indices into the flattened (B x L) tokens whose logits are wanted; None means all. The
                 vocabulary head is the largest product of a small model, and few of its rows matter.
             cls_index: (D,) likewise `[CLS]` of each document of packed rows; by default each row's first token.
-            head_function: what is made of the selected hidden states instead of logits (see `vocabulary_logits`).
+            head_function: what is made of the selected hidden states instead of logits (see `head_fields`).
             **kwargs: `segment_ids` of packed rows, `output_hidden_states`, `output_attentions`.
 
         Returns:
@@ -107,7 +102,7 @@ class ILMForInsertionLM(ILMPreTrainedModel, ILMGenerationMixin):
         else:
             of_slots, of_cls = outputs.last_hidden_state.split((len(slot_index), len(cls_index)))
         return ILMOutput(
-            logits=head_function(of_slots, self.lm_head, self.config.outside_softmax),
+            **head_fields(of_slots, self.lm_head, self.config.outside_softmax, head_function),
             stop_logits=None if self.stop_head is None else self.stop_head(of_cls),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,

@@ -37,7 +37,7 @@ class MDLMLoss:
         loss_weights, num_masked = batch.get("loss_weights", weights)[documents], (batch["target_ids"] >= 0).sum()
         cross_entropy = partial(linear_cross_entropy, target_ids=batch["target_ids"], target_weights=loss_weights)
         inputs = {**model_inputs(batch), "alpha": batch["alpha"], "logits_index": batch["logits_index"]}
-        loss_sum, losses, correct = model(**inputs, head_function=cross_entropy).logits
+        loss_sum, losses, correct = model(**inputs, head_function=cross_entropy).head_output
         nelbo = torch.zeros_like(weights).index_add(0, documents, (weights[documents] * losses).to(weights.dtype))
         return LossOutput(
             loss_sum=loss_sum,

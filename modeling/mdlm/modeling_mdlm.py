@@ -2,14 +2,13 @@
 
 import torch
 from torch import nn
-from transformers.modeling_outputs import MaskedLMOutput
 from transformers.utils.generic import can_return_tuple
 
 from xlm_hf.modules.diffusion_transformer import DiffusionTransformer, DiffusionTransformerPreTrainedModel
 from xlm_hf.modules.noise_schedules import total_noise
 from xlm_hf.modules.rotary_transformer import RotaryTransformer
 from xlm_hf.modules.transformer_backbone import TransformerBackbone
-from xlm_hf.modules.vocabulary_head import HeadFunction, vocabulary_logits
+from xlm_hf.modules.vocabulary_head import HeadFunction, LanguageModelOutput, head_fields
 
 from .configuration_mdlm import MDLMConfig
 from .generation_mdlm import MDLMGenerationConfig, MDLMGenerationMixin
@@ -49,9 +48,9 @@ class MDLMForMaskedDiffusion(MDLMPreTrainedModel, MDLMGenerationMixin):
         alpha: torch.Tensor | None = None,
         sigma: torch.Tensor | None = None,
         logits_index: torch.Tensor | None = None,
-        head_function: HeadFunction = vocabulary_logits,
+        head_function: HeadFunction | None = None,
         **kwargs,
-    ) -> MaskedLMOutput:
+    ) -> LanguageModelOutput:
         """Score every token at every position.
 
         Args:
@@ -62,12 +61,12 @@ class MDLMForMaskedDiffusion(MDLMPreTrainedModel, MDLMGenerationMixin):
                 row or token, 1 meaning all of it; needed by the time-conditioned backbone, ignored by the other.
             sigma: of the same shape, in place of alpha: the total noise that the backbone is told.
             logits_index: (S,) indices into the flattened (B x L) tokens whose logits are wanted; None means all.
-            head_function: what is made of the selected hidden states instead of logits (see `vocabulary_logits`).
+            head_function: what is made of the selected hidden states instead of logits (see `head_fields`).
             **kwargs: `segment_ids` of packed rows, `output_hidden_states`, `output_attentions`.
 
         Returns:
-            `MaskedLMOutput` with `logits` (B, L, V), or (S, V) with `logits_index`; those of the ids that are never
-            written are -inf.
+            `LanguageModelOutput` with `logits` (B, L, V), or (S, V) with `logits_index`; those of the ids that are
+            never written are -inf.
 
         Raises:
             ValueError: if the time-conditioned backbone is not told `alpha`.
@@ -83,5 +82,8 @@ class MDLMForMaskedDiffusion(MDLMPreTrainedModel, MDLMGenerationMixin):
         outputs = self.model(
             input_ids, attention_mask=attention_mask, position_ids=position_ids, output_index=logits_index, **kwargs
         )
-        logits = head_function(outputs.last_hidden_state, self.lm_head, self.config.outside_softmax)
-        return MaskedLMOutput(logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
+        return LanguageModelOutput(
+            **head_fields(outputs.last_hidden_state, self.lm_head, self.config.outside_softmax, head_function),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )

@@ -35,7 +35,7 @@ class MLMLoss:
         outputs = model(**model_inputs(batch), logits_index=batch["logits_index"], head_function=cross_entropy)
         num_items = self.num_items(batch)
         return LossOutput(
-            loss_sum=outputs.logits.loss_sum,
+            loss_sum=outputs.head_output.loss_sum,
             num_items=num_items,
-            metrics={"masked_accuracy": (outputs.logits.correct.sum(), num_items)},
+            metrics={"masked_accuracy": (outputs.head_output.correct.sum(), num_items)},
         )

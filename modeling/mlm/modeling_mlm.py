@@ -2,12 +2,11 @@
 
 import torch
 from torch import nn
-from transformers.modeling_outputs import MaskedLMOutput
 from transformers.utils.generic import can_return_tuple
 
 from xlm_hf.modules.rotary_transformer import RotaryTransformer, RotaryTransformerPreTrainedModel
 from xlm_hf.modules.transformer_backbone import TransformerBackbone
-from xlm_hf.modules.vocabulary_head import HeadFunction, vocabulary_logits
+from xlm_hf.modules.vocabulary_head import HeadFunction, LanguageModelOutput, head_fields
 
 from .configuration_mlm import MLMConfig
 from .generation_mlm import MLMGenerationConfig, MLMGenerationMixin
@@ -38,9 +37,9 @@ class MLMForMaskedLM(MLMPreTrainedModel, MLMGenerationMixin):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         logits_index: torch.Tensor | None = None,
-        head_function: HeadFunction = vocabulary_logits,
+        head_function: HeadFunction | None = None,
         **kwargs,
-    ) -> MaskedLMOutput:
+    ) -> LanguageModelOutput:
         """Score every token at every position.
 
         Args:
@@ -48,14 +47,17 @@ class MLMForMaskedLM(MLMPreTrainedModel, MLMGenerationMixin):
             attention_mask: (B, L), 1 for tokens and 0 for padding on either side.
             position_ids: (B, L) rotary positions; by default each row counts its own tokens.
             logits_index: (S,) indices into the flattened (B x L) positions whose logits are wanted; None means all.
-            head_function: what is made of the selected hidden states instead of logits (see `vocabulary_logits`).
+            head_function: what is made of the selected hidden states instead of logits (see `head_fields`).
 
         Returns:
-            transformers' `MaskedLMOutput` without a loss: `logits` (B, L, V), or (S, V) with `logits_index`, those of
+            `LanguageModelOutput` with `logits` (B, L, V), or (S, V) with `logits_index`, those of
             `config.suppress_tokens` -inf; `hidden_states` and `attentions` where asked for.
         """
         outputs = self.model(
             input_ids, attention_mask=attention_mask, position_ids=position_ids, output_index=logits_index, **kwargs
         )
-        logits = head_function(outputs.last_hidden_state, self.lm_head, self.config.outside_softmax)
-        return MaskedLMOutput(logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
+        return LanguageModelOutput(
+            **head_fields(outputs.last_hidden_state, self.lm_head, self.config.outside_softmax, head_function),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )

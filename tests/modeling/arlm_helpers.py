@@ -8,10 +8,10 @@ import random
 import numpy as np
 import torch
 from torch import nn
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from xlm_hf.modeling.arlm import ARLMConfig, ARLMForCausalLM
-from xlm_hf.modules.vocabulary_head import vocabulary_logits
+from xlm_hf.modeling.arlm.modeling_arlm import ARLMOutput
+from xlm_hf.modules.vocabulary_head import head_fields
 
 PAD, EOS, BOS, FIRST_WORD = 0, 3, 4, 7
 
@@ -84,13 +84,7 @@ class TableModel(ARLMForCausalLM):
         return {token: p / total for token, p in following.items()}
 
     def forward(
-        self,
-        input_ids,
-        attention_mask=None,
-        logits_index=None,
-        logits_to_keep=0,
-        head_function=vocabulary_logits,
-        **kwargs,
+        self, input_ids, attention_mask=None, logits_index=None, logits_to_keep=0, head_function=None, **kwargs
     ):
         rows, L = input_ids.shape
         places = range(rows * L) if logits_index is None else logits_index.tolist()
@@ -107,8 +101,9 @@ class TableModel(ARLMForCausalLM):
                     logits[number, token] = math.log(p)
                 if EOS not in self.conditional(tuple(row[row.index(BOS) + 1 :])):
                     logits[number, EOS] = -torch.inf
-        logits = head_function(logits, nn.Identity(), None)
-        return CausalLMOutputWithPast(logits=logits if logits_index is not None else logits.view(rows, -1, 8))
+        if logits_index is None:
+            logits = logits.view(rows, -1, 8)
+        return ARLMOutput(**head_fields(logits, nn.Identity(), None, head_function))
 
 
 def filtered(probabilities: dict, temperature=1.0, top_k=None, top_p=None) -> dict:

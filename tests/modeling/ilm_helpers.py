@@ -99,8 +99,8 @@ class TableModel(nn.Module, ILMGenerationMixin):
             table = torch.from_numpy(self.table(written)).float()
             grid[row, start : start + len(table)] = table
             stop_logits[row] = torch.tensor([5.0, -5.0] if written in self.stop_at else [-5.0, 5.0])
-        logits = head_function(grid.flatten(0, 1)[slot_index], nn.Identity(), None)
-        return ILMOutput(logits=logits, stop_logits=stop_logits)
+        drawn = head_function(grid.flatten(0, 1)[slot_index], nn.Identity(), None)
+        return ILMOutput(head_output=drawn, stop_logits=stop_logits)
 
 
 def filtered(probabilities: dict, temperature=1.0, top_k=None, top_p=None) -> dict:

@@ -8,11 +8,10 @@ from functools import cache
 import numpy as np
 import torch
 from torch import nn
-from transformers.modeling_outputs import MaskedLMOutput
 
 from xlm_hf.modeling.mdlm import MDLMConfig, MDLMForMaskedDiffusion, MDLMGenerationConfig
 from xlm_hf.modeling.mdlm.generation_mdlm import MDLMGenerationMixin
-from xlm_hf.modules.vocabulary_head import vocabulary_logits
+from xlm_hf.modules.vocabulary_head import LanguageModelOutput, head_fields
 
 PAD, MASK, EOS, BOS, FIRST_WORD = 0, 2, 3, 4, 7
 WORDS = (7, 8, 9)
@@ -98,7 +97,7 @@ class TableModel(nn.Module, MDLMGenerationMixin):
         weights = np.exp(1.5 * scores + (2.0 * alpha * slopes if self.config.time_conditioning else 0.0))
         return weights / weights.sum(axis=-1, keepdims=True)
 
-    def forward(self, input_ids, attention_mask, alpha, logits_index, head_function=vocabulary_logits):
+    def forward(self, input_ids, attention_mask, alpha, logits_index, head_function=None):
         self.calls += 1
         B, L = input_ids.shape
         logits = torch.full((B * L, 10), -torch.inf)
@@ -112,7 +111,7 @@ class TableModel(nn.Module, MDLMGenerationMixin):
                     rows[row] = start, np.log(self.table(tuple(ids[start:]), float(alpha[row])))
             start, table = rows[row]
             logits[index, list(WORDS)] = torch.from_numpy(table[index % L - start]).float()
-        return MaskedLMOutput(logits=head_function(logits[logits_index], nn.Identity(), None))
+        return LanguageModelOutput(**head_fields(logits[logits_index], nn.Identity(), None, head_function))
 
 
 def random_joint(length, seed=0):

@@ -7,10 +7,10 @@ import random
 import numpy as np
 import torch
 from torch import nn
-from transformers.modeling_outputs import MaskedLMOutput
 
 from xlm_hf.modeling.mlm import MLMConfig, MLMForMaskedLM
 from xlm_hf.modeling.mlm.generation_mlm import MLMGenerationConfig, MLMGenerationMixin
+from xlm_hf.modules.vocabulary_head import LanguageModelOutput
 
 PAD, CLS, MASK, EOS, BOS, SEP, UNK, FIRST_WORD = range(8)
 V = 13
@@ -97,7 +97,7 @@ class TableModel(nn.Module, MLMGenerationMixin):
         codes = (input_ids[:, -self.length :] * 7 ** torch.arange(self.length)).sum(dim=-1)
         logits = torch.zeros(rows, L, 7)
         logits[:, -self.length :] = self.table[codes]
-        return MaskedLMOutput(logits=head_function(logits.flatten(0, 1)[logits_index], nn.Identity(), None))
+        return LanguageModelOutput(head_output=head_function(logits.flatten(0, 1)[logits_index], nn.Identity(), None))
 
 
 def filtered(probabilities: dict, temperature=1.0, top_k=None, top_p=None) -> dict:

@@ -71,7 +71,10 @@ def test_perfect_scores_reach_the_entropy_of_the_target():
             return type(
                 "Output",
                 (),
-                {"logits": head_function(counts[slot_index].log(), torch.nn.Identity(), None), "stop_logits": stop},
+                {
+                    "head_output": head_function(counts[slot_index].log(), torch.nn.Identity(), None),
+                    "stop_logits": stop,
+                },
             )
 
     output = ILMLoss()(Perfect(), batch)

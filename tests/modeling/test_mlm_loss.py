@@ -57,7 +57,7 @@ def test_a_perfect_model_has_no_loss_and_sees_no_more_positions_than_it_must():
             assert (input_ids.flatten()[logits_index] == MASK).all()
             assert len(logits_index) == (input_ids == MASK).sum()
             logits = torch.nn.functional.one_hot(batch["target_ids"], V) * 50.0
-            return type("Output", (), {"logits": head_function(logits, torch.nn.Identity(), None)})
+            return type("Output", (), {"head_output": head_function(logits, torch.nn.Identity(), None)})
 
     output = MLMLoss()(Perfect(), batch)
     assert float(output.loss_sum) == pytest.approx(0.0, abs=1e-6)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from xlm_hf.modules import vocabulary_head
-from xlm_hf.modules.vocabulary_head import LogitsOnDemand
+from xlm_hf.modules.vocabulary_head import LogitsOnDemand, head_fields
 
 
 def definitions(logits):
@@ -83,3 +83,11 @@ def test_automatic_mixed_precision_applies_to_the_statistics_as_to_the_logits():
         expected = head(x).float()
         assert not torch.equal(expected, nn.functional.linear(x.double(), head.weight.double()).float())
         assert_statistics_are_those_of(logits, expected)
+
+
+def test_a_head_function_takes_the_place_of_the_logits():
+    head, states = nn.Linear(4, 7), torch.randn(3, 4)
+    logits = head_fields(states, head, [2], None)
+    assert list(logits) == ["logits"]
+    assert (logits["logits"][:, 2] == -torch.inf).all()
+    assert head_fields(states, head, [2], lambda *given: given) == {"head_output": (states, head, [2])}

@@ -243,7 +243,8 @@ class MaskedGenerationMixin(NonAutoregressiveGenerationMixin):
             return function(logits.processed(generation_config.suppress_tokens, logits_processor, ids, index, step))
 
         mask = canvas.attention_mask[rows] if canvas.is_padded else None
-        return self(ids, attention_mask=mask, logits_index=index, head_function=head_function, **model_inputs).logits
+        inputs = {"attention_mask": mask, "logits_index": index, **model_inputs}
+        return self(ids, head_function=head_function, **inputs).head_output
 
 
 def unmask(

@@ -1,10 +1,12 @@
 """From hidden states to logits over the vocabulary, without those of the ids that are never written."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import torch
 from torch import nn
+from transformers.utils import ModelOutput
 
 # Logits of one block: what stays in a core's cache while it is summed, and elsewhere 512 MiB of float32.
 _BLOCK_SIZES = {"cpu": 2**18}
@@ -12,6 +14,23 @@ _BLOCK_SIZE = 2**27
 _BLOCK_ROWS = 256  # of a block of a part of the vocabulary; with fewer, the product waits for the weights
 
 HeadFunction = Callable[[torch.Tensor, nn.Module, Sequence[int] | None], Any]
+
+
+@dataclass
+class LanguageModelOutput(ModelOutput):
+    """What the `forward` of a language model returns; families with more heads add their fields.
+
+    Attributes:
+        logits: (B, L, V), or (S, V) where the call names S positions; None with a head function.
+        head_output: what the head function of the call returned; None without one.
+        hidden_states: per layer (B, L, hidden_size), with `output_hidden_states=True`.
+        attentions: per layer (B, heads, L, L), with `output_attentions=True` and eager attention.
+    """
+
+    logits: torch.Tensor | None = None
+    head_output: Any = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 def suppress_(logits: torch.Tensor, token_ids: Sequence[int] | None) -> torch.Tensor:
@@ -32,13 +51,25 @@ def suppress_(logits: torch.Tensor, token_ids: Sequence[int] | None) -> torch.Te
 def vocabulary_logits(
     hidden_states: torch.Tensor, head: nn.Module, suppressed_ids: Sequence[int] | None
 ) -> torch.Tensor:
-    """Logits of hidden states (..., H) over the vocabulary, (..., V); those of `suppressed_ids` are -inf.
-
-    This is what a model does with the hidden states asked for, unless its `forward` is given another `head_function`
-    with the same arguments. A loss brings one that needs no logits: the head is used within the model's own forward
-    pass, so whoever wraps it (data parallelism, automatic mixed precision) sees every parameter at work.
-    """
+    """Logits of hidden states (..., H) over the vocabulary, (..., V); those of `suppressed_ids` are -inf."""
     return suppress_(head(hidden_states), suppressed_ids)
+
+
+def head_fields(
+    hidden_states: torch.Tensor,
+    head: nn.Module,
+    suppressed_ids: Sequence[int] | None,
+    head_function: HeadFunction | None,
+) -> dict[str, Any]:
+    """The field of a model's output that its vocabulary head fills: `logits`, or `head_output` with a head function.
+
+    A head function gets the hidden states (S, H) asked for, the head and the ids whose logits are -inf. A loss brings
+    one that needs no logits, a sampler one that decides. The head is used within the model's own forward pass, so
+    whoever wraps it (data parallelism, automatic mixed precision) sees every parameter at work.
+    """
+    if head_function is None:
+        return {"logits": vocabulary_logits(hidden_states, head, suppressed_ids)}
+    return {"head_output": head_function(hidden_states, head, suppressed_ids)}
 
 
 def is_linear(head: nn.Module) -> TypeGuard[nn.Linear]:
@@ -53,7 +84,7 @@ class LogitsOnDemand:
     A step of a sampler needs a statistic of every row, and then the logits of the few rows that it draws from. Made as
     one tensor, the logits of a large vocabulary go through fresh main memory several times, which takes longer than
     their product; here a block of them at a time stays in the cache. To be used within the model's forward pass, in a
-    head function (see `vocabulary_logits`).
+    head function (see `head_fields`).
 
     Args:
         hidden_states: (S, H).
