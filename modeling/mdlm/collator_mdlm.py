@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from xlm_hf.modules.counter_random import unit_interval
 from xlm_hf.modules.messages import did_you_mean
-from xlm_hf.modules.noise_schedules import NOISE_SCHEDULES
-from xlm_hf.objectives.collation import Collator, Documents, Rows, ragged, random_subset, segment_numbers
+from xlm_hf.modules.noise_schedules import make_schedule
+from xlm_hf.objectives.collation import Collator, Documents, Rows, ragged, segment_numbers
+from xlm_hf.objectives.corruption import bernoulli_masks, exact_masks, schedule_at, skewed_times
 
 MASKINGS = ("exact", "bernoulli")
 _EXTRAS = "its special ones and its canvas"
@@ -45,7 +45,7 @@ class _MDLMTrainingCollator(_MDLMCollator):
             weight of -alpha'_t / (1 - alpha_t). "exact" draws k ~ U{1..L}, masks exactly k and tells the network a time
             from the law of t given k, for a weight of L / k. Both are unbiased for the same bound, and only the second
             has a finite variance.
-        noise_schedule: alpha_t of "bernoulli", a name from `NOISE_SCHEDULES`; "exact" does not depend on it.
+        noise_schedule: alpha_t of "bernoulli", as `make_schedule` takes it; "exact" does not depend on it.
         mask_beta: None trains on the bound. A number, for training alone, draws k / L (rounded up) or t from
             Beta(mask_beta, 1), and every masked token counts 1 in the loss, as in MaskGIT (arXiv 2202.04200).
         packing: whether a row may hold several examples, up to `max_length` tokens; no token sees another document.
@@ -70,16 +70,12 @@ class _MDLMTrainingCollator(_MDLMCollator):
             raise ValueError(f"mask_beta must be greater than 0 and is {mask_beta}.")
         if masking not in MASKINGS:
             raise ValueError(f"masking {masking!r} does not exist: {did_you_mean(masking, MASKINGS)}")
-        if noise_schedule not in NOISE_SCHEDULES:
-            raise ValueError(
-                f"noise_schedule {noise_schedule!r} does not exist: {did_you_mean(noise_schedule, NOISE_SCHEDULES)}"
-            )
         writable = {tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
         self.never_written = np.isin(np.arange(len(tokenizer)), list(set(tokenizer.all_special_ids) - writable))
         self.canvas_length = canvas_length
         self.masking = masking
         self.mask_beta = mask_beta
-        self.schedule = NOISE_SCHEDULES[noise_schedule]
+        self.schedule = make_schedule(noise_schedule)
 
     def _training(self, examples, prompts, texts) -> dict[str, torch.Tensor]:
         documents = Documents(examples, prompts, texts)
@@ -104,17 +100,11 @@ class _MDLMTrainingCollator(_MDLMCollator):
             )
         u, beta = rows.documents.low_discrepancy_draws(self.seed), self.mask_beta or 1.0
         if self.masking == "exact":
-            k = (u ** (1 / beta) * lengths).astype(np.int64) + 1
-            # The k smallest of L uniform draws are a uniformly random k-subset, and the k-th is, independently, a
-            # Beta(k, L - k + 1) draw: the law of the mask probability given that k of L tokens are masked.
-            masked, greatest = random_subset(bits, lengths, np.minimum(k, lengths))
-            # Nothing can be masked in a document without a canvas.
-            alpha = np.where(lengths == 0, 0.0, 1 - unit_interval(greatest))
-            weights = lengths**beta / (k * (k**beta - (k - 1) ** beta))
+            masked, alpha, weights = exact_masks(bits, lengths, u, beta)
         else:
-            t, schedule = torch.from_numpy((1 - u) ** (1 / beta)), self.schedule
-            alpha, weights = schedule.alpha(t).numpy(), (schedule.weight(t) / (beta * t ** (beta - 1))).numpy()
-            masked = unit_interval(bits) < np.repeat(schedule.mask_probability(t).numpy(), lengths)
+            t, weights = skewed_times(u, beta)
+            alpha, mask_probability, hazard = schedule_at(self.schedule, t)
+            masked, weights = bernoulli_masks(bits, lengths, mask_probability), hazard * weights
         masks = np.flatnonzero(masked)
         rows.input_ids[index[masks]] = self.mask_token_id
         even = {} if self.mask_beta is None else {"loss_weights": np.ones(len(lengths), np.float32)}

@@ -10,7 +10,7 @@ from transformers.generation import LogitsProcessorList
 from xlm_hf.modules.canvas import MaskedCanvas, MaskedGenerationMixin, UnmaskingGenerationConfig, draw_tokens, unmask
 from xlm_hf.modules.counter_random import random_bits, uniform
 from xlm_hf.modules.generation import NonAutoregressiveGenerationOutput, row_seeds, shape_of_call, true_indices
-from xlm_hf.modules.noise_schedules import NOISE_SCHEDULES
+from xlm_hf.modules.noise_schedules import make_schedule
 from xlm_hf.modules.unmasking import commit_ranks
 
 _EVENT, _TOKEN, _TIME = 0, 1, 2  # last counter of a random number: what it decides
@@ -29,7 +29,7 @@ class MDLMGenerationConfig(UnmaskingGenerationConfig):
             first three draw from the law of the model's process; a rule other than order "random" seeks its mode.
         block_length: places of a block; a block is finished before the next to its right is begun, and nothing is
             written after one that holds `[EOS]`. The steps are spread evenly over the blocks. None means one block.
-        noise_schedule: spacing of the steps of "ancestral" and "remask", a name from `NOISE_SCHEDULES`.
+        noise_schedule: spacing of the steps of "ancestral" and "remask", as `make_schedule` takes it.
         remasking: sigma_t, the probability that "remask" masks a token again: with sigma_max = min(1, (1 - alpha_s) /
             alpha_t), "cap" is min(eta, sigma_max), "rescale" is eta sigma_max, "conf" is eta sigma_max times the
             softmax over the written tokens of minus the probability that they had when they were written.
@@ -46,7 +46,7 @@ class MDLMGenerationConfig(UnmaskingGenerationConfig):
         """Check every option; raises ValueError naming the option, its value and its range."""
         super().validate()
         self._check_choice("sampler", ("ancestral", "first_hitting", "remask", "rule"))
-        self._check_choice("noise_schedule", tuple(NOISE_SCHEDULES))
+        make_schedule(self.noise_schedule)
         self._check_choice("remasking", ("cap", "rescale", "conf"))
         self._check_positive("block_length")
         self._check_probability("eta")
@@ -204,7 +204,7 @@ class _Process:
 
     def __init__(self, canvas: MaskedCanvas, config: MDLMGenerationConfig, seeds, passes_idle_steps: bool):
         self.canvas, self.config, self.eos_token_id, self.seeds = canvas, config, canvas.eos_token_id, seeds
-        self.passes_idle_steps, self.schedule = passes_idle_steps, NOISE_SCHEDULES[config.noise_schedule]
+        self.passes_idle_steps, self.schedule = passes_idle_steps, make_schedule(config.noise_schedule)
         if config.sampler != "rule":
             # The law of a process is that of the whole canvas: what stands behind the end of the text is written too.
             canvas.eos_token_id = None

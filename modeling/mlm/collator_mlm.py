@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from xlm_hf.modules.counter_random import unit_interval
 from xlm_hf.objectives.collation import Collator, Documents, Rows, ragged
+from xlm_hf.objectives.corruption import bernoulli_masks
 
 _EXTRAS = "its special tokens and padding content"
 
@@ -49,8 +49,8 @@ class _MLMCollator(Collator):
         Each maskable token is masked with probability t ~ Beta(mask_beta, 1), evenly spread over the epoch.
         """
         t = rows.documents.low_discrepancy_draws(self.seed) ** (1 / self.mask_beta)
-        draws = unit_interval(rows.documents.random_bits(self.seed, lengths, starts))
-        masked = np.flatnonzero(maskable & (draws < np.repeat(t, lengths)))
+        bits = rows.documents.random_bits(self.seed, lengths, starts)
+        masked = np.flatnonzero(maskable & bernoulli_masks(bits, lengths, t))
         logits_index = rows.index(starts, lengths)[masked]
         target_ids = rows.input_ids[logits_index]
         rows.input_ids[logits_index] = self.mask_token_id
