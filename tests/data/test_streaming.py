@@ -68,7 +68,7 @@ def test_two_ranks_read_the_batches_of_one_in_turn(tmp_path):
         "import json, sys\n"
         "from pathlib import Path\n"
         "from accelerate import PartialState\n"
-        "from tests.test_streaming import trainer_on\n"
+        "from tests.data.test_streaming import trainer_on\n"
         "trainer = trainer_on('stream', sys.argv[1], batch_size=4, max_steps=7, ddp_backend='gloo',\n"
         "                     dataloader_num_workers=2)\n"
         "trainer.train()\n"

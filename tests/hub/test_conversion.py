@@ -33,7 +33,7 @@ from xlm_hf.modeling.ilm import ILMLoss
 from xlm_hf.modeling.mdlm import MDLMLoss
 from xlm_hf.modeling.mlm import MLMLoss
 
-RECORDED = Path(__file__).parent / "fixtures" / "published"
+RECORDED = Path(__file__).parents[1] / "fixtures" / "published"
 tanh_gelu = partial(gelu, approximate="tanh")
 close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
 
