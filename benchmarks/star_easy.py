@@ -22,11 +22,9 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
-from hydra import compose, initialize_config_module
 from transformers import TrainerCallback
 
-from xlm_hf.building import build_model, build_task, build_trainer
-from xlm_hf.cli import open_override
+from xlm_hf.building import build_model, build_task, build_trainer, compose
 from xlm_hf.evaluation import EvaluationSet, run_evaluation_set
 from xlm_hf.metrics import load_metric
 
@@ -84,10 +82,9 @@ class Watch(TrainerCallback):
 def run(name: str, overrides: list[str]) -> None:
     """Train one recipe and write its curve and its test result."""
     started = time.process_time()
-    with initialize_config_module("xlm_hf.configs", version_base="1.3"):
-        cfg = compose("ilm_star", [open_override(override) for override in ["trainer.save_strategy=no", *overrides]])
-    task = build_task(cfg)
-    model = build_model(cfg, task.tokenizer)
+    cfg = compose("ilm_star", ["trainer.save_strategy=no", *overrides])
+    task = build_task(cfg.task)
+    model = build_model(cfg.model, task.tokenizer, cfg.generation, seed=cfg.seed)
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(cfg, task, model, Path(folder))
         trainer.args.eval_strategy = "no"

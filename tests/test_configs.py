@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 from datasets import Dataset
-from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
-from xlm_hf.building import build_model, build_task, build_trainer
+from xlm_hf.building import build_model, build_task, build_trainer, compose
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 GROUPS = {
@@ -47,13 +46,16 @@ def few_examples(task, few_texts):
 
 
 def composed(config_name, *overrides):
-    with initialize_config_module("xlm_hf.configs", version_base="1.3"):
-        return compose(config_name, overrides=list(overrides))
+    return compose(config_name, overrides)
+
+
+def built(cfg):
+    task = build_task(cfg.task)
+    return task, build_model(cfg.model, task.tokenizer, cfg.generation, cfg.task.get("max_length"))
 
 
 def two_steps(cfg, output_dir):
-    task = build_task(cfg)
-    model = build_model(cfg, task.tokenizer)
+    task, model = built(cfg)
     trainer = build_trainer(cfg, task, model, output_dir)
     trainer.train()
     assert trainer.state.global_step == 2
@@ -85,7 +87,7 @@ def test_every_experiment_trains_two_steps_and_is_scored(experiment, few_texts, 
 def test_every_family_learns_every_task(family, task, few_texts, tmp_path):
     few = few_examples(task, few_texts)
     cfg = composed("config", f"family={family}", f"task={task}", "size=tiny", *few, *SHORT)
-    if (kind := build_task(cfg).kind) not in cfg.collators:
+    if (kind := build_task(cfg.task).kind) not in cfg.collators:
         assert kind == "infill"
         with pytest.raises(ValueError, match=f"Family '{family}' has no collator 'infill'"):
             two_steps(cfg, tmp_path)
@@ -100,8 +102,7 @@ def test_every_family_learns_every_task(family, task, few_texts, tmp_path):
 @pytest.mark.parametrize("family", GROUPS["family"])
 def test_every_size_is_a_model_and_a_set_of_arguments(size, family, tmp_path):
     cfg = composed("config", f"family={family}", "task=star_easy", f"size={size}", *FEW)
-    task = build_task(cfg)
-    model = build_model(cfg, task.tokenizer)
+    task, model = built(cfg)
     trainer = build_trainer(cfg, task, model, tmp_path)
     assert model.config.hidden_size == cfg.model.hidden_size
     assert trainer.args.max_steps == cfg.trainer.max_steps
@@ -158,8 +159,7 @@ def test_named_experiments_are_thin():
 
 def test_the_tokenizer_decides_the_vocabulary(tmp_path):
     cfg = composed("ilm_star", "size=tiny", "task=star_hard", *FEW)
-    task = build_task(cfg)
-    model = build_model(cfg, task.tokenizer)
+    task, model = built(cfg)
     assert model.config.vocab_size == len(task.tokenizer) == 63
     assert model.config.suppress_tokens == [0, 1, 2, 3, 4, 5]
     assert model.generation_config.max_new_tokens == 28

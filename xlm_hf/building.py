@@ -1,34 +1,35 @@
-"""From a composed config to objects: the steps that the jobs share."""
+"""From a config to the objects of a run: task, model, collators, evaluation sets, trainer.
+
+Each builder takes its own node of the config and returns its object; `build_trainer` alone takes the whole config, and
+hands each node on once. A notebook does what the command line does:
+
+    cfg = compose("config", ["family=NAME", "task=star_easy", "size=tiny"])
+    task = build_task(cfg.task)
+    model = build_model(cfg.model, task.tokenizer, cfg.generation, seed=cfg.seed)
+    build_trainer(cfg, task, model, Path("run")).train()
+"""
 
 import contextlib
 import inspect
-import json
 import logging
 import os
 import re
-import shlex
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import datasets
 import hydra
 import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from huggingface_hub.errors import RepositoryNotFoundError
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.singleton import Singleton
+from hydra.version import VersionBase
 from omegaconf import DictConfig, OmegaConf
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from xlm_hf.evaluation import RECORD_FIELDS, EvaluationSet
-from xlm_hf.families import families
-from xlm_hf.files import write_text
 from xlm_hf.hub.pretrained_backbones import add_lora, backbone_options, check_sees_both_ways, load_backbone
 from xlm_hf.metrics import load_metric
 from xlm_hf.modules.messages import check_arguments, check_options, did_you_mean
@@ -37,7 +38,6 @@ from xlm_hf.training.arguments import XLMTrainingArguments
 from xlm_hf.training.averages import load_average
 from xlm_hf.training.callbacks.budget import Budget
 from xlm_hf.training.callbacks.early_stopping import EarlyStopping
-from xlm_hf.training.callbacks.predictions import write_predictions
 from xlm_hf.training.callbacks.profiler import Profiler
 from xlm_hf.training.checkpoints import resolve_checkpoint
 from xlm_hf.training.trainer import XLMTrainer
@@ -52,6 +52,21 @@ _OPEN_NODES = ("trainer", "model", "generation", "task", "loss", "train_collator
 _MAX_STEPS_OF_A_BUDGET = 10**9
 
 
+def compose(config_name: str = "config", overrides: Iterable[str] = ()) -> DictConfig:
+    """Compose a config as the command line does, e.g. `compose("config", ["family=NAME", "task=text"])`.
+
+    It works anywhere, in a notebook and within another Hydra application: Hydra's global state stays as it was.
+    """
+    state = Singleton._instances
+    kept: tuple[type, ...] = (GlobalHydra, VersionBase)
+    outer = {cls: state.pop(cls) for cls in kept if cls in state}
+    try:
+        with hydra.initialize_config_module("xlm_hf.configs", version_base="1.3"):
+            return hydra.compose(config_name, [open_override(override) for override in overrides])
+    finally:
+        state.update(outer)
+
+
 def open_override(argument: str) -> str:
     """Let `trainer.NAME=value` and its like set what the YAML does not list, as Hydra's `++` does."""
     is_opened = is_open(argument) or argument.startswith(("families.", "tasks.", "nfe_sweep."))
@@ -61,40 +76,6 @@ def open_override(argument: str) -> str:
 def is_open(override: str) -> bool:
     """Whether an override sets an option of one of the objects of a run."""
     return re.match(rf"({'|'.join(_OPEN_NODES)})\.[\w.]+=", override) is not None
-
-
-def run_directory(cfg: DictConfig) -> Path:
-    """The folder of this run, made if need be: `output_dir`, or a fresh `outputs/<experiment>/<time>`.
-
-    Everything that the main process logs goes to its `train.log` too. All ranks get one folder.
-    """
-    process = PartialState(cpu=bool(OmegaConf.select(cfg, "trainer.use_cpu")))
-    if cfg.output_dir is None:
-        cfg.output_dir = broadcast_object_list([_fresh_folder(cfg.experiment) if process.is_main_process else ""])[0]
-    folder = Path(cfg.output_dir).expanduser().absolute()
-    folder.mkdir(parents=True, exist_ok=True)
-    log = logging.getLogger("xlm_hf")
-    for earlier in [handler for handler in log.handlers if isinstance(handler, logging.FileHandler)]:
-        log.removeHandler(earlier)
-        earlier.close()
-    if not process.is_main_process:
-        log.setLevel(logging.WARNING)
-        return folder
-    handler = logging.FileHandler(folder / "train.log")
-    handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
-    log.addHandler(handler)
-    return folder
-
-
-def _fresh_folder(experiment: str) -> str:
-    """Make `outputs/<experiment>/<time>`, once no other run has begun within the same second."""
-    while True:
-        folder = Path("outputs") / experiment / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-        try:
-            folder.mkdir(parents=True)
-            return str(folder)
-        except FileExistsError:
-            time.sleep(0.1)
 
 
 def plain(node: Any) -> Any:
@@ -107,9 +88,9 @@ def options_of(node: DictConfig) -> dict[str, Any]:
     return {name: value for name, value in plain(node).items() if name != "_target_"}
 
 
-def build_task(cfg: DictConfig) -> Task:
-    """Prepare the task, or take it from the cache."""
-    return load_task(plain(cfg.task))
+def build_task(node: DictConfig) -> Task:
+    """Prepare the task of a config's `task` node, or take it from the cache."""
+    return load_task(plain(node))
 
 
 def token_options(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -125,19 +106,34 @@ def token_options(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     }
 
 
-def build_model(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """A freshly initialised model of the family, its vocabulary taken from the tokenizer."""
-    config_class = hydra.utils.get_class(cfg.model._target_)
+def build_model(
+    node: DictConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    generation: DictConfig | None = None,
+    max_length: int | None = None,
+    seed: int = 0,
+) -> PreTrainedModel:
+    """A freshly initialised model.
+
+    Args:
+        node: the config's `model`.
+        tokenizer: of the task, which decides the vocabulary and the special tokens.
+        generation: the config's `generation`, the defaults of `generate`.
+        max_length: tokens of the longest text of the task, which decides the number of positions unless `node` does;
+            None leaves it to the model's configuration.
+        seed: of the initialisation.
+    """
+    config_class = hydra.utils.get_class(node._target_)
     known = [f.name for f in fields(config_class)]
-    options = options_of(cfg.model)
+    options = options_of(node)
     check_options("model", options, known)
     source = options.get("backbone", "rotary")
     adopted = backbone_options(source, getattr(config_class, "own_backbones", ("rotary",)))
     vocabulary = {name: value for name, value in token_options(tokenizer).items() if name in known}
-    if "max_length" in cfg.task:
+    if max_length is not None:
         # A text has at most two special tokens.
-        vocabulary["max_position_embeddings"] = cfg.task.max_length + 2
-    set_seed(cfg.seed)
+        vocabulary["max_position_embeddings"] = max_length + 2
+    set_seed(seed)
     is_adopted = bool(adopted or options.get("backbone_config"))
     lora = options.pop("lora", None) if is_adopted else None
     model = AutoModel.from_config(config_class(**{**vocabulary, **options, **adopted}))
@@ -148,43 +144,56 @@ def build_model(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrain
         add_lora(model, lora, known_ids)
     ids = {name: token_options(tokenizer).get(name) for name in ("bos_token_id", "pad_token_id", "eos_token_id")}
     model.generation_config = model.generation_config_class(**ids)
-    return _with_generation_options(model, cfg)
+    return _with_generation_options(model, generation)
 
 
-def load_model(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> PreTrainedModel:
-    """The model of `checkpoint=`, with the generation options of the config over its own.
+def load_model(
+    checkpoint: str,
+    node: DictConfig,
+    generation: DictConfig | None = None,
+    task: Task | None = None,
+    use_ema: bool = True,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The model of a checkpoint, with the generation options of the config over its own.
 
     Args:
-        cfg: the composed config.
-        tokenizer: of the task, which must fit the model's vocabulary.
+        checkpoint: a run, a checkpoint, a model folder or a Hub id.
+        node: the config's `model`, of whose family the checkpoint must be.
+        generation: the config's `generation`.
+        task: whose vocabulary the model's must be; None for any.
+        use_ema: takes the averaged weights, if there are any.
+        trust_remote_code: whether the checkpoint may bring code of its own.
 
     Raises:
-        ValueError: if no checkpoint is named, it cannot be loaded, or the vocabularies differ.
+        ValueError: if it cannot be loaded, or is of another family or vocabulary.
     """
-    if cfg.checkpoint is None:
-        raise ValueError(f"job={cfg.job} needs a model: add checkpoint=DIR, a run, a checkpoint or a Hub id.")
-    source = resolve_checkpoint(cfg.checkpoint)
+    source = resolve_checkpoint(checkpoint)
     # Otherwise transformers asks a service to convert the pickles of a repository that has nothing else.
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "true"
     with _loading(source):
         model = AutoModel.from_pretrained(
-            source, dtype=torch.float32, trust_remote_code=cfg.trust_remote_code, use_safetensors=True
+            source, dtype=torch.float32, trust_remote_code=trust_remote_code, use_safetensors=True
         )
-    if tokenizer is not None and len(tokenizer) != model.config.vocab_size:
+    config_class: Any = hydra.utils.get_class(node._target_)
+    found, wanted = model.config.model_type, config_class.model_type
+    if found != wanted:
+        raise ValueError(f"{source} is of family {found!r} and not {wanted!r}: add family={found}.")
+    if task is not None and len(task.tokenizer) != model.config.vocab_size:
         raise ValueError(
-            f"{source} has a vocabulary of {model.config.vocab_size} and task {cfg.task.name!r} one of "
-            f"{len(tokenizer)}: name the task that it was trained on."
+            f"{source} has a vocabulary of {model.config.vocab_size} and task {task.name!r} one of "
+            f"{len(task.tokenizer)}: name the task that it was trained on."
         )
-    averaged = cfg.ema and load_average(model, Path(source))
+    averaged = use_ema and load_average(model, Path(source))
     logger.info("Loaded %s%s.", source, ", averaged weights" if averaged else "")
-    return _with_generation_options(model, cfg)
+    return _with_generation_options(model, generation)
 
 
-def load_tokenizer(cfg: DictConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer that was saved with the model of `checkpoint=`."""
-    source = resolve_checkpoint(cfg.checkpoint)
+def load_tokenizer(checkpoint: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer that was saved with the model of a checkpoint."""
+    source = resolve_checkpoint(checkpoint)
     with _loading(source):
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=cfg.trust_remote_code)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
 
 
 @contextlib.contextmanager
@@ -208,13 +217,19 @@ def _loading(source: str) -> Iterator[None]:
         raise
 
 
-def _with_generation_options(model: PreTrainedModel, cfg: DictConfig) -> PreTrainedModel:
-    options = options_of(cfg.generation)
-    if options["max_new_tokens"] is None:
+def _with_generation_options(model: PreTrainedModel, node: DictConfig | None) -> PreTrainedModel:
+    options = {} if node is None else options_of(node)
+    if options.get("max_new_tokens", 0) is None:
         # The task has no opinion.
         del options["max_new_tokens"]
     model.generation_config = type(model.generation_config)(**{**model.generation_config.to_dict(), **options})
     return model
+
+
+def build_loss(node: DictConfig) -> Any:
+    """The loss object of a config's `loss` node."""
+    check_arguments("loss", options_of(node), hydra.utils.get_class(node._target_))
+    return hydra.utils.instantiate(node)
 
 
 def build_collator(
@@ -228,11 +243,23 @@ def build_collator(
     return hydra.utils.instantiate(cfg.collators[kind], tokenizer=tokenizer, **options)
 
 
-def build_evaluation_sets(cfg: DictConfig, task: Task, model: PreTrainedModel, loss: Any) -> list[EvaluationSet]:
-    """The task's `evaluation` list as objects."""
+def build_evaluation_sets(
+    entries: Iterable[Mapping[str, Any]], task: Task, collator: Callable[[str], Callable], loss: Any
+) -> list[EvaluationSet]:
+    """The evaluation sets of a task.
+
+    Args:
+        entries: the config's `task.evaluation`.
+        task: holds the splits.
+        collator: makes the collator of a kind, e.g. of `seq2seq_prediction`.
+        loss: of the sets with `loss: true`.
+
+    Raises:
+        ValueError: for an unknown option, split or field.
+    """
     known = [field.name for field in fields(EvaluationSet) if field.name not in ("dataset", "kind")]
     sets = []
-    for entry in plain(cfg.task.evaluation):
+    for entry in plain(entries):
         check_options("An entry of task.evaluation", entry, [*known, "split", "num_samples"])
         split = entry.get("split")
         if split not in task.splits and not (split is None and "num_samples" in entry):
@@ -243,7 +270,7 @@ def build_evaluation_sets(cfg: DictConfig, task: Task, model: PreTrainedModel, l
         options = {name: value for name, value in entry.items() if name not in ("split", "num_samples")}
         options.update(
             dataset=_unconditional(entry, task) if "num_samples" in entry else task.splits[entry["split"]],
-            collator=build_collator(cfg, entry["collator"], task.tokenizer, model),
+            collator=collator(entry["collator"]),
             kind=entry["collator"].removesuffix("_prediction"),
             loss=loss if entry.get("loss") else None,
             metrics=_build_metrics(entry),
@@ -252,12 +279,12 @@ def build_evaluation_sets(cfg: DictConfig, task: Task, model: PreTrainedModel, l
     return sets
 
 
-def build_callbacks(cfg: DictConfig) -> list[TrainerCallback]:
-    """The callbacks that the config asks for: a budget, early stopping where a patience is set, the profiler."""
-    callbacks: list[TrainerCallback] = [Budget(**plain(cfg.budget))]
-    if cfg.early_stopping.patience is not None:
-        callbacks.append(EarlyStopping(cfg.early_stopping.patience, cfg.early_stopping.threshold))
-    if cfg.debug.name == "profile":
+def build_callbacks(budget: DictConfig, early_stopping: DictConfig, profile: bool = False) -> list[TrainerCallback]:
+    """The callbacks of the nodes `budget` and `early_stopping`, where a patience is set, and the profiler."""
+    callbacks: list[TrainerCallback] = [Budget(**plain(budget))]
+    if early_stopping.patience is not None:
+        callbacks.append(EarlyStopping(early_stopping.patience, early_stopping.threshold))
+    if profile:
         callbacks.append(Profiler())
     return callbacks
 
@@ -297,76 +324,43 @@ def _build_metrics(entry: dict[str, Any]) -> list[Any]:
     return metrics
 
 
-def build_trainer(cfg: DictConfig, task: Task, model: PreTrainedModel, output_dir: Path) -> XLMTrainer:
-    """The trainer of a run, with everything that the config names."""
-    options = options_of(cfg.trainer)
+def build_arguments(node: DictConfig, has_budget: bool = False, **of_run: Any) -> XLMTrainingArguments:
+    """The training arguments of a config's `trainer` node.
+
+    Args:
+        node: the config's `trainer`.
+        has_budget: whether a budget of tokens or seconds ends the run, whatever the number of steps.
+        of_run: arguments that the node may replace: `output_dir`, `seed` and the like.
+    """
+    options = options_of(node)
     check_arguments("trainer", options, XLMTrainingArguments)
-    if any(limit is not None for limit in plain(cfg.budget).values()):
+    if has_budget:
         options["max_steps"] = _MAX_STEPS_OF_A_BUDGET
-    of_run = {"output_dir": str(output_dir), "seed": cfg.seed, "report_to": list(cfg.logger), "use_ema": cfg.ema}
-    arguments = XLMTrainingArguments(**{**of_run, **options})
-    check_arguments("loss", options_of(cfg.loss), hydra.utils.get_class(cfg.loss._target_))
-    loss = hydra.utils.instantiate(cfg.loss)
+    return XLMTrainingArguments(**{**of_run, **options})
+
+
+def build_trainer(cfg: DictConfig, task: Task, model: PreTrainedModel, output_dir: str | Path) -> XLMTrainer:
+    """The trainer of a run, with all that the config names: each of its nodes goes to its builder."""
+    arguments = build_arguments(
+        cfg.trainer,
+        has_budget=any(limit is not None for limit in cfg.budget.values()),
+        output_dir=str(output_dir),
+        seed=cfg.seed,
+        report_to=list(cfg.logger),
+        use_ema=cfg.ema,
+    )
+
+    def collator(kind: str, **options: Any) -> Callable:
+        return build_collator(cfg, kind, task.tokenizer, model, **options)
+
+    loss = build_loss(cfg.loss)
     return XLMTrainer(
         model=model,
         args=arguments,
         loss=loss,
-        data_collator=build_collator(cfg, task.kind, task.tokenizer, model, **plain(cfg.train_collator)),
+        data_collator=collator(task.kind, **plain(cfg.train_collator)),
         train_dataset=task.splits["train"],
-        evaluation_sets=build_evaluation_sets(cfg, task, model, loss),
+        evaluation_sets=build_evaluation_sets(cfg.task.evaluation, task, collator, loss),
         processing_class=task.tokenizer,
-        callbacks=build_callbacks(cfg),
+        callbacks=build_callbacks(cfg.budget, cfg.early_stopping, profile=cfg.debug.name == "profile"),
     )
-
-
-def write_results(output_dir: Path, metrics: dict[str, float], predictions: dict[str, list[dict[str, Any]]]) -> None:
-    """Write `metrics.json` and `predictions/<set>.jsonl`, overwriting what an earlier call wrote."""
-    for name, records in predictions.items():
-        write_predictions(output_dir, name, records)
-    write_text(output_dir / "metrics.json", json.dumps(metrics, indent=2, sort_keys=True, default=float) + "\n")
-
-
-def card_variables(
-    config: dict[str, Any], metrics: dict[str, float], predictions: dict[str, list[dict[str, Any]]]
-) -> dict[str, Any]:
-    """What the model card says of a run: its config as plain Python, its metrics, with `steps`, and some decodes."""
-    decodes = predictions[min(predictions)][:5] if predictions else []
-    # Where the run lies on this machine is nobody's business, and a token even less.
-    hidden = ("output_dir", "checkpoint", "prompts")
-    public = {name: value for name, value in config.items() if name not in hidden}
-    public["trainer"] = {name: value for name, value in config["trainer"].items() if "token" not in name}
-    task, generation = config["task"], config["generation"]
-    # From the registry and not by its `_target_`, since a config that came from elsewhere imports nothing.
-    family, backbone = families().get(config["family"]), config["model"].get("backbone", "rotary")
-    own = getattr(family and family.config_class, "own_backbones", ("rotary",))
-    options = ", ".join(f"{name}={value}" for name, value in generation.items() if value is not None)
-    return {
-        "experiment": config["experiment"],
-        "base_model": None if backbone in own else backbone,
-        "task": task["name"],
-        "dataset": f"`{task['_target_']}`, with the options under `task` below",
-        "seed": config["seed"],
-        "steps": metrics["steps"],
-        "config": OmegaConf.to_yaml(OmegaConf.create(public)),
-        "metrics": {name: value for name, value in sorted(metrics.items()) if "/" in name},
-        "protocol": f"Each example once, with the seed of the run; losses with the corruption of epoch 0, decodes with "
-        f"{options or 'the default options'}.",
-        "samples": [
-            {name: record.get(name, "") for name in ("prompt", "prediction", "reference")} for record in decodes
-        ],
-    }
-
-
-def next_command(*overrides: str) -> str:
-    """The command line of this process with other `overrides`, to be shown to the user."""
-    replaced = ("job", "output_dir", "checkpoint", "num_samples", "prompts")
-    arguments = sys.argv[1:]
-    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
-        arguments = ["--config-name", str(HydraConfig.get().job.config_name), *HydraConfig.get().overrides.task]
-    kept = [argument.removeprefix("++") for argument in arguments if argument.split("=")[0] not in replaced]
-    return shlex.join(["python", sys.argv[0], *kept, *overrides])
-
-
-def say(text: str) -> None:
-    """Print a line for the person at the command line."""
-    print(text, file=sys.stdout, flush=True)

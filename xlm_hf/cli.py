@@ -102,8 +102,8 @@ def _run(cfg: DictConfig) -> None:
         apply_debug_options(cfg, HydraConfig.get().overrides.task)
     if cfg.num_threads is not None:
         torch.set_num_threads(cfg.num_threads)
-    modules = pkgutil.iter_modules(xlm_hf.commands.__path__)
-    jobs = sorted(module.name for module in modules if module.name not in _TOOLS)
+    names = (module.name for module in pkgutil.iter_modules(xlm_hf.commands.__path__))
+    jobs = sorted(name for name in names if name not in _TOOLS and not name.startswith("_"))
     if cfg.job not in jobs:
         raise ValueError(f"There is no job {cfg.job!r}: {did_you_mean(cfg.job, jobs)}")
     importlib.import_module(f"xlm_hf.commands.{cfg.job}").run(cfg)

@@ -10,21 +10,38 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 INCOMPLETE_SUFFIX = ".incomplete"
+_PREVIOUS_SUFFIX = ".previous"
+
+
+def whole_folder(folder: Path) -> Path:
+    """Where the content of `folder` is: in itself, or beside it if a kill came between the renames that replace it."""
+    staging, previous = _beside(folder)
+    if folder.exists() or not previous.exists():
+        return folder
+    # The earlier folder is moved away only once the new one is complete.
+    return staging if staging.exists() else previous
+
+
+def _beside(folder: Path) -> tuple[Path, Path]:
+    return folder.with_name(folder.name + INCOMPLETE_SUFFIX), folder.with_name(folder.name + _PREVIOUS_SUFFIX)
 
 
 @contextlib.contextmanager
 def replaced_folder(folder: Path) -> Iterator[Path]:
-    """Write a folder beside its final place and move it there once it is complete.
+    """Write a folder beside its final position and move it there once it is complete.
 
     Yields the temporary folder to write into, which is removed if the block raises; an earlier `folder` is kept until
-    the new one is complete. Raises OSError, one sentence with the cause and the remedy, if writing failed.
+    the new one is complete. A kill at any moment leaves the content of one of the two, which `whole_folder` finds and
+    the next call moves back. Raises OSError, one sentence with the cause and the remedy, if writing failed.
     """
-    staging = folder.with_name(folder.name + INCOMPLETE_SUFFIX)
-    shutil.rmtree(staging, ignore_errors=True)
+    staging, previous = _beside(folder)
+    if (found := whole_folder(folder)) != folder:
+        found.rename(folder)
+    for leftover in (staging, previous):
+        shutil.rmtree(leftover, ignore_errors=True)
     staging.mkdir(parents=True)
     try:
         yield staging
-        previous = folder.with_name(folder.name + ".previous")
         if folder.exists():
             folder.rename(previous)
         staging.rename(folder)
@@ -39,6 +56,8 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
             "another folder, and start the same command again."
         ) from error
     finally:
+        if previous.exists() and not folder.exists():
+            previous.rename(folder)
         shutil.rmtree(staging, ignore_errors=True)
 
 
@@ -49,7 +68,7 @@ def _is_failed_write(error: Exception) -> bool:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a text file beside its final place and rename it, so that a reader never sees half of it."""
+    """Write a text file beside its final position and rename it, so that a reader never sees half of it."""
     staging = file.with_name(file.name + INCOMPLETE_SUFFIX)
     try:
         staging.write_text(text, encoding="utf-8")

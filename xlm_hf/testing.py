@@ -17,10 +17,9 @@ from typing import Any
 from unittest import mock
 
 import torch
-from hydra import compose, initialize_config_module
 from transformers import AutoModel, TrainerCallback
 
-from xlm_hf.building import build_collator, build_model, build_task, build_trainer
+from xlm_hf.building import build_collator, build_model, build_task, build_trainer, compose
 from xlm_hf.hub.export import export_model
 from xlm_hf.modules import devices
 from xlm_hf.modules.rotary_transformer import take
@@ -45,13 +44,12 @@ class FamilyCase:
     """
 
     def __init__(self, family: str, *overrides: str):
-        with initialize_config_module("xlm_hf.configs", version_base="1.3"):
-            self.cfg = compose("config", [f"family={family}", "task=star_easy", *_FEW, *_SHORT, *overrides])
-        self.task = build_task(self.cfg)
+        self.cfg = compose("config", [f"family={family}", "task=star_easy", *_FEW, *_SHORT, *overrides])
+        self.task = build_task(self.cfg.task)
 
     def model(self) -> Any:
         """A model in which everything matters: the initialisation is wide enough to tell inputs apart."""
-        model = build_model(self.cfg, self.task.tokenizer)
+        model = self._new_model()
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for parameter in model.parameters():
@@ -60,10 +58,13 @@ class FamilyCase:
 
     def trainer(self, output_dir: Path, callbacks: tuple[TrainerCallback, ...] = ()) -> Any:
         """A trainer of six short steps that saves after each."""
-        trainer = build_trainer(self.cfg, self.task, build_model(self.cfg, self.task.tokenizer), output_dir)
+        trainer = build_trainer(self.cfg, self.task, self._new_model(), output_dir)
         for callback in callbacks:
             trainer.add_callback(callback)
         return trainer
+
+    def _new_model(self) -> Any:
+        return build_model(self.cfg.model, self.task.tokenizer, self.cfg.generation, seed=self.cfg.seed)
 
     def examples(self, num: int = 6) -> list[dict[str, Any]]:
         """Training examples with prompts and targets of different lengths."""

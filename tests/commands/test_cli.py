@@ -18,8 +18,9 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
-from xlm_hf.building import run_directory
-from xlm_hf.cli import main, open_override
+from xlm_hf.building import open_override
+from xlm_hf.cli import main
+from xlm_hf.commands._run import run_directory
 
 ROOT = Path(__file__).parents[2]
 TINY = [
@@ -274,6 +275,10 @@ def test_damaged_and_foreign_checkpoints_are_named(trained, capsys, monkeypatch,
     foreign = ["job=evaluate", f"checkpoint={output_dir}", "task=star_hard"]
     code = mistake(capsys, monkeypatch, tmp_path, *TINY, *foreign)
     assert "has a vocabulary of 27 and task 'star_hard' one of 63" in code
+    for job in ("job=evaluate", "job=generate", "job=push_to_hub"):
+        other = ["family=mlm", "task=star_easy", "size=tiny", "trainer.hub_model_id=a/b"]
+        code = mistake(capsys, monkeypatch, tmp_path, *other, job, f"checkpoint={output_dir}")
+        assert code == f"Error: {output_dir}/model is of family 'ilm' and not 'mlm': add family=ilm."
     code = mistake(capsys, monkeypatch, tmp_path, *TINY, f"output_dir={output_dir}", "model.num_hidden_layers=1")
     assert "holds another run, whose model is" in code
     bad = tmp_path / "prompts.jsonl"

@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 import xlm_hf
 from tests.clean_environment import clean_python, run_python  # noqa: F401 - a fixture
+from xlm_hf import families as registry
 from xlm_hf.families import Family, families
 from xlm_hf.hub.card import render_card
 from xlm_hf.hub.export import export_code, family_code
@@ -228,7 +229,9 @@ def test_config_names_every_auto_class_and_nothing_else(model, tokenizer, tmp_pa
         assert str(tmp_path).encode() not in file.read_bytes(), file
 
 
-def test_saving_leaves_the_config_in_memory_alone(model, tmp_path):
+def test_saving_leaves_the_config_in_memory_alone(model, tmp_path, monkeypatch):
+    # What is registered below stays in this test.
+    monkeypatch.setattr(registry, "_FAMILIES", dict(registry._FAMILIES))
     before = copy.deepcopy(vars(model.config))
     model.save_pretrained(tmp_path / "first")
     assert not hasattr(model.config, "auto_map")
@@ -284,7 +287,9 @@ def test_a_model_that_is_not_registered_is_saved_without_code_and_says_so(model,
 
 def test_families_are_kept_in_order_with_their_auto_classes():
     assert "ilm" in families()
-    assert families()["ilm"] == Family(ILMConfig, ILMForInsertionLM, ("AutoModel", "AutoModelForCausalLM"))
+    ilm = families()["ilm"]
+    assert (ilm.config_class, ilm.model_class) == (ILMConfig, ILMForInsertionLM)
+    assert ilm.auto_classes == ("AutoModel", "AutoModelForCausalLM")
     families().clear()
     assert "ilm" in families()
 
@@ -439,6 +444,7 @@ def test_a_new_export_replaces_the_earlier_one_whole(earlier, model, tokenizer, 
         (["config.json", "README.md", "optimizer.pt"], "'optimizer.pt'"),
         (["config.json", "README.md", ".git/config"], "'.git'"),
         (["thesis.md", "modeling.py"], "files but no exported model"),
+        (["config.json", "model.safetensors"], "files but no exported model"),
     ],
 )
 def test_a_folder_that_holds_something_else_is_not_deleted(files, said, model, tokenizer, tmp_path):

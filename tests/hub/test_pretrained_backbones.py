@@ -6,13 +6,11 @@ import sys
 
 import pytest
 import torch
-from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedTokenizerFast
 
-from xlm_hf.building import build_model, build_task
-from xlm_hf.cli import open_override
+from xlm_hf.building import build_model, build_task, compose
 from xlm_hf.commands.train import run as train
 from xlm_hf.modeling.arlm import ARLMConfig
 from xlm_hf.modeling.ilm import ILMConfig
@@ -187,9 +185,7 @@ def corpus(tmp_path_factory):
 
 def composed(family, pretrained, *overrides):
     short = ["size=tiny", "trainer.max_steps=2", "trainer.eval_strategy=no", "trainer.per_device_eval_batch_size=4"]
-    with initialize_config_module("xlm_hf.configs", version_base="1.3"):
-        options = [f"family={family}", f"model.backbone={pretrained}", *short, *overrides]
-        cfg = compose("config", list(map(open_override, options)))
+    cfg = compose("config", [f"family={family}", f"model.backbone={pretrained}", *short, *overrides])
     cfg.experiment = "backbone"
     return cfg
 
@@ -201,8 +197,8 @@ def text(corpus, pretrained):
 @pytest.mark.parametrize("family", CONFIGS)
 def test_pretrained_weights_are_taken_over_and_new_ids_start_at_the_mean(family, pretrained, corpus):
     cfg = composed(family, pretrained, *text(corpus, pretrained))
-    tokenizer = build_task(cfg).tokenizer
-    model = build_model(cfg, tokenizer)
+    tokenizer = build_task(cfg.task).tokenizer
+    model = build_model(cfg.model, tokenizer, cfg.generation, cfg.task.get("max_length"))
     original = AutoModelForCausalLM.from_pretrained(pretrained)
     assert len(tokenizer) == model.config.vocab_size > V
     embedding = original.get_input_embeddings().weight
@@ -218,7 +214,7 @@ def test_pretrained_weights_are_taken_over_and_new_ids_start_at_the_mean(family,
 
 
 def test_another_vocabulary_is_new(pretrained):
-    model = build_model(composed("mlm", pretrained, "task=star_easy"), number_tokenizer(20))
+    model = build_model(composed("mlm", pretrained, "task=star_easy").model, number_tokenizer(20))
     original = AutoModelForCausalLM.from_pretrained(pretrained)
     assert model.model.embed_tokens.weight.shape == (27, 32)
     assert not torch.equal(model.model.embed_tokens.weight, original.get_input_embeddings().weight[:27])
@@ -230,8 +226,8 @@ def test_another_vocabulary_is_new(pretrained):
 def test_training_and_the_exported_folder(family, lora, pretrained, corpus, tmp_path):
     options = ["model.lora={r: 4, target_modules: [q_proj, up_proj]}"] if lora else []
     cfg = composed(family, pretrained, *text(corpus, pretrained), *options, f"output_dir={tmp_path}/run")
-    task = build_task(cfg)
-    before = build_model(cfg, task.tokenizer).state_dict()
+    task = build_task(cfg.task)
+    before = build_model(cfg.model, task.tokenizer, cfg.generation, cfg.task.get("max_length")).state_dict()
     train(cfg)
     exported = AutoModel.from_pretrained(tmp_path / "run" / "model")
     config = (tmp_path / "run" / "model" / "config.json").read_text()
@@ -288,16 +284,16 @@ def test_the_exported_folder_needs_torch_and_transformers_alone(tmp_path):
 def test_mistakes_are_refused(overrides, message, pretrained):
     cfg = composed("mlm", pretrained, "task=star_easy", *overrides)
     with pytest.raises(ValueError, match=message):
-        build_model(cfg, number_tokenizer(20))
+        build_model(cfg.model, number_tokenizer(20))
 
 
 def test_what_cannot_see_both_ways_is_refused(monkeypatch):
     cfg = composed("mlm", "rotary", "task=star_easy")
     OmegaConf.update(cfg, "model.backbone_config", {"model_type": "llama", **BACKBONES["llama"]}, force_add=True)
-    build_model(cfg, number_tokenizer(20))
+    build_model(cfg.model, number_tokenizer(20))
     causal = torch.ones(1, 1, 4, 4).tril().bool()
     monkeypatch.setattr(TransformerBackbone, "_masks", lambda *arguments: causal)
     with pytest.raises(ValueError, match="A 'llama' cannot be made to see in both directions"):
-        build_model(cfg, number_tokenizer(20))
+        build_model(cfg.model, number_tokenizer(20))
     with pytest.raises(ValueError, match="left-to-right model has the rotary backbone alone"):
         ARLMConfig(backbone_config={"model_type": "llama"})

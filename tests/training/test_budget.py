@@ -3,9 +3,8 @@
 from types import SimpleNamespace
 
 import pytest
-from hydra import compose, initialize_config_module
 
-from xlm_hf.building import build_model, build_task, build_trainer
+from xlm_hf.building import build_model, build_task, build_trainer, compose
 from xlm_hf.training import trainer as trainer_module
 from xlm_hf.training.callbacks import budget
 from xlm_hf.training.callbacks.budget import Budget
@@ -27,10 +26,9 @@ TINY = [
 
 def trained(folder, *overrides):
     """The trainer of a run in `folder`, from its newest checkpoint if it has one."""
-    with initialize_config_module("xlm_hf.configs", version_base="1.3"):
-        cfg = compose("ilm_star", [*TINY, *overrides])
-    task = build_task(cfg)
-    trainer = build_trainer(cfg, task, build_model(cfg, task.tokenizer), folder)
+    cfg = compose("ilm_star", [*TINY, *overrides])
+    task = build_task(cfg.task)
+    trainer = build_trainer(cfg, task, build_model(cfg.model, task.tokenizer, cfg.generation), folder)
     checkpoint = last_sound_checkpoint(folder)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     return trainer

@@ -13,7 +13,12 @@ from tests.training.test_averages import SaveWeights
 from tests.training.test_trainer import EXACT, assert_same_weights, evaluation_sets, make_trainer, weights
 from xlm_hf.modeling.ilm import ILMForInsertionLM
 from xlm_hf.training.arguments import XLMTrainingArguments
-from xlm_hf.training.checkpoints import last_sound_checkpoint, list_checkpoints, resolve_checkpoint
+from xlm_hf.training.checkpoints import (
+    delete_old_checkpoints,
+    last_sound_checkpoint,
+    list_checkpoints,
+    resolve_checkpoint,
+)
 from xlm_hf.training.signals import TrainingStopped
 
 
@@ -37,6 +42,26 @@ def test_every_fifth_checkpoint_stays_for_good(tmp_path, limit, expected):
     make_trainer(tmp_path, save_strategy="steps", save_steps=1, keep_every=5, save_total_limit=limit).train()
     assert steps_of(tmp_path) == expected
     assert not list(tmp_path.glob("*.deleted"))
+
+
+@pytest.mark.parametrize(
+    ("limit", "best", "expected"), [(1, None, [3]), (1, 1, [1, 3]), (1, 3, [3]), (2, 2, [2, 3]), (None, 1, [1, 2, 3])]
+)
+def test_the_newest_checkpoint_is_never_deleted_and_neither_is_the_best(tmp_path, limit, best, expected):
+    for step in (1, 2, 3):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    delete_old_checkpoints(tmp_path, limit, None, None if best is None else str(tmp_path / f"checkpoint-{best}"))
+    assert steps_of(tmp_path) == expected
+
+
+def test_a_model_is_found_after_a_kill_between_the_renames_that_replace_it(tmp_path):
+    trainer = make_trainer(tmp_path / "elsewhere")
+    trainer.model.save_pretrained(tmp_path / "run" / "model.previous")
+    for given in (tmp_path / "run", tmp_path / "run" / "model"):
+        assert resolve_checkpoint(str(given)) == f"{tmp_path}/run/model.previous"
+    trainer.model.save_pretrained(tmp_path / "run" / "model.incomplete")
+    for given in (tmp_path / "run", tmp_path / "run" / "model"):
+        assert resolve_checkpoint(str(given)) == f"{tmp_path}/run/model.incomplete"
 
 
 @pytest.mark.parametrize("metric", ["validation/loss", "validation/token_loss"])

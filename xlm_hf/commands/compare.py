@@ -16,7 +16,8 @@ import pandas as pd
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from xlm_hf.building import is_open, open_override, plain, run_directory, say
+from xlm_hf.building import is_open, open_override, plain
+from xlm_hf.commands._run import run_directory, say
 from xlm_hf.files import write_text
 from xlm_hf.modules.messages import check_options
 from xlm_hf.reports.comparison import NOT_IN_TABLE, markdown_table, plot, summarise, write_tables

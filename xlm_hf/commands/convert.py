@@ -7,7 +7,8 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from xlm_hf.building import say, token_options
+from xlm_hf.building import token_options
+from xlm_hf.commands._run import say
 from xlm_hf.families import families
 from xlm_hf.hub.conversion import convert_checkpoint, read_checkpoint
 from xlm_hf.hub.export import export_model

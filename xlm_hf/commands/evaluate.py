@@ -2,14 +2,15 @@
 
 from omegaconf import DictConfig
 
-from xlm_hf.building import build_task, build_trainer, load_model, next_command, run_directory, say, write_results
+from xlm_hf.building import build_task, build_trainer
+from xlm_hf.commands._run import model_of_checkpoint, next_command, run_directory, say, write_results
 from xlm_hf.training.callbacks.progress import format_metrics
 
 
 def run(cfg: DictConfig) -> dict[str, float]:
     """Evaluate `checkpoint` on every test set, write `metrics.json` and `predictions/`, and return the metrics."""
-    task = build_task(cfg)
-    model = load_model(cfg, task.tokenizer)
+    task = build_task(cfg.task)
+    model = model_of_checkpoint(cfg, task)
     output_dir = run_directory(cfg)
     trainer = build_trainer(cfg, task, model, output_dir)
     metrics = {**trainer.evaluate(metric_key_prefix="test"), "parameters": model.num_parameters()}

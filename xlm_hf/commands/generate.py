@@ -9,18 +9,11 @@ from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import is_vision_available
 
-from xlm_hf.building import (
-    build_collator,
-    build_task,
-    load_model,
-    load_tokenizer,
-    next_command,
-    run_directory,
-    say,
-    write_results,
-)
+from xlm_hf.building import build_collator, build_task, load_tokenizer
+from xlm_hf.commands._run import model_of_checkpoint, next_command, run_directory, say, write_results
 from xlm_hf.evaluation import check_blanks, decode_records
 from xlm_hf.files import write_text
+from xlm_hf.modules.counter_random import random_bits
 from xlm_hf.reports.decode_page import history_html, save_gif
 from xlm_hf.reports.streamers import BatchDiffusionStreamer, DraftRecorder
 
@@ -37,8 +30,8 @@ def run(cfg: DictConfig) -> list[dict[str, Any]]:
     Returns:
         one record per decode, as written to `predictions/generate.jsonl`: see `xlm_hf.evaluation.decode_records`.
     """
-    model: Any = load_model(cfg)
-    tokenizer = load_tokenizer(cfg)
+    model: Any = model_of_checkpoint(cfg)
+    tokenizer = load_tokenizer(cfg.checkpoint, cfg.trust_remote_code)
     examples, kind = _examples_from_file(cfg, tokenizer) if cfg.prompts else _examples_from_task(cfg)
     collator = build_collator(cfg, f"{kind}_prediction", tokenizer, model)
     output_dir = run_directory(cfg)
@@ -48,7 +41,7 @@ def run(cfg: DictConfig) -> list[dict[str, Any]]:
     batch_size = cfg.trainer.per_device_eval_batch_size
     for start in range(0, len(examples), batch_size):
         batch = collator(examples[start : start + batch_size])
-        seeds = batch.pop("example_id") + cfg.seed
+        seeds = random_bits(cfg.seed, batch.pop("example_id"))
         streamer = make_streamer(tokenizer)
         output = model.generate(**batch, seed=seeds, return_history=True, streamer=streamer)
         frames += [streamer.frames(row) for row in range(len(seeds))]
@@ -85,7 +78,7 @@ def render(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _examples_from_task(cfg: DictConfig) -> tuple[list[dict[str, Any]], str]:
-    task = build_task(cfg)
+    task = build_task(cfg.task)
     if task.kind == "lm":
         return [{"example_id": number} for number in range(cfg.num_samples)], task.kind
     test = task.splits["test"]

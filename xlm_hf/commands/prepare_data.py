@@ -4,13 +4,14 @@ from collections.abc import Sized
 
 from omegaconf import DictConfig
 
-from xlm_hf.building import build_task, next_command, say
+from xlm_hf.building import build_task
+from xlm_hf.commands._run import next_command, say
 from xlm_hf.data import Mixture
 
 
 def run(cfg: DictConfig) -> dict[str, int]:
     """Prepare the task, show what it holds, and return the number of examples of each split; -1 for a stream's."""
-    task = build_task(cfg)
+    task = build_task(cfg.task)
     say(f"{task.name} ({task.kind}), vocabulary of {len(task.tokenizer)}")
     sizes = {}
     for name, split in task.splits.items():

@@ -8,7 +8,8 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig
 
-from xlm_hf.building import card_variables, load_model, load_tokenizer, say
+from xlm_hf.building import load_tokenizer
+from xlm_hf.commands._run import card_variables, model_of_checkpoint, say
 from xlm_hf.hub.export import export_model
 from xlm_hf.hub.upload import push_folder
 from xlm_hf.training.checkpoints import resolve_checkpoint
@@ -24,7 +25,7 @@ def run(cfg: DictConfig) -> str:
     repo_id = cfg.trainer.get("hub_model_id")
     if repo_id is None:
         raise ValueError("job=push_to_hub needs the name of a repository: add trainer.hub_model_id=USER/NAME.")
-    model, tokenizer = load_model(cfg), load_tokenizer(cfg)
+    model, tokenizer = model_of_checkpoint(cfg), load_tokenizer(cfg.checkpoint, cfg.trust_remote_code)
     variables = {**_run_variables(Path(resolve_checkpoint(cfg.checkpoint))), "model_id": repo_id}
     with tempfile.TemporaryDirectory() as folder:
         export = export_model(model, tokenizer, Path(folder) / "model", variables)

@@ -7,7 +7,7 @@ import re
 from importlib import resources
 from pathlib import Path
 
-from xlm_hf.building import say
+from xlm_hf.commands._run import say
 from xlm_hf.families import families
 from xlm_hf.files import replaced_folder
 from xlm_hf.modules.messages import did_you_mean

@@ -6,17 +6,8 @@ from pathlib import Path
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from xlm_hf.building import (
-    build_model,
-    build_task,
-    build_trainer,
-    card_variables,
-    next_command,
-    plain,
-    run_directory,
-    say,
-    write_results,
-)
+from xlm_hf.building import build_model, build_task, build_trainer, plain
+from xlm_hf.commands._run import card_variables, next_command, run_directory, say, write_results
 from xlm_hf.files import write_text
 from xlm_hf.hub.export import export_model
 from xlm_hf.training.callbacks.budget import saved_seconds
@@ -36,10 +27,10 @@ def run(cfg: DictConfig) -> dict[str, float]:
     """
     output_dir = run_directory(cfg)
     _check_same_run(output_dir / "config.yaml", cfg)
-    task = build_task(cfg)
+    task = build_task(cfg.task)
     if cfg.debug.name == "small_data":
         task.splits = first_examples(task.splits, cfg.debug.num_train, cfg.debug.num_others)
-    model = build_model(cfg, task.tokenizer)
+    model = build_model(cfg.model, task.tokenizer, cfg.generation, cfg.task.get("max_length"), cfg.seed)
     trainer = build_trainer(cfg, task, model, output_dir)
     if cfg.debug.name == "print_batch":
         say(describe_batch(next(iter(trainer.get_train_dataloader())), task.tokenizer))

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from xlm_hf.files import whole_folder
+
 logger = logging.getLogger(__name__)
 
 _DELETED_SUFFIX = ".deleted"
@@ -87,7 +89,7 @@ def resolve_checkpoint(checkpoint: str) -> str:
     Raises:
         ValueError: if nothing is there, or what is there is damaged.
     """
-    folder = Path(checkpoint).expanduser()
+    folder = whole_folder(Path(checkpoint).expanduser())
     if folder.name in ("best", "last") and not folder.exists() and (known := list_checkpoints(folder.parent)):
         folder = known[-1] if folder.name == "last" else _best_checkpoint(known[-1])
     if not folder.exists():
@@ -98,7 +100,7 @@ def resolve_checkpoint(checkpoint: str) -> str:
             "a Hub id such as user/model."
         )
     if not (folder / "config.json").exists():
-        candidates = [folder / "model", *reversed(list_checkpoints(folder))]
+        candidates = [whole_folder(folder / "model"), *reversed(list_checkpoints(folder))]
         folder = next((candidate for candidate in candidates if candidate.is_dir()), folder)
     if (shards := list(folder.glob(_FSDP_SHARDS))) and not list(folder.glob("*.safetensors")):
         raise ValueError(

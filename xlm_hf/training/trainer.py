@@ -1,6 +1,5 @@
 """The trainer of every family: transformers' Trainer with a loss object, global normalisation, whole checkpoints."""
 
-import resource
 import time
 from collections.abc import Callable, Sequence, Sized
 from contextlib import AbstractContextManager, nullcontext
@@ -38,6 +37,9 @@ from xlm_hf.training.signals import StopSignals, TrainingStopped
 def _peak_memory(device: torch.device) -> int:
     """The most bytes that the device, or on a CPU the process, has held so far."""
     if device.type == "cpu":
+        # Here, because Windows has no such module.
+        import resource
+
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return torch.accelerator.max_memory_allocated(device)
 

@@ -41,7 +41,7 @@ class Mauve(evaluate.Metric):
         from mauve import compute_mauve
 
         model, tokenizer = AutoModel.from_pretrained(feature_model).eval(), AutoTokenizer.from_pretrained(feature_model)
-        if accelerator := torch.accelerator.current_accelerator():
+        if accelerator := torch.accelerator.current_accelerator(check_available=True):
             model = model.to(accelerator)
         max_length = min(max_length, getattr(model.config, "max_position_embeddings", max_length))
         human, generated = (

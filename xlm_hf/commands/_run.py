@@ -1,0 +1,123 @@
+"""What the jobs share: the folder of a run and what it holds, and the lines for a person at the command line."""
+
+import json
+import logging
+import shlex
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from transformers import PreTrainedModel
+
+from xlm_hf.building import load_model
+from xlm_hf.families import families
+from xlm_hf.files import write_text
+from xlm_hf.tasks import Task
+from xlm_hf.training.callbacks.predictions import write_predictions
+
+
+def run_directory(cfg: DictConfig) -> Path:
+    """The folder of this run, made if need be: `output_dir`, or a fresh `outputs/<experiment>/<time>`.
+
+    Everything that the main process logs goes to its `train.log` too. All ranks get one folder.
+    """
+    process = PartialState(cpu=bool(OmegaConf.select(cfg, "trainer.use_cpu")))
+    if cfg.output_dir is None:
+        cfg.output_dir = broadcast_object_list([_fresh_folder(cfg.experiment) if process.is_main_process else ""])[0]
+    folder = Path(cfg.output_dir).expanduser().absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    log = logging.getLogger("xlm_hf")
+    for earlier in [handler for handler in log.handlers if isinstance(handler, logging.FileHandler)]:
+        log.removeHandler(earlier)
+        earlier.close()
+    if not process.is_main_process:
+        log.setLevel(logging.WARNING)
+        return folder
+    handler = logging.FileHandler(folder / "train.log")
+    handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
+    log.addHandler(handler)
+    return folder
+
+
+def _fresh_folder(experiment: str) -> str:
+    """Make `outputs/<experiment>/<time>`, once no other run has begun within the same second."""
+    while True:
+        folder = Path("outputs") / experiment / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+        try:
+            folder.mkdir(parents=True)
+            return str(folder)
+        except FileExistsError:
+            time.sleep(0.1)
+
+
+def model_of_checkpoint(cfg: DictConfig, task: Task | None = None) -> PreTrainedModel:
+    """The model of `checkpoint=`, which must be of the config's family and, if a task is given, of its vocabulary.
+
+    Raises:
+        ValueError: if no checkpoint is named, it cannot be loaded, or it does not fit.
+    """
+    if cfg.checkpoint is None:
+        raise ValueError(f"job={cfg.job} needs a model: add checkpoint=DIR, a run, a checkpoint or a Hub id.")
+    return load_model(
+        cfg.checkpoint, cfg.model, cfg.generation, task, use_ema=cfg.ema, trust_remote_code=cfg.trust_remote_code
+    )
+
+
+def write_results(output_dir: Path, metrics: dict[str, float], predictions: dict[str, list[dict[str, Any]]]) -> None:
+    """Write `metrics.json` and `predictions/<set>.jsonl`, overwriting what an earlier call wrote."""
+    for name, records in predictions.items():
+        write_predictions(output_dir, name, records)
+    write_text(output_dir / "metrics.json", json.dumps(metrics, indent=2, sort_keys=True, default=float) + "\n")
+
+
+def card_variables(
+    config: dict[str, Any], metrics: dict[str, float], predictions: dict[str, list[dict[str, Any]]]
+) -> dict[str, Any]:
+    """What the model card says of a run: its config as plain Python, its metrics, with `steps`, and some decodes."""
+    decodes = predictions[min(predictions)][:5] if predictions else []
+    # Where the run lies on this machine is nobody's business, and a token even less.
+    hidden = ("output_dir", "checkpoint", "prompts")
+    public = {name: value for name, value in config.items() if name not in hidden}
+    public["trainer"] = {name: value for name, value in config["trainer"].items() if "token" not in name}
+    task, generation = config["task"], config["generation"]
+    # From the registry and not by its `_target_`, since a config that came from elsewhere imports nothing.
+    family, backbone = families().get(config["family"]), config["model"].get("backbone", "rotary")
+    own = getattr(family and family.config_class, "own_backbones", ("rotary",))
+    options = ", ".join(f"{name}={value}" for name, value in generation.items() if value is not None)
+    return {
+        "experiment": config["experiment"],
+        "base_model": None if backbone in own else backbone,
+        "task": task["name"],
+        "dataset": f"`{task['_target_']}`, with the options under `task` below",
+        "seed": config["seed"],
+        "steps": metrics["steps"],
+        "config": OmegaConf.to_yaml(OmegaConf.create(public)),
+        "metrics": {name: value for name, value in sorted(metrics.items()) if "/" in name},
+        "protocol": f"Each example once, with the seed of the run; losses with the corruption of epoch 0, decodes with "
+        f"{options or 'the default options'}.",
+        "samples": [
+            {name: record.get(name, "") for name in ("prompt", "prediction", "reference")} for record in decodes
+        ],
+    }
+
+
+def next_command(*overrides: str) -> str:
+    """The command line of this process with other `overrides`, to be shown to the user."""
+    replaced = ("job", "output_dir", "checkpoint", "num_samples", "prompts")
+    arguments = sys.argv[1:]
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        arguments = ["--config-name", str(HydraConfig.get().job.config_name), *HydraConfig.get().overrides.task]
+    kept = [argument.removeprefix("++") for argument in arguments if argument.split("=")[0] not in replaced]
+    return shlex.join(["python", sys.argv[0], *kept, *overrides])
+
+
+def say(text: str) -> None:
+    """Print a line for the person at the command line."""
+    print(text, file=sys.stdout, flush=True)
