@@ -34,9 +34,8 @@ def build_model(family: str, vocab_size: int, max_positions: int = 256, **config
 
 
 def build_collator(family: str, kind: str, vocab_size: int, max_positions: int = 256):
-    """A collator of the family, by the name that follows `CollatorFor`."""
-    tokenizer = number_tokenizer(vocab_size - NUM_SPECIAL)
-    return family_class(family, f"CollatorFor{kind}")(tokenizer, max_positions)
+    """The family's collator of a kind of task, e.g. "seq2seq"."""
+    return family_class(family, "Collator")(number_tokenizer(vocab_size - NUM_SPECIAL), max_positions, kind)
 
 
 def random_examples(num: int, prompt: int, target: int, vocab_size: int) -> list[dict]:

@@ -20,7 +20,7 @@ QUICK = {"32 tokens, vocabulary 1,000": (0, 32, 1_000, 10)}
 def measure(family: str, setting: str, repetitions: int) -> dict:
     """Examples a second by method; dense only where it matters, and then one batch a repetition."""
     prompt, target, vocab_size, num_batches = {**SETTINGS, **QUICK}[setting]
-    collator = build_collator(family, "Seq2Seq" if prompt else "LanguageModeling", vocab_size)
+    collator = build_collator(family, "seq2seq" if prompt else "lm", vocab_size)
     examples = random_examples(BATCH * num_batches, prompt, target, vocab_size)
     for example in examples:
         example["prompt_ids"] = example["prompt_ids"] if prompt else []

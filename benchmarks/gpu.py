@@ -68,7 +68,7 @@ def training_step(model, loss: Callable, device: torch.device, compiled: bool) -
 
 def family_loss(family: str, rows: int, length: int, vocab_size: int, device: torch.device) -> Callable:
     """The family's mean loss of one batch, as a function of the model."""
-    collator = build_collator(family, "LanguageModeling", vocab_size, length)
+    collator = build_collator(family, "lm", vocab_size, length)
     batch = collate_without_full_mask(collator, random_examples(rows, 0, length - 2, vocab_size))
     batch = {name: value.to(device) for name, value in batch.items()}
     loss = family_class(family, "Loss")()

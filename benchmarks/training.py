@@ -28,7 +28,7 @@ def steps(family: str, setting: str, methods: tuple[str, ...] = METHODS) -> dict
     """A function for each method that makes one step on the same batch; "unpadded" is plain without the padding."""
     rows, prompt, target, vocab_size = {**SETTINGS, **QUICK}[setting]
     block = prompt + target + 2
-    kind = "Seq2Seq" if prompt else "LanguageModeling"
+    kind = "seq2seq" if prompt else "lm"
     collator = build_collator(family, kind, vocab_size, block)
     batch = collator(random_examples(rows, prompt, target, vocab_size))
     loss = family_class(family, "Loss")()

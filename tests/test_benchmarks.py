@@ -16,7 +16,7 @@ PROMPTS = {"ilm": [1, 20, 4], "arlm": [20, 21, 4], "mlm": [20, 4], "mdlm": [20, 
 WIDE = {"initializer_range": 0.3}  # distributions far enough from uniform that a mistake shows
 
 
-@pytest.mark.parametrize("kind", ["Seq2Seq", "LanguageModeling"])
+@pytest.mark.parametrize("kind", ["seq2seq", "lm"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_dense_plain_and_ours_have_the_same_loss_and_gradients(family, kind):
     model = build_model(family, VOCABULARY, suppress_tokens=[5, 6], **WIDE)

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 from datasets import Dataset
+from hydra.utils import get_class
 from omegaconf import OmegaConf
 
-from xlm_hf.building import build_model, build_task, build_trainer, compose
+from xlm_hf.building import build_model, build_task, build_trainer, compose, plain, translate_saved_config
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 GROUPS = {
@@ -87,7 +88,7 @@ def test_every_experiment_trains_two_steps_and_is_scored(experiment, few_texts, 
 def test_every_family_learns_every_task(family, task, few_texts, tmp_path):
     few = few_examples(task, few_texts)
     cfg = composed("config", f"family={family}", f"task={task}", "size=tiny", *few, *SHORT)
-    if (kind := build_task(cfg.task).kind) not in cfg.collators:
+    if (kind := build_task(cfg.task).kind) not in get_class(cfg.collator._target_).kinds:
         assert kind == "infill"
         with pytest.raises(ValueError, match=f"Family '{family}' has no collator 'infill'"):
             two_steps(cfg, tmp_path)
@@ -171,3 +172,18 @@ def test_a_group_has_the_last_word_over_the_base():
     assert composed("ilm_star", "size=base").num_threads is None
     assert composed("ilm_star").train_collator.drop_beta == 2.0
     assert composed("ilm_star", "num_threads=2").num_threads == 2
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "name", "kind"),
+    [("mdlm", "text", "LanguageModeling", "lm"), ("mlm", "star_easy", "Seq2Seq", "seq2seq")],
+)
+def test_a_config_that_was_saved_with_a_collator_for_each_kind_is_that_of_the_same_run(family, task, name, kind):
+    saved = plain(composed("config", f"family={family}", f"task={task}", "++task.path=texts"))
+    today = {**saved}
+    node = saved.pop("collator")
+    other = {**node, "canvas_length": 99}
+    target = node["_target_"]
+    saved["collators"] = {"infill": other, kind: {**node, "_target_": f"{target}For{name}"}}
+    assert translate_saved_config(saved) == today
+    assert translate_saved_config(today) == today

@@ -33,6 +33,7 @@ from xlm_hf.evaluation import RECORD_FIELDS, EvaluationSet
 from xlm_hf.hub.pretrained_backbones import add_lora, backbone_options, check_sees_both_ways, load_backbone
 from xlm_hf.metrics import load_metric
 from xlm_hf.modules.messages import check_arguments, check_options, did_you_mean
+from xlm_hf.objectives.collators import Collator
 from xlm_hf.tasks import Task, load_task
 from xlm_hf.training.arguments import XLMTrainingArguments
 from xlm_hf.training.averages import load_average
@@ -46,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 # Nodes whose keys are those of an object: what the YAML does not list may be given all the same, and is checked when
 # the object is built.
-_OPEN_NODES = ("trainer", "model", "generation", "task", "loss", "train_collator")
+_OPEN_NODES = ("trainer", "model", "generation", "task", "loss", "collator", "train_collator")
 
 # A budget of tokens or seconds decides when a run ends, but the trainer wants a number of steps all the same.
 _MAX_STEPS_OF_A_BUDGET = 10**9
@@ -234,17 +235,47 @@ def build_loss(node: DictConfig) -> Any:
 
 def build_collator(
     cfg: DictConfig, kind: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, **options: Any
-) -> Callable:
-    """The family's collator of a kind, e.g. `seq2seq_prediction`, with `options` beside those of the config."""
-    if kind not in cfg.collators:
-        raise ValueError(f"Family {cfg.family!r} has no collator {kind!r}: {did_you_mean(kind, list(cfg.collators))}")
-    check_arguments(f"The collator {kind!r}", options, hydra.utils.get_class(cfg.collators[kind]._target_))
+) -> Collator:
+    """The family's collator.
+
+    Args:
+        cfg: the composed config.
+        kind: of the task, e.g. `seq2seq`, for training batches; with `_prediction` behind it, for prompts.
+        tokenizer: of the task.
+        model: whose positions are the longest sequence.
+        options: replace those of the config.
+
+    Raises:
+        ValueError: if the family does not have the kind, or the collator not the option.
+    """
+    collator_class: Any = hydra.utils.get_class(cfg.collator._target_)
+    name = kind.removesuffix("_prediction")
+    if name not in collator_class.kinds:
+        raise ValueError(f"Family {cfg.family!r} has no collator {name!r}: {did_you_mean(name, collator_class.kinds)}")
+    options = {**options_of(cfg.collator), **options}
+    check_arguments(f"The collator {kind!r}", options, collator_class)
     options = {"max_length": model.config.max_position_embeddings, "seed": cfg.seed, **options}
-    return hydra.utils.instantiate(cfg.collators[kind], tokenizer=tokenizer, **options)
+    return collator_class(tokenizer, kind=name, prediction=kind != name, **options)
+
+
+def translate_saved_config(config: dict[str, Any]) -> dict[str, Any]:
+    """A saved config in today's terms: what was renamed since it was written has its new name.
+
+    Until collators were one class of a family, `collators` had a node for each kind of task.
+    """
+    config = dict(config)
+    if "collators" in config:
+        entries = config["task"].get("evaluation") or [{"collator": next(iter(config["collators"]))}]
+        kind = entries[0]["collator"].removesuffix("_prediction")
+        node = config["collators"][kind]
+        target = re.sub(r"For\w+$", "", node["_target_"])
+        config = {name: value for name, value in config.items() if name != "collators"}
+        config["collator"] = {**node, "_target_": target}
+    return config
 
 
 def build_evaluation_sets(
-    entries: Iterable[Mapping[str, Any]], task: Task, collator: Callable[[str], Callable], loss: Any
+    entries: Iterable[Mapping[str, Any]], task: Task, collator: Callable[[str], Collator], loss: Any
 ) -> list[EvaluationSet]:
     """The evaluation sets of a task.
 
@@ -268,10 +299,11 @@ def build_evaluation_sets(
             if name not in RECORD_FIELDS:
                 raise ValueError(f"prediction_fields has no {name!r}: {did_you_mean(name, RECORD_FIELDS)}")
         options = {name: value for name, value in entry.items() if name not in ("split", "num_samples")}
+        made = collator(entry["collator"])
         options.update(
             dataset=_unconditional(entry, task) if "num_samples" in entry else task.splits[entry["split"]],
-            collator=collator(entry["collator"]),
-            kind=entry["collator"].removesuffix("_prediction"),
+            collator=made,
+            kind=made.kind,
             loss=loss if entry.get("loss") else None,
             metrics=_build_metrics(entry),
         )

@@ -2,12 +2,7 @@
 
 from xlm_hf import register_family
 
-from .collator_arlm import (
-    ARLMCollatorForLanguageModeling,
-    ARLMCollatorForLanguageModelingPrediction,
-    ARLMCollatorForSeq2Seq,
-    ARLMCollatorForSeq2SeqPrediction,
-)
+from .collator_arlm import ARLMCollator
 from .configuration_arlm import ARLMConfig
 from .conversion_arlm import from_xlm_core
 from .generation_arlm import ARLMGenerationConfig, ARLMGenerationOutput
@@ -21,14 +16,4 @@ register_family(
     converters={"xlm-core": from_xlm_core},
 )
 
-__all__ = [
-    "ARLMCollatorForLanguageModeling",
-    "ARLMCollatorForLanguageModelingPrediction",
-    "ARLMCollatorForSeq2Seq",
-    "ARLMCollatorForSeq2SeqPrediction",
-    "ARLMConfig",
-    "ARLMForCausalLM",
-    "ARLMGenerationConfig",
-    "ARLMGenerationOutput",
-    "ARLMLoss",
-]
+__all__ = ["ARLMCollator", "ARLMConfig", "ARLMForCausalLM", "ARLMGenerationConfig", "ARLMGenerationOutput", "ARLMLoss"]

@@ -2,12 +2,7 @@
 
 from xlm_hf import register_family
 
-from .collator_ilm import (
-    ILMCollatorForLanguageModeling,
-    ILMCollatorForLanguageModelingPrediction,
-    ILMCollatorForSeq2Seq,
-    ILMCollatorForSeq2SeqPrediction,
-)
+from .collator_ilm import ILMCollator
 from .configuration_ilm import ILMConfig
 from .conversion_ilm import from_xlm_core
 from .generation_ilm import ILMGenerationConfig
@@ -21,14 +16,4 @@ register_family(
     converters={"xlm-core": from_xlm_core},
 )
 
-__all__ = [
-    "ILMCollatorForLanguageModeling",
-    "ILMCollatorForLanguageModelingPrediction",
-    "ILMCollatorForSeq2Seq",
-    "ILMCollatorForSeq2SeqPrediction",
-    "ILMConfig",
-    "ILMForInsertionLM",
-    "ILMGenerationConfig",
-    "ILMLoss",
-    "ILMOutput",
-]
+__all__ = ["ILMCollator", "ILMConfig", "ILMForInsertionLM", "ILMGenerationConfig", "ILMLoss", "ILMOutput"]

@@ -2,14 +2,7 @@
 
 from xlm_hf import register_family
 
-from .collator_mdlm import (
-    MDLMCollatorForInfilling,
-    MDLMCollatorForInfillingPrediction,
-    MDLMCollatorForLanguageModeling,
-    MDLMCollatorForLanguageModelingPrediction,
-    MDLMCollatorForSeq2Seq,
-    MDLMCollatorForSeq2SeqPrediction,
-)
+from .collator_mdlm import MDLMCollator
 from .configuration_mdlm import MDLMConfig
 from .conversion_mdlm import from_paper, from_xlm_core
 from .generation_mdlm import MDLMGenerationConfig
@@ -23,15 +16,4 @@ register_family(
     converters={"xlm-core": from_xlm_core, "mdlm": from_paper},
 )
 
-__all__ = [
-    "MDLMCollatorForInfilling",
-    "MDLMCollatorForInfillingPrediction",
-    "MDLMCollatorForLanguageModeling",
-    "MDLMCollatorForLanguageModelingPrediction",
-    "MDLMCollatorForSeq2Seq",
-    "MDLMCollatorForSeq2SeqPrediction",
-    "MDLMConfig",
-    "MDLMForMaskedDiffusion",
-    "MDLMGenerationConfig",
-    "MDLMLoss",
-]
+__all__ = ["MDLMCollator", "MDLMConfig", "MDLMForMaskedDiffusion", "MDLMGenerationConfig", "MDLMLoss"]

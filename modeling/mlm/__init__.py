@@ -2,14 +2,7 @@
 
 from xlm_hf import register_family
 
-from .collator_mlm import (
-    MLMCollatorForInfilling,
-    MLMCollatorForInfillingPrediction,
-    MLMCollatorForLanguageModeling,
-    MLMCollatorForLanguageModelingPrediction,
-    MLMCollatorForSeq2Seq,
-    MLMCollatorForSeq2SeqPrediction,
-)
+from .collator_mlm import MLMCollator
 from .configuration_mlm import MLMConfig
 from .conversion_mlm import from_xlm_core
 from .generation_mlm import MLMGenerationConfig
@@ -23,15 +16,4 @@ register_family(
     converters={"xlm-core": from_xlm_core},
 )
 
-__all__ = [
-    "MLMCollatorForInfilling",
-    "MLMCollatorForInfillingPrediction",
-    "MLMCollatorForLanguageModeling",
-    "MLMCollatorForLanguageModelingPrediction",
-    "MLMCollatorForSeq2Seq",
-    "MLMCollatorForSeq2SeqPrediction",
-    "MLMConfig",
-    "MLMForMaskedLM",
-    "MLMGenerationConfig",
-    "MLMLoss",
-]
+__all__ = ["MLMCollator", "MLMConfig", "MLMForMaskedLM", "MLMGenerationConfig", "MLMLoss"]

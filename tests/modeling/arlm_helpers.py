@@ -19,7 +19,7 @@ PAD, EOS, BOS, FIRST_WORD = 0, 3, 4, 7
 class SpecialIds:
     """What the collators read of a tokenizer."""
 
-    pad_token_id, eos_token_id, bos_token_id = PAD, EOS, BOS
+    pad_token_id, eos_token_id, bos_token_id, mask_token_id = PAD, EOS, BOS, None
 
     def __init__(self, vocab_size: int):
         self.vocab_size = vocab_size

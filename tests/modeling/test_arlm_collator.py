@@ -2,19 +2,14 @@ import pytest
 import torch
 
 from tests.modeling.arlm_helpers import BOS, EOS, PAD, SpecialIds, make_examples
-from xlm_hf.modeling.arlm import (
-    ARLMCollatorForLanguageModeling,
-    ARLMCollatorForLanguageModelingPrediction,
-    ARLMCollatorForSeq2Seq,
-    ARLMCollatorForSeq2SeqPrediction,
-)
+from xlm_hf.modeling.arlm import ARLMCollator
 
 V = 40
 
 
 def test_rows_are_prompt_bos_target_and_predict_target_eos():
     examples = make_examples(64, V)
-    batch = ARLMCollatorForSeq2Seq(SpecialIds(V), max_length=32)(examples)
+    batch = ARLMCollator(SpecialIds(V), max_length=32, kind="seq2seq")(examples)
     L = batch["input_ids"].shape[1]
     index, targets = [], []
     for row, example in enumerate(examples):
@@ -32,30 +27,30 @@ def test_language_modeling_is_seq2seq_with_an_empty_prompt():
     examples = make_examples(16, V)
     as_text = [{**example, "input_ids": example["target_ids"]} for example in examples]
     as_pairs = [{**example, "prompt_ids": []} for example in examples]
-    text = ARLMCollatorForLanguageModeling(SpecialIds(V), max_length=32)(as_text)
-    pairs = ARLMCollatorForSeq2Seq(SpecialIds(V), max_length=32)(as_pairs)
+    text = ARLMCollator(SpecialIds(V), max_length=32, kind="lm")(as_text)
+    pairs = ARLMCollator(SpecialIds(V), max_length=32, kind="seq2seq")(as_pairs)
     for name in pairs:
         torch.testing.assert_close(text[name], pairs[name])
 
 
 def test_nothing_is_corrupted():
     examples = make_examples(16, V)
-    first = ARLMCollatorForSeq2Seq(SpecialIds(V), max_length=32, seed=0)(examples)
+    first = ARLMCollator(SpecialIds(V), max_length=32, seed=0, kind="seq2seq")(examples)
     later = [{**example, "epoch": 3, "position": 15 - i} for i, example in enumerate(examples)]
-    second = ARLMCollatorForSeq2Seq(SpecialIds(V), max_length=32, seed=1)(later)
+    second = ARLMCollator(SpecialIds(V), max_length=32, seed=1, kind="seq2seq")(later)
     for name in first:
         torch.testing.assert_close(first[name], second[name])
 
 
 def test_prediction_batches_are_padded_on_the_left():
     examples = make_examples(9, V)
-    batch = ARLMCollatorForSeq2SeqPrediction(SpecialIds(V), max_length=32)(examples)
+    batch = ARLMCollator(SpecialIds(V), max_length=32, kind="seq2seq", prediction=True)(examples)
     width = batch["input_ids"].shape[1]
     for row, example in enumerate(examples):
         ids = [*example["prompt_ids"], BOS]
         assert batch["input_ids"][row].tolist() == [PAD] * (width - len(ids)) + ids
         assert batch["attention_mask"][row].tolist() == [False] * (width - len(ids)) + [True] * len(ids)
-    empty = ARLMCollatorForLanguageModelingPrediction(SpecialIds(V), max_length=32)(examples)
+    empty = ARLMCollator(SpecialIds(V), max_length=32, kind="lm", prediction=True)(examples)
     assert empty["input_ids"].tolist() == [[BOS]] * 9
     assert empty["attention_mask"].all()
     assert empty["example_id"].tolist() == batch["example_id"].tolist()
@@ -63,11 +58,11 @@ def test_prediction_batches_are_padded_on_the_left():
 
 def test_a_sequence_may_fill_the_model_and_no_more():
     example = {"prompt_ids": [8] * 10, "target_ids": [9] * 20, "example_id": 0}
-    assert ARLMCollatorForSeq2Seq(SpecialIds(V), max_length=32)([example])["input_ids"].shape == (1, 31)
+    assert ARLMCollator(SpecialIds(V), max_length=32, kind="seq2seq")([example])["input_ids"].shape == (1, 31)
     with pytest.raises(ValueError, match=r"has 32 tokens with \[BOS\] and \[EOS\], and the model has 31 positions"):
-        ARLMCollatorForSeq2Seq(SpecialIds(V), max_length=31)([example])
+        ARLMCollator(SpecialIds(V), max_length=31, kind="seq2seq")([example])
     with pytest.raises(ValueError, match=r"A prompt has 11 tokens with \[BOS\], and the model has 10 positions"):
-        ARLMCollatorForSeq2SeqPrediction(SpecialIds(V), max_length=10)([example])
+        ARLMCollator(SpecialIds(V), max_length=10, kind="seq2seq", prediction=True)([example])
 
 
 @pytest.mark.parametrize(
@@ -80,4 +75,4 @@ def test_a_sequence_may_fill_the_model_and_no_more():
 def test_ids_outside_the_vocabulary_are_refused(change, message):
     example = {**make_examples(1, V)[0], **change}
     with pytest.raises(ValueError, match=message):
-        ARLMCollatorForSeq2Seq(SpecialIds(V), max_length=32)([example])
+        ARLMCollator(SpecialIds(V), max_length=32, kind="seq2seq")([example])

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from tests.modeling.arlm_helpers import BOS, EOS, SpecialIds, TableModel, make_examples, make_model
-from xlm_hf.modeling.arlm import ARLMCollatorForLanguageModeling, ARLMCollatorForSeq2Seq, ARLMLoss
+from xlm_hf.modeling.arlm import ARLMCollator, ARLMLoss
 
 V = 13
 
 
 def collate(examples):
-    return ARLMCollatorForSeq2Seq(SpecialIds(V), max_length=32)(examples)
+    return ARLMCollator(SpecialIds(V), max_length=32, kind="seq2seq")(examples)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -59,7 +59,7 @@ def test_loss_is_the_exact_negative_log_likelihood():
     """With the exact conditionals of a law, each text's loss is its information, and exp(-loss) sums to one."""
     model = TableModel()
     texts = [list(text[:-1]) for text in model.law]
-    collator = ARLMCollatorForLanguageModeling(SpecialIds(8), max_length=32)
+    collator = ARLMCollator(SpecialIds(8), max_length=32, kind="lm")
     total = 0.0
     for text, p in zip(texts, model.law.values(), strict=True):
         output = ARLMLoss()(model, collator([{"input_ids": text, "example_id": 0}]))

@@ -5,12 +5,7 @@ import torch
 from scipy.stats import chisquare
 
 from tests.modeling.ilm_helpers import BOS, CLS, PAD, SpecialIds, all_subsets, make_examples
-from xlm_hf.modeling.ilm import (
-    ILMCollatorForLanguageModeling,
-    ILMCollatorForLanguageModelingPrediction,
-    ILMCollatorForSeq2Seq,
-    ILMCollatorForSeq2SeqPrediction,
-)
+from xlm_hf.modeling.ilm import ILMCollator
 
 V = 40
 
@@ -30,7 +25,7 @@ def restore(batch, row):
 
 def test_kept_and_dropped_tokens_make_up_the_example():
     examples = make_examples(64, V)
-    batch = ILMCollatorForSeq2Seq(SpecialIds(V), max_length=32)(examples)
+    batch = ILMCollator(SpecialIds(V), max_length=32, kind="seq2seq")(examples)
     for row, example in enumerate(examples):
         assert restore(batch, row) == [CLS, *example["prompt_ids"], BOS, *example["target_ids"]]
         assert set(batch["input_ids"][row, ~batch["attention_mask"][row]].tolist()) <= {PAD}
@@ -40,7 +35,7 @@ def test_kept_and_dropped_tokens_make_up_the_example():
 
 def test_slots_are_bos_and_all_kept_tokens_of_rows_that_lack_something():
     examples = make_examples(64, V)
-    batch = ILMCollatorForSeq2Seq(SpecialIds(V), max_length=32)(examples)
+    batch = ILMCollator(SpecialIds(V), max_length=32, kind="seq2seq")(examples)
     L = batch["input_ids"].shape[1]
     expected = []
     for row, example in enumerate(examples):
@@ -54,8 +49,8 @@ def test_language_modeling_is_seq2seq_with_an_empty_prompt():
     examples = make_examples(16, V)
     as_text = [{**example, "input_ids": example["target_ids"]} for example in examples]
     as_pairs = [{**example, "prompt_ids": []} for example in examples]
-    text = ILMCollatorForLanguageModeling(SpecialIds(V), max_length=32, seed=3)(as_text)
-    pairs = ILMCollatorForSeq2Seq(SpecialIds(V), max_length=32, seed=3)(as_pairs)
+    text = ILMCollator(SpecialIds(V), max_length=32, seed=3, kind="lm")(as_text)
+    pairs = ILMCollator(SpecialIds(V), max_length=32, seed=3, kind="seq2seq")(as_pairs)
     for name in pairs:
         torch.testing.assert_close(text[name], pairs[name])
 
@@ -63,14 +58,14 @@ def test_language_modeling_is_seq2seq_with_an_empty_prompt():
 def test_corruption_depends_on_the_example_alone():
     """The same example meets the same noise in any batch, and other noise in another epoch or with another seed."""
     examples = make_examples(32, V, min_target=6)
-    collator = ILMCollatorForSeq2Seq(SpecialIds(V), max_length=32)
+    collator = ILMCollator(SpecialIds(V), max_length=32, kind="seq2seq")
     whole = collator(examples)
     for row in (0, 7, 31):
         alone = collator([examples[row]])
         width = alone["input_ids"].shape[1]
         assert alone["input_ids"][0].tolist() == whole["input_ids"][row, :width].tolist()
     other_epoch = collator([{**example, "epoch": 1} for example in examples])
-    other_seed = ILMCollatorForSeq2Seq(SpecialIds(V), max_length=32, seed=1)(examples)
+    other_seed = ILMCollator(SpecialIds(V), max_length=32, seed=1, kind="seq2seq")(examples)
     for other in (other_epoch, other_seed):
         assert other["num_dropped"].tolist() != whole["num_dropped"].tolist()
 
@@ -80,7 +75,7 @@ def test_number_of_dropped_tokens_is_uniform_and_evenly_spread():
     examples = [
         {"prompt_ids": [], "target_ids": [9] * length, "example_id": i, "epoch": 0, "position": i} for i in range(num)
     ]
-    counts = Counter(ILMCollatorForSeq2Seq(SpecialIds(V), max_length=32)(examples)["num_dropped"].tolist())
+    counts = Counter(ILMCollator(SpecialIds(V), max_length=32, kind="seq2seq")(examples)["num_dropped"].tolist())
     assert sorted(counts) == list(range(length + 1))
     # Low discrepancy: far closer to 400 than the +-20 of independent draws.
     assert all(abs(count - 400) <= 5 for count in counts.values())
@@ -91,13 +86,13 @@ def test_drop_beta_skews_the_number_of_dropped_tokens():
     examples = [
         {"prompt_ids": [], "target_ids": [9] * length, "example_id": i, "epoch": 0, "position": i} for i in range(num)
     ]
-    batch = ILMCollatorForSeq2Seq(SpecialIds(V), max_length=32, drop_beta=2.0)(examples)
+    batch = ILMCollator(SpecialIds(V), max_length=32, drop_beta=2.0, kind="seq2seq")(examples)
     counts = torch.bincount(batch["num_dropped"], minlength=length + 1)
     # P(n) = ((n + 1)^2 - n^2) / 9^2 under r ~ Beta(2, 1).
     expected = torch.tensor([(2 * n + 1) / 81 * num for n in range(length + 1)])
     assert (counts - expected).abs().max() <= 6
     with pytest.raises(ValueError, match="drop_beta must be greater than 0 and is 0"):
-        ILMCollatorForSeq2Seq(SpecialIds(V), max_length=32, drop_beta=0)
+        ILMCollator(SpecialIds(V), max_length=32, drop_beta=0, kind="seq2seq")
 
 
 def test_every_subset_of_a_size_is_dropped_alike():
@@ -106,7 +101,7 @@ def test_every_subset_of_a_size_is_dropped_alike():
         {"prompt_ids": [], "target_ids": [10, 11, 12, 13], "example_id": i, "epoch": 2, "position": i}
         for i in range(num)
     ]
-    batch = ILMCollatorForSeq2Seq(SpecialIds(V), max_length=32, seed=5)(examples)
+    batch = ILMCollator(SpecialIds(V), max_length=32, seed=5, kind="seq2seq")(examples)
     kept = [tuple(t for t in row if t >= 10) for row in batch["input_ids"].tolist()]
     for size in range(1, length):
         counts = Counter(k for k in kept if len(k) == length - size)
@@ -116,13 +111,13 @@ def test_every_subset_of_a_size_is_dropped_alike():
 
 def test_prediction_batches_are_padded_on_the_left():
     examples = make_examples(9, V)
-    batch = ILMCollatorForSeq2SeqPrediction(SpecialIds(V), max_length=32)(examples)
+    batch = ILMCollator(SpecialIds(V), max_length=32, kind="seq2seq", prediction=True)(examples)
     for row, example in enumerate(examples):
         ids = [CLS, *example["prompt_ids"], BOS]
         width = batch["input_ids"].shape[1]
         assert batch["input_ids"][row].tolist() == [PAD] * (width - len(ids)) + ids
         assert batch["attention_mask"][row].tolist() == [False] * (width - len(ids)) + [True] * len(ids)
-    empty = ILMCollatorForLanguageModelingPrediction(SpecialIds(V), max_length=32)(examples)
+    empty = ILMCollator(SpecialIds(V), max_length=32, kind="lm", prediction=True)(examples)
     assert empty["input_ids"].tolist() == [[CLS, BOS]] * 9
 
 
@@ -137,4 +132,4 @@ def test_prediction_batches_are_padded_on_the_left():
 def test_bad_examples_are_refused_in_one_sentence(change, message):
     example = {**make_examples(1, V)[0], "target_ids": [], **change}
     with pytest.raises(ValueError, match=message):
-        ILMCollatorForSeq2Seq(SpecialIds(V), max_length=32)([example])
+        ILMCollator(SpecialIds(V), max_length=32, kind="seq2seq")([example])

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from tests.modeling.ilm_helpers import FIRST_WORD, SpecialIds, dense_loss, make_examples
-from xlm_hf.modeling.ilm import ILMCollatorForSeq2Seq, ILMConfig, ILMForInsertionLM, ILMLoss
+from xlm_hf.modeling.ilm import ILMCollator, ILMConfig, ILMForInsertionLM, ILMLoss
 
 V = 13
 
@@ -29,7 +29,7 @@ def test_loss_and_gradients_equal_a_double_loop(seed, stop_loss_weight):
     examples = make_examples(7, V, seed=seed)
     # The same word dropped twice from one gap counts twice.
     examples.append({"prompt_ids": [8], "target_ids": [9, 9, 9, 9], "example_id": 1, "epoch": seed, "position": 3})
-    batch = ILMCollatorForSeq2Seq(SpecialIds(V), max_length=32, seed=seed)(examples)
+    batch = ILMCollator(SpecialIds(V), max_length=32, seed=seed, kind="seq2seq")(examples)
     output = ILMLoss(stop_loss_weight)(model, batch)
     gradients = torch.autograd.grad(output.loss_sum, list(model.parameters()))
 
@@ -48,7 +48,7 @@ def test_loss_and_gradients_equal_a_double_loop(seed, stop_loss_weight):
 def test_loss_is_a_sum_over_sequences():
     model = make_model()
     examples = make_examples(6, V, seed=1)
-    collator, loss = ILMCollatorForSeq2Seq(SpecialIds(V), max_length=32), ILMLoss()
+    collator, loss = ILMCollator(SpecialIds(V), max_length=32, kind="seq2seq"), ILMLoss()
     whole = loss(model, collator(examples))
     parts = [loss(model, collator([example])) for example in examples]
     torch.testing.assert_close(whole.loss_sum, sum(part.loss_sum for part in parts))
@@ -59,7 +59,7 @@ def test_loss_is_a_sum_over_sequences():
 
 def test_perfect_scores_reach_the_entropy_of_the_target():
     """With the exact target distribution as logits, the token loss is the entropy of that distribution."""
-    batch = ILMCollatorForSeq2Seq(SpecialIds(V), max_length=32)(make_examples(20, V, min_target=1, seed=2))
+    batch = ILMCollator(SpecialIds(V), max_length=32, kind="seq2seq")(make_examples(20, V, min_target=1, seed=2))
     L = batch["input_ids"].shape[1]
     slot_of_target = batch["slot_index"][batch["target_slots"]]
 
@@ -92,7 +92,7 @@ def test_perfect_scores_reach_the_entropy_of_the_target():
 
 def test_class_weights_scale_the_two_stopping_classes():
     model = make_model()
-    batch = ILMCollatorForSeq2Seq(SpecialIds(V), max_length=32)(make_examples(12, V, seed=3))
+    batch = ILMCollator(SpecialIds(V), max_length=32, kind="seq2seq")(make_examples(12, V, seed=3))
     complete_only = ILMLoss(stop_class_weights=(1.0, 0.0))(model, batch)
     missing_only = ILMLoss(stop_class_weights=(0.0, 1.0))(model, batch)
     both = ILMLoss()(model, batch)

@@ -5,20 +5,13 @@ import torch
 from scipy.stats import beta, chisquare, kstest
 
 from tests.modeling.mdlm_helpers import BOS, EOS, MASK, PAD, SpecialIds, make_examples
-from xlm_hf.modeling.mdlm import (
-    MDLMCollatorForInfilling,
-    MDLMCollatorForInfillingPrediction,
-    MDLMCollatorForLanguageModeling,
-    MDLMCollatorForLanguageModelingPrediction,
-    MDLMCollatorForSeq2Seq,
-    MDLMCollatorForSeq2SeqPrediction,
-)
+from xlm_hf.modeling.mdlm import MDLMCollator
 
 V = 40
 
 
-def collator(cls=MDLMCollatorForSeq2Seq, **kwargs):
-    return cls(SpecialIds(V), max_length=32, **kwargs)
+def collator(kind="seq2seq", **kwargs):
+    return MDLMCollator(SpecialIds(V), max_length=32, kind=kind, **kwargs)
 
 
 def restored(batch):
@@ -52,7 +45,7 @@ def test_exact_masks_have_a_uniform_number_and_weight_length_over_it():
     examples = [
         {"input_ids": [10, 11, 12], "example_id": i, "epoch": 2, "position": i} for i in range(num)
     ]  # fmt: skip
-    batch = collator(MDLMCollatorForLanguageModeling, seed=5)(examples)
+    batch = collator("lm", seed=5)(examples)
     masked = batch["input_ids"][:, 1:] == MASK
     k = masked.sum(-1)
     torch.testing.assert_close(batch["weights"], length / k)
@@ -73,7 +66,7 @@ def test_exact_masks_have_a_uniform_number_and_weight_length_over_it():
 def test_bernoulli_masks_every_token_at_the_rate_of_its_row(schedule):
     num = 20_000
     examples = [{"input_ids": [9] * 3, "example_id": i, "epoch": 1, "position": i} for i in range(num)]
-    batch = collator(MDLMCollatorForLanguageModeling, masking="bernoulli", noise_schedule=schedule)(examples)
+    batch = collator("lm", masking="bernoulli", noise_schedule=schedule)(examples)
     masked = (batch["input_ids"][:, 1:] == MASK).double()
     r = 1 - batch["alpha"].double()
     t = r if schedule == "log_linear" else torch.asin(r.clamp(max=1)) * 2 / torch.pi
@@ -110,7 +103,7 @@ def test_corruption_depends_on_the_example_alone(masking):
 
 def test_language_modeling_is_seq2seq_with_an_empty_prompt():
     examples = make_examples(16, V)
-    text = collator(MDLMCollatorForLanguageModeling)([{**e, "input_ids": e["target_ids"]} for e in examples])
+    text = collator("lm")([{**e, "input_ids": e["target_ids"]} for e in examples])
     pairs = collator()([{**e, "prompt_ids": []} for e in examples])
     for name in pairs:
         torch.testing.assert_close(text[name], pairs[name])
@@ -120,7 +113,7 @@ def test_language_modeling_is_seq2seq_with_an_empty_prompt():
 def test_mask_beta_skews_the_masked_share(masking):
     length, num = 401, 500
     examples = [{"input_ids": [9] * (length - 1), "example_id": i, "epoch": 0, "position": i} for i in range(num)]
-    skewed = MDLMCollatorForLanguageModeling(SpecialIds(V), max_length=500, masking=masking, mask_beta=3.0)(examples)
+    skewed = MDLMCollator(SpecialIds(V), max_length=500, masking=masking, mask_beta=3.0, kind="lm")(examples)
     shares = (skewed["input_ids"] == MASK).sum(-1).numpy() / length
     assert kstest(shares, "beta", (3, 1)).pvalue > 0.5
     assert skewed["loss_weights"].tolist() == [1.0] * num
@@ -129,7 +122,7 @@ def test_mask_beta_skews_the_masked_share(masking):
 @pytest.mark.parametrize("masking", ["exact", "bernoulli"])
 def test_with_mask_beta_the_weights_of_the_bound_undo_the_skew(masking):
     examples = [{"input_ids": [9] * 3, "example_id": i, "epoch": 0, "position": i} for i in range(20_000)]
-    batch = collator(MDLMCollatorForLanguageModeling, masking=masking, mask_beta=2.0)(examples)
+    batch = collator("lm", masking=masking, mask_beta=2.0)(examples)
     k = (batch["input_ids"] == MASK).sum(-1)
     r = (k / 4 if masking == "exact" else 1 - batch["alpha"]).double()
     # The bound is the integral over r, all r alike, of the loss at r by r: here a loss that is r in (a, b] and else 0.
@@ -149,7 +142,7 @@ def test_infilling_masks_blanks_alone():
     seen = Counter()
     for epoch in range(200):
         examples = [{**e, "example_id": i, "epoch": epoch, "position": i} for i, e in enumerate(INFILL)]
-        batch = collator(MDLMCollatorForInfilling)(examples)
+        batch = collator("infill")(examples)
         assert batch["canvas_lengths"].tolist() == [3, 1, 0]
         assert [row[m].tolist() for row, m in zip(restored(batch), batch["attention_mask"], strict=True)] == [
             e["target_ids"] for e in INFILL
@@ -164,12 +157,12 @@ def test_prediction_batches_are_padded_on_the_left():
     examples = make_examples(9, V)
     infill = [{**e, "example_id": i} for i, e in enumerate(INFILL)]
     cases = [
-        (MDLMCollatorForSeq2SeqPrediction, examples, [[*e["prompt_ids"], BOS] for e in examples]),
-        (MDLMCollatorForLanguageModelingPrediction, examples, [[BOS]] * 9),
-        (MDLMCollatorForInfillingPrediction, infill, [e["input_ids"] for e in INFILL]),
+        ("seq2seq", examples, [[*e["prompt_ids"], BOS] for e in examples]),
+        ("lm", examples, [[BOS]] * 9),
+        ("infill", infill, [e["input_ids"] for e in INFILL]),
     ]
-    for cls, rows, expected in cases:
-        batch = collator(cls)(rows)
+    for kind, rows, expected in cases:
+        batch = collator(kind, prediction=True)(rows)
         width = batch["input_ids"].shape[1]
         assert batch["input_ids"].tolist() == [[PAD] * (width - len(ids)) + ids for ids in expected]
         assert batch["attention_mask"].sum(-1).tolist() == [len(ids) for ids in expected]
@@ -181,7 +174,7 @@ def test_prediction_batches_are_padded_on_the_left():
         ({"target_ids": [V]}, {}, f"Token id {V} is outside the vocabulary of {V}"),
         ({"prompt_ids": [-1]}, {}, f"Token id -1 is outside the vocabulary of {V}"),
         ({"prompt_ids": [8] * 40}, {}, "has 42 tokens with .* the model has 32 positions"),
-        ({"target_ids": [8] * 5}, {"canvas_length": 4}, "A target has 5 tokens and the canvas 4 places"),
+        ({"target_ids": [8] * 5}, {"canvas_length": 4}, "A target has 5 tokens and the canvas 4 positions"),
         ({"target_ids": [8, MASK]}, {}, "holds the special token 2, which this model never writes"),
         ({}, {"masking": "exakt"}, "masking 'exakt' does not exist: did you mean 'exact'"),
         ({}, {"mask_beta": 0.0}, r"mask_beta must be greater than 0 and is 0\.0"),
@@ -196,4 +189,4 @@ def test_bad_examples_and_options_are_refused_in_one_sentence(change, options, m
 
 def test_a_solution_of_another_length_is_refused():
     with pytest.raises(ValueError, match="Example 7 has 2 input_ids and 1 target_ids"):
-        collator(MDLMCollatorForInfilling)([{"input_ids": [MASK, 9], "target_ids": [9], "example_id": 7}])
+        collator("infill")([{"input_ids": [MASK, 9], "target_ids": [9], "example_id": 7}])

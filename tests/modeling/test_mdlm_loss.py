@@ -23,7 +23,7 @@ from tests.modeling.mdlm_helpers import (
     slow_loss,
 )
 from tests.objectives.test_collation import check_documents_of_a_row
-from xlm_hf.modeling.mdlm import MDLMCollatorForLanguageModeling, MDLMCollatorForSeq2Seq, MDLMConfig, MDLMLoss
+from xlm_hf.modeling.mdlm import MDLMCollator, MDLMConfig, MDLMLoss
 from xlm_hf.testing import FamilyCase, check_packing
 
 V = 13
@@ -34,7 +34,7 @@ V = 13
 def test_loss_and_gradients_equal_a_double_loop(backbone, options):
     model = make_model(V, 32, backbone=backbone).double()
     examples = make_examples(9, V)
-    batch = MDLMCollatorForSeq2Seq(SpecialIds(V), 32, canvas_length=9, **options)(examples)
+    batch = MDLMCollator(SpecialIds(V), 32, canvas_length=9, kind="seq2seq", **options)(examples)
     output = MDLMLoss()(model, batch)
     gradients = torch.autograd.grad(output.loss_sum, list(model.parameters()))
 
@@ -54,7 +54,7 @@ def test_loss_and_gradients_equal_a_double_loop(backbone, options):
 def test_padding_on_the_canvas_is_content_and_padding_of_rows_is_not():
     model = make_model(V, 32).double()
     examples = make_examples(4, V, min_target=1)
-    batch = MDLMCollatorForSeq2Seq(SpecialIds(V), 32, canvas_length=9)(examples)
+    batch = MDLMCollator(SpecialIds(V), 32, canvas_length=9, kind="seq2seq")(examples)
     loss = MDLMLoss()(model, batch).loss_sum
     loss.backward()
     assert model.model.embed_tokens.weight.grad[PAD].abs().max() > 0
@@ -121,7 +121,7 @@ def test_the_loss_is_an_unbiased_estimate_of_the_bound(options, uses_time):
     examples = [
         {"input_ids": list(texts[i % 2]), "example_id": i, "epoch": 0, "position": i // 2} for i in range(2 * num)
     ]
-    batch = MDLMCollatorForLanguageModeling(TextOnly(10), 16, **options)(examples)
+    batch = MDLMCollator(TextOnly(10), 16, kind="lm", **options)(examples)
     first_time = 0.0
     if "masking" in options:
         # The variance at small times is infinite: leave them out on both sides.
@@ -146,7 +146,7 @@ def test_the_exact_masking_has_the_smaller_error():
     examples = [{"input_ids": [7, 8], "example_id": i, "epoch": 0, "position": i} for i in range(4000)]
     squares = []
     for masking in ("exact", "bernoulli"):
-        batch = MDLMCollatorForLanguageModeling(SpecialIds(10), 16, canvas_length=2, masking=masking)(examples)
+        batch = MDLMCollator(SpecialIds(10), 16, canvas_length=2, masking=masking, kind="lm")(examples)
         squares.append(float(MDLMLoss()(model, batch).sequence_nats.square().sum()))
     assert squares[0] < squares[1] / 2
 
@@ -154,7 +154,7 @@ def test_the_exact_masking_has_the_smaller_error():
 def test_loss_is_a_sum_over_sequences_and_metrics_are_pairs():
     model = make_model(V, 32)
     examples = make_examples(6, V, seed=1)
-    collator, loss = MDLMCollatorForSeq2Seq(SpecialIds(V), max_length=32), MDLMLoss()
+    collator, loss = MDLMCollator(SpecialIds(V), max_length=32, kind="seq2seq"), MDLMLoss()
     whole = loss(model, collator(examples))
     parts = [loss(model, collator([example])) for example in examples]
     torch.testing.assert_close(whole.loss_sum, sum(part.loss_sum for part in parts))
@@ -166,7 +166,7 @@ def test_loss_is_a_sum_over_sequences_and_metrics_are_pairs():
 
 def test_a_batch_without_masks_has_a_loss_of_zero_with_a_gradient():
     model = make_model(V, 32)
-    batch = MDLMCollatorForSeq2Seq(SpecialIds(V), 32)(make_examples(2, V))
+    batch = MDLMCollator(SpecialIds(V), 32, kind="seq2seq")(make_examples(2, V))
     batch |= {name: batch[name][:0] for name in ("logits_index", "target_ids", "target_documents")}
     output = MDLMLoss()(model, batch)
     output.loss_sum.backward()

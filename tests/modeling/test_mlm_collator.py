@@ -7,14 +7,7 @@ import torch
 from scipy.stats import chisquare, kstest
 
 from tests.modeling.mlm_helpers import BOS, CLS, EOS, MASK, PAD, SpecialIds, V, make_examples
-from xlm_hf.modeling.mlm import (
-    MLMCollatorForInfilling,
-    MLMCollatorForInfillingPrediction,
-    MLMCollatorForLanguageModeling,
-    MLMCollatorForLanguageModelingPrediction,
-    MLMCollatorForSeq2Seq,
-    MLMCollatorForSeq2SeqPrediction,
-)
+from xlm_hf.modeling.mlm import MLMCollator
 
 
 def restore(batch):
@@ -28,7 +21,7 @@ def restore(batch):
 @pytest.mark.parametrize("canvas_length", [None, 11])
 def test_rows_read_prompt_bos_target_eos_and_only_the_canvas_is_masked(canvas_length):
     examples = make_examples(64)
-    batch = MLMCollatorForSeq2Seq(SpecialIds(), max_length=24, canvas_length=canvas_length)(examples)
+    batch = MLMCollator(SpecialIds(), max_length=24, canvas_length=canvas_length, kind="seq2seq")(examples)
     whole = restore(batch)
     for row, example in enumerate(examples):
         prompt = [*example["prompt_ids"], BOS]
@@ -47,10 +40,12 @@ def test_rows_read_prompt_bos_target_eos_and_only_the_canvas_is_masked(canvas_le
 
 def test_language_modeling_is_seq2seq_with_an_empty_prompt():
     examples = make_examples(16)
-    text = MLMCollatorForLanguageModeling(SpecialIds(), max_length=24, seed=3)(
+    text = MLMCollator(SpecialIds(), max_length=24, seed=3, kind="lm")(
         [{**example, "input_ids": example["target_ids"]} for example in examples]
     )
-    pairs = MLMCollatorForSeq2Seq(SpecialIds(), max_length=24, seed=3)([{**e, "prompt_ids": []} for e in examples])
+    pairs = MLMCollator(SpecialIds(), max_length=24, seed=3, kind="seq2seq")(
+        [{**e, "prompt_ids": []} for e in examples]
+    )
     for name in pairs:
         torch.testing.assert_close(text[name], pairs[name])
 
@@ -58,13 +53,13 @@ def test_language_modeling_is_seq2seq_with_an_empty_prompt():
 def test_corruption_depends_on_the_example_alone():
     """The same example meets the same noise in any batch, and other noise in another epoch or with another seed."""
     examples = make_examples(32, min_target=6)
-    collator = MLMCollatorForSeq2Seq(SpecialIds(), max_length=24)
+    collator = MLMCollator(SpecialIds(), max_length=24, kind="seq2seq")
     whole = collator(examples)["input_ids"]
     for row in (0, 7, 31):
         alone = collator([examples[row]])["input_ids"]
         assert alone[0].tolist() == whole[row, : alone.shape[1]].tolist()
     other_epoch = collator([{**example, "epoch": 1} for example in examples])["input_ids"]
-    other_seed = MLMCollatorForSeq2Seq(SpecialIds(), max_length=24, seed=1)(examples)["input_ids"]
+    other_seed = MLMCollator(SpecialIds(), max_length=24, seed=1, kind="seq2seq")(examples)["input_ids"]
     assert other_epoch.tolist() != whole.tolist()
     assert other_seed.tolist() != whole.tolist()
 
@@ -75,7 +70,7 @@ def test_every_pattern_of_masks_has_its_probability():
     examples = [
         {"prompt_ids": [9], "target_ids": [10, 11, 12], "example_id": i, "epoch": 2, "position": i} for i in range(num)
     ]
-    batch = MLMCollatorForSeq2Seq(SpecialIds(), max_length=24, seed=5)(examples)
+    batch = MLMCollator(SpecialIds(), max_length=24, seed=5, kind="seq2seq")(examples)
     masked = (batch["input_ids"] == MASK)[:, 2:]
     counts = Counter(map(tuple, masked.int().tolist()))
     patterns = list(itertools.product((0, 1), repeat=n))
@@ -89,13 +84,13 @@ def test_every_pattern_of_masks_has_its_probability():
 @pytest.mark.parametrize("mask_beta", [1.0, 3.0])
 def test_the_masked_share_follows_its_law(mask_beta):
     examples = [{"input_ids": [9] * 400, "example_id": i, "epoch": 0, "position": i} for i in range(500)]
-    batch = MLMCollatorForLanguageModeling(SpecialIds(), max_length=500, mask_beta=mask_beta)(examples)
+    batch = MLMCollator(SpecialIds(), max_length=500, mask_beta=mask_beta, kind="lm")(examples)
     assert kstest((batch["input_ids"] == MASK).float().sum(-1).numpy() / 401, "beta", (mask_beta, 1)).pvalue > 0.5
 
 
 def test_a_text_that_fills_the_canvas_has_no_end():
     examples = [{"input_ids": [9] * n, "example_id": n, "epoch": 0, "position": n} for n in (5, 4)]
-    batch = MLMCollatorForLanguageModeling(SpecialIds(), max_length=24, canvas_length=5)(examples)
+    batch = MLMCollator(SpecialIds(), max_length=24, canvas_length=5, kind="lm")(examples)
     assert restore(batch).tolist() == [[BOS, *[9] * 5], [BOS, *[9] * 4, EOS]]
 
 
@@ -103,7 +98,7 @@ def test_infilling_masks_only_what_the_input_leaves_open():
     examples = [
         {**e, "input_ids": [MASK if i % 2 else t for i, t in enumerate(e["target_ids"])]} for e in make_examples(40)
     ]
-    batch = MLMCollatorForInfilling(SpecialIds(), max_length=24)(examples)
+    batch = MLMCollator(SpecialIds(), max_length=24, kind="infill")(examples)
     whole = restore(batch)
     for row, example in enumerate(examples):
         length = len(example["target_ids"])
@@ -117,7 +112,7 @@ def test_infilling_masks_only_what_the_input_leaves_open():
 @pytest.mark.parametrize("canvas_length", [None, 11])
 def test_prediction_batches_are_padded_on_the_left(canvas_length):
     examples = make_examples(9)
-    collator = MLMCollatorForSeq2SeqPrediction(SpecialIds(), max_length=24, canvas_length=canvas_length)
+    collator = MLMCollator(SpecialIds(), max_length=24, canvas_length=canvas_length, kind="seq2seq", prediction=True)
     batch = collator(examples)
     width = batch["input_ids"].shape[1]
     for row, example in enumerate(examples):
@@ -130,14 +125,14 @@ def test_prediction_batches_are_padded_on_the_left(canvas_length):
         assert "canvas_lengths" not in batch
     assert "canvas_lengths" not in collator([{"prompt_ids": [8], "example_id": 0}])
     text = [{**example, "input_ids": example["target_ids"]} for example in examples]
-    empty = MLMCollatorForLanguageModelingPrediction(SpecialIds(), max_length=24)(text)
+    empty = MLMCollator(SpecialIds(), max_length=24, kind="lm", prediction=True)(text)
     assert empty["input_ids"].tolist() == [[BOS]] * 9
     assert empty["canvas_lengths"].tolist() == [len(example["input_ids"]) + 1 for example in text]
 
 
 def test_infilling_prediction_keeps_the_input():
     examples = [{"input_ids": [8, MASK, 9], "example_id": 4}, {"input_ids": [MASK], "example_id": 5}]
-    batch = MLMCollatorForInfillingPrediction(SpecialIds(), max_length=24)(examples)
+    batch = MLMCollator(SpecialIds(), max_length=24, kind="infill", prediction=True)(examples)
     assert batch["input_ids"].tolist() == [[8, MASK, 9], [PAD, PAD, MASK]]
     assert batch["attention_mask"].tolist() == [[True] * 3, [False, False, True]]
     assert batch["canvas_lengths"].tolist() == [0, 0]
@@ -152,22 +147,22 @@ def test_infilling_prediction_keeps_the_input():
         ({"prompt_ids": [8] * 40}, "has 42 tokens with .* the model has 24 positions"),
         ({"prompt_ids": [MASK]}, f"holds the special token {MASK}"),
         ({"target_ids": [8, CLS]}, f"holds the special token {CLS}"),
-        ({"target_ids": [8] * 13}, "A target has 13 tokens and the canvas 12 places"),
+        ({"target_ids": [8] * 13}, "A target has 13 tokens and the canvas 12 positions"),
     ],
 )
 def test_bad_examples_are_refused_in_one_sentence(change, message):
     example = {**make_examples(1)[0], "target_ids": [], **change}
     canvas_length = 12 if len(example["target_ids"]) > 1 else None
     with pytest.raises(ValueError, match=message):
-        MLMCollatorForSeq2Seq(SpecialIds(), max_length=24, canvas_length=canvas_length)([example])
+        MLMCollator(SpecialIds(), max_length=24, canvas_length=canvas_length, kind="seq2seq")([example])
 
 
 def test_a_skew_that_is_none_is_refused():
     with pytest.raises(ValueError, match=r"mask_beta must be greater than 0 and is 0\.0"):
-        MLMCollatorForSeq2Seq(SpecialIds(), max_length=24, mask_beta=0.0)
+        MLMCollator(SpecialIds(), max_length=24, mask_beta=0.0, kind="seq2seq")
 
 
 def test_an_input_to_fill_in_is_as_long_as_its_solution():
     example = {"input_ids": [MASK, 8], "target_ids": [9], "example_id": 7, "epoch": 0, "position": 0}
     with pytest.raises(ValueError, match="Example 7 has 2 input_ids and 1 target_ids"):
-        MLMCollatorForInfilling(SpecialIds(), max_length=24)([example])
+        MLMCollator(SpecialIds(), max_length=24, kind="infill")([example])

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from tests.commands.test_cli import command
 from tests.training.test_trainer import EXACT, Tokenizer, V, assert_same_weights, make_trainer
 from xlm_hf.data import keyed
-from xlm_hf.modeling.ilm import ILMCollatorForSeq2Seq, ILMLoss
+from xlm_hf.modeling.ilm import ILMCollator, ILMLoss
 from xlm_hf.training.checkpoints import last_sound_checkpoint
 
 STEPS = 12
@@ -54,7 +54,7 @@ def train(output_dir, config, rank, port):
         save_steps=1,
         save_total_limit=2,
     )
-    trainer.data_collator = ILMCollatorForSeq2Seq(Tokenizer(V), max_length=32, seed=7, packing=packing)
+    trainer.data_collator = ILMCollator(Tokenizer(V), max_length=32, seed=7, packing=packing, kind="seq2seq")
     trainer.loss = ILMLoss()
     if stream:
         trainer.train_dataset = keyed(trainer.train_dataset.dataset.to_iterable_dataset(num_shards=2))

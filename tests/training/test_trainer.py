@@ -6,13 +6,7 @@ from transformers import TrainerCallback
 
 from tests.modeling.ilm_helpers import SpecialIds, make_examples
 from xlm_hf.evaluation import EvaluationSet
-from xlm_hf.modeling.ilm import (
-    ILMCollatorForSeq2Seq,
-    ILMCollatorForSeq2SeqPrediction,
-    ILMConfig,
-    ILMForInsertionLM,
-    ILMLoss,
-)
+from xlm_hf.modeling.ilm import ILMCollator, ILMConfig, ILMForInsertionLM, ILMLoss
 from xlm_hf.training.arguments import XLMTrainingArguments
 from xlm_hf.training.checkpoints import last_sound_checkpoint, list_checkpoints
 from xlm_hf.training.trainer import XLMTrainer
@@ -77,7 +71,7 @@ def make_trainer(output_dir, batch_size=8, callbacks=None, evaluation_sets=(), *
         model=ILMForInsertionLM(config),
         args=XLMTrainingArguments(str(output_dir), per_device_train_batch_size=batch_size, **arguments),
         loss=RecordingLoss(),
-        data_collator=ILMCollatorForSeq2Seq(Tokenizer(V), max_length=32, seed=7),
+        data_collator=ILMCollator(Tokenizer(V), max_length=32, seed=7, kind="seq2seq"),
         train_dataset=dataset(),
         evaluation_sets=evaluation_sets,
         processing_class=Tokenizer(V),
@@ -197,7 +191,9 @@ def test_logged_loss_is_that_of_the_whole_step(tmp_path):
 @pytest.mark.parametrize("greater_is_better", [True, False])
 def test_best_and_last_checkpoints_stay(greater_is_better, tmp_path):
     sets = [
-        EvaluationSet("validation", dataset(8, 1), ILMCollatorForSeq2Seq(Tokenizer(V), 32), ["validation"], ILMLoss())
+        EvaluationSet(
+            "validation", dataset(8, 1), ILMCollator(Tokenizer(V), 32, kind="seq2seq"), ["validation"], ILMLoss()
+        )
     ]
     trainer = make_trainer(
         tmp_path,
@@ -262,11 +258,11 @@ def evaluation_sets(num, batch_loss=None):
         "exact": sum(p == r for p, r in zip(predictions, references, strict=True)) / len(references)
     }
     return [
-        EvaluationSet("test", dataset(num, 5), ILMCollatorForSeq2Seq(tokenizer, 32), ["test"], loss=ILMLoss()),
+        EvaluationSet("test", dataset(num, 5), ILMCollator(tokenizer, 32, kind="seq2seq"), ["test"], loss=ILMLoss()),
         EvaluationSet(
             "test",
             dataset(num, 5),
-            ILMCollatorForSeq2SeqPrediction(tokenizer, 32),
+            ILMCollator(tokenizer, 32, kind="seq2seq", prediction=True),
             ["test"],
             generate=True,
             metrics=[exact],

@@ -16,7 +16,7 @@ import pandas as pd
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from xlm_hf.building import is_open, open_override, plain
+from xlm_hf.building import is_open, open_override, plain, translate_saved_config
 from xlm_hf.commands._run import run_directory, say
 from xlm_hf.files import write_text
 from xlm_hf.modules.messages import check_options
@@ -140,7 +140,7 @@ def check_unchanged(cell: Cell) -> None:
     overrides = [open_override(argument) for argument in cell.arguments if not argument.startswith(prefix)]
     wanted = _flat(plain(hydra.compose(named[-1] if named else "config", overrides)))
     file = cell.folder / "config.yaml"
-    found = _flat(plain(OmegaConf.load(file))) if file.exists() else wanted
+    found = _flat(translate_saved_config(plain(OmegaConf.load(file)))) if file.exists() else wanted
     # Where it lies may change. An option that is not set is as good as one that is not there.
     for name in sorted((found.keys() | wanted.keys()) - {"output_dir"}):
         if found.get(name) != wanted.get(name):

@@ -6,7 +6,7 @@ from pathlib import Path
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from xlm_hf.building import build_model, build_task, build_trainer, plain
+from xlm_hf.building import build_model, build_task, build_trainer, plain, translate_saved_config
 from xlm_hf.commands._run import card_variables, next_command, run_directory, say, write_results
 from xlm_hf.files import write_text
 from xlm_hf.hub.export import export_model
@@ -16,7 +16,7 @@ from xlm_hf.training.checkpoints import last_sound_checkpoint
 from xlm_hf.training.debugging import FrozenBatch, describe_batch, first_examples
 
 # What makes two runs different runs; the rest (steps, logging, generation) may change when a run is resumed.
-_IDENTITY = ("family", "task", "model", "loss", "collators", "train_collator", "seed")
+_IDENTITY = ("family", "task", "model", "loss", "collator", "train_collator", "seed")
 
 
 def run(cfg: DictConfig) -> dict[str, float]:
@@ -70,7 +70,7 @@ def _check_same_run(file: Path, cfg: DictConfig) -> None:
     """Raise ValueError if `file` is the config of another run than `cfg` is."""
     wanted = plain(cfg)
     if file.exists():
-        found = yaml.safe_load(file.read_text())
+        found = translate_saved_config(yaml.safe_load(file.read_text()))
         for key in _IDENTITY:
             if found.get(key) != wanted[key]:
                 raise ValueError(

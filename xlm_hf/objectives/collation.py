@@ -1,4 +1,4 @@
-"""What the collators of all families share: reading documents, placing them in rows, and the checks on both.
+"""Documents of a batch of examples, what is drawn for them, and the rows that they stand in.
 
 An example holds one document or, with a column `segment_ids`, several. A collator corrupts each document by itself and
 then places what is left of them in rows: an example to a row, or with packing as many as fit. Everything is computed on
@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from xlm_hf.modules.counter_random import low_discrepancy, random_bits
 
@@ -79,13 +78,16 @@ class Documents:
     Attributes:
         prompt_ids, prompt_lengths: the prompts one after the other, and the length of each (D,).
         target_ids, target_lengths: likewise what is modelled.
-        example: (D,) place of each document's example in the batch.
+        example: (D,) index of each document's example in the batch.
         number: (D,) number of each document within its example.
         example_id: (examples,) as given.
         ends: (D,) 1 for a document with an end; 0 for one that goes on in another example, as the column `continues`
             says of the last one of an example.
         key: (D,) uint64, a function of (example_id, number of the document): what a corruption is drawn by.
+        blank: (sum of target_lengths,) bool, in infilling which tokens of the targets are to be found; None otherwise.
     """
+
+    blank: np.ndarray | None = None
 
     def __init__(self, examples: Examples, prompts: Ids, targets: Ids):
         self.examples = examples
@@ -170,6 +172,17 @@ class Rows:
         """Places in the flattened batch of `lengths` (D,) tokens of each document, from its `start`-th on."""
         return segment_ranges(self.first + start, lengths)
 
+    def shared(self, values: np.ndarray) -> np.ndarray:
+        """`values` (D,) as a network takes them: of each row (B,), or of each token (B, L) if a row holds several.
+
+        Padding then has 1.
+        """
+        if not self.several:
+            return values
+        of_tokens = np.ones(self.shape, dtype=values.dtype)
+        of_tokens.reshape(-1)[self.index(0, self.lengths)] = np.repeat(values, self.lengths)
+        return of_tokens
+
     def write(self, start: np.ndarray | int, lengths: np.ndarray, ids: np.ndarray) -> None:
         """Write `ids`, one after the other, where `index(start, lengths)` says."""
         self.input_ids[self.index(start, lengths)] = ids
@@ -203,81 +216,3 @@ def _first_fit(sizes: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray
         start[number] = used[row[number]]
         used[row[number]] += size
     return row, start
-
-
-class Collator:
-    """What all collators share: special ids, the model's length, the checks on what comes in, and prompts.
-
-    Args:
-        tokenizer: names the special tokens.
-        max_length: positions of the model; a longer document is refused.
-        seed: of the corruption.
-        packing: whether a row may hold several examples, up to `max_length` tokens.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, seed: int = 0, packing: bool = False):
-        self.pad_token_id = tokenizer.pad_token_id
-        self.bos_token_id, self.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-        self.vocab_size = len(tokenizer)
-        self.max_length = max_length
-        self.seed = seed
-        self.packing = max_length if packing else None
-
-    def check_ids(self, *ids: np.ndarray) -> None:
-        """Raise ValueError if an id is outside the vocabulary."""
-        for every in ids:
-            # As an unsigned integer a negative id is a large one.
-            outside = every[every.view(np.uint64) >= self.vocab_size]
-            if len(outside):
-                raise ValueError(
-                    f"Token id {outside[0]} is outside the vocabulary of {self.vocab_size}: tokenize the data with "
-                    "the tokenizer of this run."
-                )
-
-    def check_lengths(self, lengths: np.ndarray, what: str, extras: str) -> None:
-        """Raise ValueError if a `what` has more tokens than the model has positions, `extras` included."""
-        if lengths.max() > self.max_length:
-            raise ValueError(
-                f"A {what} has {lengths.max()} tokens with {extras}, and the model has {self.max_length} "
-                "positions: shorten it or raise max_position_embeddings."
-            )
-
-    def with_canvas(
-        self, documents: Documents, canvas_length: int | None, extras: str
-    ) -> tuple[Rows, np.ndarray, np.ndarray]:
-        """Rows of documents `prompt [BOS] canvas`: the target, `[EOS]` if there is room, and `[PAD]` up to the end.
-
-        A canvas has `canvas_length` places; None makes it as long as the target and, where the document ends, `[EOS]`.
-
-        Returns:
-            the rows, and start and length of the canvas of each document, (D,).
-
-        Raises:
-            ValueError: for a target that is longer than the canvas, or a sequence that is too long.
-        """
-        prompts, targets = documents.prompt_lengths, documents.target_lengths
-        lengths = targets + documents.ends
-        if canvas_length is not None:
-            if targets.max() > canvas_length:
-                raise ValueError(
-                    f"A target has {targets.max()} tokens and the canvas {canvas_length} places: raise canvas_length "
-                    "(max_new_tokens of the task), or shorten the target."
-                )
-            lengths = np.full_like(lengths, canvas_length)
-        self.check_lengths(prompts + 1 + lengths, "sequence", extras)
-        rows = Rows(prompts + 1 + lengths, documents, self.pad_token_id, self.packing)
-        rows.write(0, prompts, documents.prompt_ids)
-        rows.input_ids[rows.first + prompts] = self.bos_token_id
-        rows.write(prompts + 1, targets, documents.target_ids)
-        rows.input_ids[(rows.first + prompts + 1 + targets)[targets < lengths]] = self.eos_token_id
-        return rows, prompts + 1, lengths
-
-    def left_padded(self, examples: Examples, rows: Ids, extras: str) -> dict[str, torch.Tensor]:
-        """Checked prompts for `generate`, padded on the left: `input_ids`, `attention_mask`, `example_id`."""
-        ids, lengths = ragged(rows)
-        self.check_ids(ids)
-        self.check_lengths(lengths, "prompt", extras)
-        attention_mask = np.arange(-lengths.max(), 0) >= -lengths[:, None]
-        input_ids = np.full(attention_mask.shape, self.pad_token_id)
-        input_ids[attention_mask] = ids
-        return tensors(input_ids=input_ids, attention_mask=attention_mask, example_id=column(examples, "example_id"))
