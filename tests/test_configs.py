@@ -90,7 +90,7 @@ def test_every_family_learns_every_task(family, task, few_texts, tmp_path):
     cfg = composed("config", f"family={family}", f"task={task}", "size=tiny", *few, *SHORT)
     if (kind := build_task(cfg.task).kind) not in get_class(cfg.collator._target_).kinds:
         assert kind == "infill"
-        with pytest.raises(ValueError, match=f"Family '{family}' has no collator 'infill'"):
+        with pytest.raises(ValueError, match="has no kind 'infill'"):
             two_steps(cfg, tmp_path)
         return
     _, metrics = two_steps(cfg, tmp_path)

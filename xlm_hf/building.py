@@ -234,28 +234,28 @@ def build_loss(node: DictConfig) -> Any:
 
 
 def build_collator(
-    cfg: DictConfig, kind: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, **options: Any
+    node: DictConfig, kind: str, tokenizer: PreTrainedTokenizerBase, max_length: int, seed: int = 0, **options: Any
 ) -> Collator:
     """The family's collator.
 
     Args:
-        cfg: the composed config.
+        node: the config's `collator`.
         kind: of the task, e.g. `seq2seq`, for training batches; with `_prediction` behind it, for prompts.
         tokenizer: of the task.
-        model: whose positions are the longest sequence.
-        options: replace those of the config.
+        max_length: tokens of the longest sequence, the positions of the model.
+        seed: of the corruption.
+        options: replace those of the node.
 
     Raises:
         ValueError: if the family does not have the kind, or the collator not the option.
     """
-    collator_class: Any = hydra.utils.get_class(cfg.collator._target_)
-    name = kind.removesuffix("_prediction")
-    if name not in collator_class.kinds:
-        raise ValueError(f"Family {cfg.family!r} has no collator {name!r}: {did_you_mean(name, collator_class.kinds)}")
-    options = {**options_of(cfg.collator), **options}
+    collator_class: Any = hydra.utils.get_class(node._target_)
+    options = {**options_of(node), **options}
     check_arguments(f"The collator {kind!r}", options, collator_class)
-    options = {"max_length": model.config.max_position_embeddings, "seed": cfg.seed, **options}
-    return collator_class(tokenizer, kind=name, prediction=kind != name, **options)
+    name = kind.removesuffix("_prediction")
+    return collator_class(
+        tokenizer, **{"max_length": max_length, "seed": seed, **options}, kind=name, prediction=name != kind
+    )
 
 
 def translate_saved_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -382,8 +382,9 @@ def build_trainer(cfg: DictConfig, task: Task, model: PreTrainedModel, output_di
         use_ema=cfg.ema,
     )
 
-    def collator(kind: str, **options: Any) -> Callable:
-        return build_collator(cfg, kind, task.tokenizer, model, **options)
+    def collator(kind: str, **options: Any) -> Collator:
+        max_length = model.config.max_position_embeddings
+        return build_collator(cfg.collator, kind, task.tokenizer, max_length, cfg.seed, **options)
 
     loss = build_loss(cfg.loss)
     return XLMTrainer(

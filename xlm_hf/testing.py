@@ -77,7 +77,8 @@ class FamilyCase:
 
     def collator(self, kind: str, model: Any, **options: Any) -> Any:
         """The family's collator of a kind."""
-        return build_collator(self.cfg, kind, self.task.tokenizer, model, **options)
+        max_length = model.config.max_position_embeddings
+        return build_collator(self.cfg.collator, kind, self.task.tokenizer, max_length, self.cfg.seed, **options)
 
 
 def _written(model: Any, batch: dict[str, torch.Tensor], seeds: list[int], **options) -> list[list[int]]:

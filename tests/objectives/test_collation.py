@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from xlm_hf.building import build_collator
 from xlm_hf.families import families
 from xlm_hf.modules.counter_random import random_bits
 from xlm_hf.objectives.collation import Documents, Rows, random_subset
@@ -137,9 +136,8 @@ def test_a_document_that_goes_on_in_another_example_has_no_end(family, continues
 @pytest.mark.parametrize("family", families())
 def test_a_document_is_corrupted_by_its_example_and_number_alone(family):
     case = FamilyCase(family)
-    tokenizer, model = case.task.tokenizer, case.model()
     example = {**case.examples()[0], "segment_ids": [0, 0, 0, 0, 1, 1, 1, 1]}
-    collator = build_collator(case.cfg, "lm", tokenizer, model, packing=True)
+    collator = case.collator("lm", case.model(), packing=True)
     alone = collator([example])
     among = collator([example, *case.examples()[1:]])
     width = alone["input_ids"].shape[1]

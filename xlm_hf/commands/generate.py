@@ -33,7 +33,8 @@ def run(cfg: DictConfig) -> list[dict[str, Any]]:
     model: Any = model_of_checkpoint(cfg)
     tokenizer = load_tokenizer(cfg.checkpoint, cfg.trust_remote_code)
     examples, kind = _examples_from_file(cfg, tokenizer) if cfg.prompts else _examples_from_task(cfg)
-    collator = build_collator(cfg, f"{kind}_prediction", tokenizer, model)
+    max_length = model.config.max_position_embeddings
+    collator = build_collator(cfg.collator, f"{kind}_prediction", tokenizer, max_length, cfg.seed)
     output_dir = run_directory(cfg)
     make_streamer = BatchDiffusionStreamer if sys.stdout.isatty() else DraftRecorder
     records: list[dict[str, Any]] = []
