@@ -3,13 +3,17 @@
 import itertools
 from pathlib import Path
 
+import hydra
 import pytest
 import yaml
 from datasets import Dataset
+from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import get_class
+from hydra.version import VersionBase
 from omegaconf import OmegaConf
 
-from xlm_hf.building import build_model, build_task, build_trainer, compose, plain, translate_saved_config
+from xlm_hf.building import build_model, build_task, build_trainer, compose
+from xlm_hf.cli import experiments
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 GROUPS = {
@@ -17,11 +21,7 @@ GROUPS = {
     for folder in CONFIGS.iterdir()
     if folder.is_dir() and folder.name != "paper" and list(folder.glob("*.yaml"))
 }
-EXPERIMENTS = sorted(
-    str(file.relative_to(CONFIGS).with_suffix(""))
-    for file in [*CONFIGS.glob("*.yaml"), *CONFIGS.glob("paper/*.yaml")]
-    if file.stem != "config" and not file.stem.startswith(("compare", "_"))
-)
+EXPERIMENTS = [name for name in experiments() if not name.startswith("compare")]
 FEW = ["task.num_train=24", "task.num_validation=4", "task.num_test=4"]
 TEXTS = ("text", "lm1b", "owt", "owt_packed")
 
@@ -153,7 +153,7 @@ def test_the_tables_of_the_paper_are_complete():
 
 
 def test_named_experiments_are_thin():
-    for experiment in EXPERIMENTS:
+    for experiment in [name for name in EXPERIMENTS if "/" not in name]:
         assert len((CONFIGS / f"{experiment}.yaml").read_text().splitlines()) <= 30
         assert "defaults" in yaml.safe_load((CONFIGS / f"{experiment}.yaml").read_text())
 
@@ -174,16 +174,20 @@ def test_a_group_has_the_last_word_over_the_base():
     assert composed("ilm_star", "num_threads=2").num_threads == 2
 
 
-@pytest.mark.parametrize(
-    ("family", "task", "name", "kind"),
-    [("mdlm", "text", "LanguageModeling", "lm"), ("mlm", "star_easy", "Seq2Seq", "seq2seq")],
-)
-def test_a_config_that_was_saved_with_a_collator_for_each_kind_is_that_of_the_same_run(family, task, name, kind):
-    saved = plain(composed("config", f"family={family}", f"task={task}", "++task.path=texts"))
-    today = {**saved}
-    node = saved.pop("collator")
-    other = {**node, "canvas_length": 99}
-    target = node["_target_"]
-    saved["collators"] = {"infill": other, kind: {**node, "_target_": f"{target}For{name}"}}
-    assert translate_saved_config(saved) == today
-    assert translate_saved_config(today) == today
+def test_composing_leaves_an_application_of_hydra_as_it_was():
+    """As in a notebook that has begun one, and within a job."""
+    with hydra.initialize_config_module("xlm_hf.configs", version_base="1.2"):
+        before = GlobalHydra.instance().hydra
+        assert composed("paper/ilm_star_hard", "trainer.max_grad_norm=2").trainer.max_grad_norm == 2
+        assert GlobalHydra.instance().hydra is before
+        assert str(VersionBase.instance().getbase()) == "1.2"
+        assert hydra.compose("config", ["family=ilm", "task=text"]).family == "ilm"
+    assert composed("ilm_star").family == "ilm"
+    assert not GlobalHydra.instance().is_initialized()
+
+
+def test_a_recipe_is_of_a_family_and_a_task_that_are_there():
+    names = [name.removeprefix("paper/") for name in EXPERIMENTS if "/" in name]
+    pairs = {f"{family}_{task}" for family, task in itertools.product(GROUPS["family"], GROUPS["task"])}
+    assert set(names) <= pairs
+    assert len(list((CONFIGS / "paper").rglob("*.yaml"))) == 2 + len({name.split("_")[0] for name in names})

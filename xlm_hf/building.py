@@ -34,6 +34,7 @@ from xlm_hf.hub.pretrained_backbones import add_lora, backbone_options, check_se
 from xlm_hf.metrics import load_metric
 from xlm_hf.modules.messages import check_arguments, check_options, did_you_mean
 from xlm_hf.objectives.collators import Collator
+from xlm_hf.saved_configs import translate_config, translate_override
 from xlm_hf.tasks import Task, load_task
 from xlm_hf.training.arguments import XLMTrainingArguments
 from xlm_hf.training.averages import load_average
@@ -63,13 +64,17 @@ def compose(config_name: str = "config", overrides: Iterable[str] = ()) -> DictC
     outer = {cls: state.pop(cls) for cls in kept if cls in state}
     try:
         with hydra.initialize_config_module("xlm_hf.configs", version_base="1.3"):
-            return hydra.compose(config_name, [open_override(override) for override in overrides])
+            return translate_config(hydra.compose(config_name, [open_override(override) for override in overrides]))
     finally:
         state.update(outer)
 
 
 def open_override(argument: str) -> str:
-    """Let `trainer.NAME=value` and its like set what the YAML does not list, as Hydra's `++` does."""
+    """Let `trainer.NAME=value` and its like set what the YAML does not list, as Hydra's `++` does.
+
+    An option that was renamed gets the name of today.
+    """
+    argument = translate_override(argument)
     is_opened = is_open(argument) or argument.startswith(("families.", "tasks.", "nfe_sweep."))
     return f"++{argument}" if is_opened else argument
 
@@ -256,22 +261,6 @@ def build_collator(
     return collator_class(
         tokenizer, **{"max_length": max_length, "seed": seed, **options}, kind=name, prediction=name != kind
     )
-
-
-def translate_saved_config(config: dict[str, Any]) -> dict[str, Any]:
-    """A saved config in today's terms: what was renamed since it was written has its new name.
-
-    Until collators were one class of a family, `collators` had a node for each kind of task.
-    """
-    config = dict(config)
-    if "collators" in config:
-        entries = config["task"].get("evaluation") or [{"collator": next(iter(config["collators"]))}]
-        kind = entries[0]["collator"].removesuffix("_prediction")
-        node = config["collators"][kind]
-        target = re.sub(r"For\w+$", "", node["_target_"])
-        config = {name: value for name, value in config.items() if name != "collators"}
-        config["collator"] = {**node, "_target_": target}
-    return config
 
 
 def build_evaluation_sets(

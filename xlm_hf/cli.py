@@ -17,6 +17,7 @@ import hydra
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
+from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
@@ -28,6 +29,7 @@ from xlm_hf.building import open_override
 from xlm_hf.files import write_text
 from xlm_hf.modules.messages import did_you_mean
 from xlm_hf.reports.sweeps import ERROR_FILE
+from xlm_hf.saved_configs import translate_config
 from xlm_hf.training.debugging import apply_debug_options
 from xlm_hf.training.signals import TrainingStopped
 
@@ -96,6 +98,7 @@ def _run_of_a_sweep(cfg: DictConfig) -> None:
 
 
 def _run(cfg: DictConfig) -> None:
+    translate_config(cfg)
     name = HydraConfig.get().job.config_name
     cfg.experiment = cfg.experiment or (f"{cfg.family}_{cfg.task.name}" if name == "config" else name)
     if "debug" in cfg:
@@ -109,6 +112,13 @@ def _run(cfg: DictConfig) -> None:
     importlib.import_module(f"xlm_hf.commands.{cfg.job}").run(cfg)
 
 
+def experiments() -> list[str]:
+    """The names that `--config-name` takes: those of files, and those of the published recipes."""
+    own = [file.name for file in files("xlm_hf.configs").iterdir() if file.name.endswith(".yaml")]
+    recipes = [f"paper/{name}" for name in ConfigStore.instance().list("paper")]
+    return sorted(name.removesuffix(".yaml") for name in [*own, *recipes] if name != "config.yaml")
+
+
 def explain(error: BaseException) -> str:
     """One sentence for a person: the cause, and for a name that is not known the closest one that is."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file is not None:
@@ -116,12 +126,7 @@ def explain(error: BaseException) -> str:
         if error.options:
             group, name = missing.rsplit("/", 1)
             return f"There is no {group} {name!r}: {did_you_mean(name, list(error.options))}"
-        folders = {prefix: files("xlm_hf.configs").joinpath(prefix).iterdir() for prefix in ("", "paper/")}
-        named = [prefix + file.name for prefix, folder in folders.items() for file in folder]
-        experiments = [
-            name[:-5] for name in named if re.search(r"(^|/)[^_/]+\w*\.yaml$", name) and name != "config.yaml"
-        ]
-        return f"There is no config {missing!r}: {did_you_mean(missing, experiments)}"
+        return f"There is no config {missing!r}: {did_you_mean(missing, experiments())}"
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__

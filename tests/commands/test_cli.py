@@ -280,7 +280,7 @@ def test_damaged_and_foreign_checkpoints_are_named(trained, capsys, monkeypatch,
         code = mistake(capsys, monkeypatch, tmp_path, *other, job, f"checkpoint={output_dir}")
         assert code == f"Error: {output_dir}/model is of family 'ilm' and not 'mlm': add family=ilm."
     code = mistake(capsys, monkeypatch, tmp_path, *TINY, f"output_dir={output_dir}", "model.num_hidden_layers=1")
-    assert "holds another run, whose model is" in code
+    assert "was run with model.num_hidden_layers=2 and not 1: choose another output_dir" in code
     bad = tmp_path / "prompts.jsonl"
     bad.write_text('{"promt": "1 2"}\n')
     code = mistake(capsys, monkeypatch, tmp_path, *TINY, "job=generate", f"checkpoint={output_dir}", f"prompts={bad}")

@@ -16,11 +16,46 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedModel
 
-from xlm_hf.building import load_model
+from xlm_hf.building import load_model, plain
 from xlm_hf.families import families
 from xlm_hf.files import write_text
+from xlm_hf.saved_configs import load_config
 from xlm_hf.tasks import Task
 from xlm_hf.training.callbacks.predictions import write_predictions
+
+# What a run trains. The rest - steps, logging, generation - may change when it is resumed.
+_TRAINED = ("family", "task", "model", "loss", "collator", "train_collator", "seed")
+
+
+def check_same_run(folder: Path, cfg: DictConfig, whole: bool = False) -> None:
+    """Raise ValueError if `folder` holds a run of another config than `cfg`; a folder without a run is anyone's.
+
+    Two runs are the same if they train the same: family, task, model, loss, collator and seed. Where the folder lies
+    may change, and an option that is not set is as good as one that is not there.
+
+    Args:
+        folder: of the run, with the `config.yaml` that it saved.
+        cfg: the config to run.
+        whole: whether steps, evaluation and decoding must be the same too, as in a comparison.
+    """
+    file = folder / "config.yaml"
+    if not file.exists():
+        return
+    found, wanted = _flat(plain(load_config(file))), _flat(plain(cfg))
+    for name in sorted(found.keys() | wanted.keys()):
+        concerns = name != "output_dir" if whole else name.split(".")[0] in _TRAINED
+        if concerns and found.get(name) != wanted.get(name):
+            raise ValueError(
+                f"{folder} was run with {name}={found.get(name)} and not {wanted.get(name)}: choose another "
+                "output_dir, or remove that folder to run it anew."
+            )
+
+
+def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(node, dict):
+        return {prefix: node}
+    leaves = [_flat(value, f"{prefix}.{name}" if prefix else str(name)).items() for name, value in node.items()]
+    return {name: value for items in leaves for name, value in items}
 
 
 def run_directory(cfg: DictConfig) -> Path:

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import hydra
 import pandas as pd
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from xlm_hf.building import is_open, open_override, plain, translate_saved_config
-from xlm_hf.commands._run import run_directory, say
+from xlm_hf.building import compose, is_open, plain
+from xlm_hf.commands._run import check_same_run, run_directory, say
 from xlm_hf.files import write_text
 from xlm_hf.modules.messages import check_options
 from xlm_hf.reports.comparison import NOT_IN_TABLE, markdown_table, plot, summarise, write_tables
@@ -62,7 +61,7 @@ def run(cfg: DictConfig) -> None:
     options = plain(cfg)
     cells = plan(options, output_dir)
     for cell in cells:
-        check_unchanged(cell)
+        check_same_run(cell.folder, config_of(cell), whole=True)
     say(f"{len(cells)} runs, {sum(bool(_metrics(cell.folder)) for cell in cells)} of them done; {output_dir}")
     launcher = options["launcher"] or [sys.executable]
     with ThreadPoolExecutor(cfg.parallel) as pool:
@@ -133,28 +132,12 @@ def _passed_on() -> list[str]:
     return [override for override in HydraConfig.get().overrides.task if is_open(override.removeprefix("++"))]
 
 
-def check_unchanged(cell: Cell) -> None:
-    """Compose the cell's config, and raise ValueError if its folder holds a run of another one."""
+def config_of(cell: Cell) -> DictConfig:
+    """The config of a cell, composed as its own process will."""
     prefix = "--config-name="
     named = [argument.removeprefix(prefix) for argument in cell.arguments if argument.startswith(prefix)]
-    overrides = [open_override(argument) for argument in cell.arguments if not argument.startswith(prefix)]
-    wanted = _flat(plain(hydra.compose(named[-1] if named else "config", overrides)))
-    file = cell.folder / "config.yaml"
-    found = _flat(translate_saved_config(plain(OmegaConf.load(file)))) if file.exists() else wanted
-    # Where it lies may change. An option that is not set is as good as one that is not there.
-    for name in sorted((found.keys() | wanted.keys()) - {"output_dir"}):
-        if found.get(name) != wanted.get(name):
-            raise ValueError(
-                f"{cell.folder} was run with {name}={found.get(name)} and not {wanted.get(name)}: choose another "
-                "output_dir, or remove that folder to run it anew."
-            )
-
-
-def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(node, dict):
-        return {prefix: node}
-    leaves = [_flat(value, f"{prefix}.{name}" if prefix else str(name)).items() for name, value in node.items()]
-    return {name: value for items in leaves for name, value in items}
+    overrides = [argument for argument in cell.arguments if not argument.startswith(prefix)]
+    return compose(named[-1] if named else "config", overrides)
 
 
 def run_cell(cell: Cell, launcher: list[str]) -> list[str]:

@@ -5,13 +5,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import DictConfig
 
-from xlm_hf.building import load_tokenizer
+from xlm_hf.building import load_tokenizer, plain
 from xlm_hf.commands._run import card_variables, model_of_checkpoint, say
 from xlm_hf.hub.export import export_model
 from xlm_hf.hub.upload import push_folder
+from xlm_hf.saved_configs import load_config
 from xlm_hf.training.checkpoints import resolve_checkpoint
 
 
@@ -40,7 +40,7 @@ def _run_variables(source: Path) -> dict[str, Any]:
     folder = source.parent
     if not (folder / "config.yaml").exists():
         return {}
-    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config = plain(load_config(folder / "config.yaml"))
     if (source / "trainer_state.json").exists():
         state = json.loads((source / "trainer_state.json").read_text())
         metrics = {name: value for log in state["log_history"] for name, value in log.items() if "/" in name}

@@ -3,20 +3,16 @@
 from collections.abc import Sized
 from pathlib import Path
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from xlm_hf.building import build_model, build_task, build_trainer, plain, translate_saved_config
-from xlm_hf.commands._run import card_variables, next_command, run_directory, say, write_results
+from xlm_hf.building import build_model, build_task, build_trainer, plain
+from xlm_hf.commands._run import card_variables, check_same_run, next_command, run_directory, say, write_results
 from xlm_hf.files import write_text
 from xlm_hf.hub.export import export_model
 from xlm_hf.training.callbacks.budget import saved_seconds
 from xlm_hf.training.callbacks.progress import format_metrics
 from xlm_hf.training.checkpoints import last_sound_checkpoint
 from xlm_hf.training.debugging import FrozenBatch, describe_batch, first_examples
-
-# What makes two runs different runs; the rest (steps, logging, generation) may change when a run is resumed.
-_IDENTITY = ("family", "task", "model", "loss", "collator", "train_collator", "seed")
 
 
 def run(cfg: DictConfig) -> dict[str, float]:
@@ -26,7 +22,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
         ValueError: if `output_dir` holds a different run, or an option does not fit.
     """
     output_dir = run_directory(cfg)
-    _check_same_run(output_dir / "config.yaml", cfg)
+    check_same_run(output_dir, cfg)
     task = build_task(cfg.task)
     if cfg.debug.name == "small_data":
         task.splits = first_examples(task.splits, cfg.debug.num_train, cfg.debug.num_others)
@@ -64,19 +60,6 @@ def run(cfg: DictConfig) -> dict[str, float]:
         say(f"Model, ready for the Hub: {output_dir}/model")
         say(f"Next: {next_command('job=generate', f'checkpoint={output_dir}')}")
     return metrics
-
-
-def _check_same_run(file: Path, cfg: DictConfig) -> None:
-    """Raise ValueError if `file` is the config of another run than `cfg` is."""
-    wanted = plain(cfg)
-    if file.exists():
-        found = translate_saved_config(yaml.safe_load(file.read_text()))
-        for key in _IDENTITY:
-            if found.get(key) != wanted[key]:
-                raise ValueError(
-                    f"{file.parent} holds another run, whose {key} is {found.get(key)} and not {wanted[key]}: choose "
-                    "another output_dir."
-                )
 
 
 def _say_summary(trainer, cfg: DictConfig, output_dir: Path, checkpoint: Path | None) -> None:

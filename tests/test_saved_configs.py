@@ -1,0 +1,52 @@
+"""What an earlier version saved is the same run today; `fixtures/saved_configs` holds what it wrote."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from xlm_hf.building import compose
+from xlm_hf.commands._run import check_same_run
+from xlm_hf.saved_configs import load_config, translate_config
+
+SAVED = Path(__file__).parent / "fixtures" / "saved_configs"
+COMMANDS = {
+    "arlm": ("arlm_star", []),
+    "ilm": ("ilm_star", []),
+    "mdlm": ("mdlm_star", []),
+    "mdlm_paper": ("paper/mdlm_lm1b", []),
+    "mlm": ("config", ["family=mlm", "task=text", "task.path=corpus.txt", "experiment=mlm_text"]),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_run_of_the_earlier_version_is_the_same_run(name, tmp_path):
+    shutil.copy(SAVED / f"{name}.yaml", tmp_path / "config.yaml")
+    config, overrides = COMMANDS[name]
+    cfg = compose(config, [f"experiment={config}", *overrides, "size=tiny"])
+    check_same_run(tmp_path, cfg)
+    check_same_run(tmp_path, cfg, whole=True)
+    other = compose(config, [*overrides, "size=tiny", "model.hidden_size=64"])
+    with pytest.raises(ValueError, match=r"was run with model\.hidden_size=32 and not 64: choose another output_dir"):
+        check_same_run(tmp_path, other)
+
+
+def test_a_resumed_run_may_have_other_steps_and_a_cell_of_a_comparison_may_not(tmp_path):
+    shutil.copy(SAVED / "ilm.yaml", tmp_path / "config.yaml")
+    longer = compose("ilm_star", ["size=tiny", "trainer.max_steps=21", "experiment=ilm_star"])
+    check_same_run(tmp_path, longer)
+    with pytest.raises(ValueError, match=r"was run with trainer\.max_steps=20 and not 21"):
+        check_same_run(tmp_path, longer, whole=True)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_what_is_in_the_terms_of_today_stays(name):
+    config = load_config(SAVED / f"{name}.yaml")
+    again = translate_config(OmegaConf.create(OmegaConf.to_container(config)))
+    assert again == config
+
+
+def test_a_target_that_moved_is_found():
+    config = translate_config(OmegaConf.create({"a": {"b": {"_target_": "xlm_hf.sweeps.SweepSummary"}}}))
+    assert config.a.b._target_ == "xlm_hf.reports.sweeps.SweepSummary"

@@ -1,0 +1,55 @@
+"""Configs in the terms of an earlier version - saved by a run, or typed from habit - in those of today."""
+
+import re
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+# Options by what they were called; a pattern that the beginning of a full name matches.
+_OPTIONS: dict[str, str] = {r"collators\.\w+\.": "collator."}
+# Values by option and old value, and the options of the same node that say the same today.
+_VALUES: dict[tuple[str, str], dict[str, dict[str, str]]] = {}
+# Modules that `_target_` names.
+_MODULES = {"xlm_hf.sweeps.": "xlm_hf.reports.sweeps."}
+
+
+def load_config(file: Path) -> DictConfig:
+    """The config that a run saved, in today's terms."""
+    config = OmegaConf.load(file)
+    assert isinstance(config, DictConfig)
+    return translate_config(config)
+
+
+def translate_config(config: DictConfig) -> DictConfig:
+    """Put a composed or saved config into today's terms, in place; what is in them already stays."""
+    with open_dict(config):
+        for (name, option), values in _VALUES.items():
+            node = config.get(name) or {}
+            node.update(values.get(str(node.get(option)), {}))
+        _rename_targets(config)
+        _join_collators(config)
+    return config
+
+
+def _rename_targets(node: DictConfig) -> None:
+    for name, value in node.items_ex(resolve=False):
+        if isinstance(value, DictConfig):
+            _rename_targets(value)
+        elif name == "_target_":
+            for old, new in _MODULES.items():
+                node[name] = re.sub(f"^{re.escape(old)}", new, node[name])
+
+
+def _join_collators(config: DictConfig) -> None:
+    """One collator in place of one for each kind of task: that of the kind that the run trained."""
+    if "collators" in config:
+        kind = config.task.evaluation[0].collator.removesuffix("_prediction")
+        config.collator = config.pop("collators")[kind]
+        config.collator._target_ = re.sub(r"For\w+$", "", config.collator._target_)
+
+
+def translate_override(override: str) -> str:
+    """An override of the command line with today's name of its option."""
+    for old, new in _OPTIONS.items():
+        override = re.sub(rf"^(\+*){old}", rf"\g<1>{new}", override)
+    return override
