@@ -12,7 +12,7 @@ from hydra.utils import get_class
 from hydra.version import VersionBase
 from omegaconf import OmegaConf
 
-from xlm_hf.building import build_model, build_task, build_trainer, compose
+from xlm_hf.building import build_model, build_task, build_trainer, compose, positions_of
 from xlm_hf.cli import experiments
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -52,7 +52,7 @@ def composed(config_name, *overrides):
 
 def built(cfg):
     task = build_task(cfg.task)
-    return task, build_model(cfg.model, task.tokenizer, cfg.generation, cfg.task.get("max_length"))
+    return task, build_model(cfg.model, task.tokenizer, cfg.generation, positions_of(cfg.task, cfg.collator))
 
 
 def two_steps(cfg, output_dir):

@@ -112,11 +112,24 @@ def token_options(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     }
 
 
+def positions_of(task: DictConfig, collator: DictConfig) -> int | None:
+    """Positions of a task's longest text with the family's special tokens; None for a task that names no longest.
+
+    Args:
+        task: the config's `task`, which names a `max_length` or does not.
+        collator: the config's `collator`.
+    """
+    if "max_length" not in task:
+        return None
+    collator_class: Any = hydra.utils.get_class(collator._target_)
+    return task.max_length + collator_class.num_special_tokens("lm")
+
+
 def build_model(
     node: DictConfig,
     tokenizer: PreTrainedTokenizerBase,
     generation: DictConfig | None = None,
-    max_length: int | None = None,
+    num_positions: int | None = None,
     seed: int = 0,
 ) -> PreTrainedModel:
     """A freshly initialised model.
@@ -125,8 +138,8 @@ def build_model(
         node: the config's `model`.
         tokenizer: of the task, which decides the vocabulary and the special tokens.
         generation: the config's `generation`, the defaults of `generate`.
-        max_length: tokens of the longest text of the task, which decides the number of positions unless `node` does;
-            None leaves it to the model's configuration.
+        num_positions: of the model, unless `node` says otherwise (see `positions_of`); None leaves it to the default of
+            the model's configuration.
         seed: of the initialisation.
     """
     config_class = hydra.utils.get_class(node._target_)
@@ -136,9 +149,8 @@ def build_model(
     source = options.get("backbone", "rotary")
     adopted = backbone_options(source, getattr(config_class, "own_backbones", ("rotary",)))
     vocabulary = {name: value for name, value in token_options(tokenizer).items() if name in known}
-    if max_length is not None:
-        # A text has at most two special tokens.
-        vocabulary["max_position_embeddings"] = max_length + 2
+    if num_positions is not None:
+        vocabulary["max_position_embeddings"] = num_positions
     set_seed(seed)
     is_adopted = bool(adopted or options.get("backbone_config"))
     lora = options.pop("lora", None) if is_adopted else None

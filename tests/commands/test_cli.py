@@ -296,6 +296,7 @@ def test_damaged_and_foreign_checkpoints_are_named(trained, capsys, monkeypatch,
 def test_open_nodes_take_options_that_the_yaml_does_not_list():
     assert open_override("trainer.max_grad_norm=2") == "++trainer.max_grad_norm=2"
     assert open_override("model.layer_norm_eps=1e-6") == "++model.layer_norm_eps=1e-6"
+    assert open_override("collators.lm.masking=bernoulli") == "++collator.masking=bernoulli", "the name of old"
     for other in ("seed=1", "++trainer.a=1", "task=star_easy", "~trainer.a", "hydra.run.dir=x"):
         assert open_override(other) == other
 

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedTokenizerFast
 
-from xlm_hf.building import build_model, build_task, compose
+from xlm_hf.building import build_model, build_task, compose, positions_of
 from xlm_hf.commands.train import run as train
 from xlm_hf.modeling.arlm import ARLMConfig
 from xlm_hf.modeling.ilm import ILMConfig
@@ -198,7 +198,7 @@ def text(corpus, pretrained):
 def test_pretrained_weights_are_taken_over_and_new_ids_start_at_the_mean(family, pretrained, corpus):
     cfg = composed(family, pretrained, *text(corpus, pretrained))
     tokenizer = build_task(cfg.task).tokenizer
-    model = build_model(cfg.model, tokenizer, cfg.generation, cfg.task.get("max_length"))
+    model = build_model(cfg.model, tokenizer, cfg.generation, positions_of(cfg.task, cfg.collator))
     original = AutoModelForCausalLM.from_pretrained(pretrained)
     assert len(tokenizer) == model.config.vocab_size > V
     embedding = original.get_input_embeddings().weight
@@ -227,7 +227,7 @@ def test_training_and_the_exported_folder(family, lora, pretrained, corpus, tmp_
     options = ["model.lora={r: 4, target_modules: [q_proj, up_proj]}"] if lora else []
     cfg = composed(family, pretrained, *text(corpus, pretrained), *options, f"output_dir={tmp_path}/run")
     task = build_task(cfg.task)
-    before = build_model(cfg.model, task.tokenizer, cfg.generation, cfg.task.get("max_length")).state_dict()
+    before = build_model(cfg.model, task.tokenizer, cfg.generation, positions_of(cfg.task, cfg.collator)).state_dict()
     train(cfg)
     exported = AutoModel.from_pretrained(tmp_path / "run" / "model")
     config = (tmp_path / "run" / "model" / "config.json").read_text()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from xlm_hf.building import build_model, build_task, build_trainer, plain
+from xlm_hf.building import build_model, build_task, build_trainer, plain, positions_of
 from xlm_hf.commands._run import card_variables, check_same_run, next_command, run_directory, say, write_results
 from xlm_hf.files import write_text
 from xlm_hf.hub.export import export_model
@@ -26,7 +26,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
     task = build_task(cfg.task)
     if cfg.debug.name == "small_data":
         task.splits = first_examples(task.splits, cfg.debug.num_train, cfg.debug.num_others)
-    model = build_model(cfg.model, task.tokenizer, cfg.generation, cfg.task.get("max_length"), cfg.seed)
+    model = build_model(cfg.model, task.tokenizer, cfg.generation, positions_of(cfg.task, cfg.collator), cfg.seed)
     trainer = build_trainer(cfg, task, model, output_dir)
     if cfg.debug.name == "print_batch":
         say(describe_batch(next(iter(trainer.get_train_dataloader())), task.tokenizer))
