@@ -258,13 +258,15 @@ SAMPLES = {"name": "samples", "num_samples": 4, "collator": "lm_prediction", "ge
 def test_a_mistaken_entry_is_refused_in_one_sentence(entry, message):
     case = case_with("mlm", entry)
     with pytest.raises(ValueError, match=message):
-        build_evaluation_sets(case.cfg.task.evaluation, case.task, lambda kind: None, None)
+        build_evaluation_sets(case.cfg.task.evaluation, case.task, lambda kind: case.collator(kind, case.model()), None)
 
 
 def test_a_metric_whose_required_option_is_null_is_left_out():
     entry = {**SAMPLES, "metrics": ["sample_entropy", {"name": "generative_perplexity", "eval_model": None}]}
     case = case_with("mlm", entry)
-    (evaluation_set,) = build_evaluation_sets(case.cfg.task.evaluation, case.task, lambda kind: None, None)
+    (evaluation_set,) = build_evaluation_sets(
+        case.cfg.task.evaluation, case.task, lambda kind: case.collator(kind, case.model()), None
+    )
     assert [metric.name for metric in evaluation_set.metrics] == ["sample_entropy"]
 
 
