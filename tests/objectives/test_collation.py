@@ -112,6 +112,26 @@ def test_bits_of_tokens_are_those_of_their_counters():
     assert bits.view(np.int64).tolist() == [int(random_bits(5, 3, *counter)) for counter in counters]
 
 
+def test_named_streams_draw_apart_and_by_their_counters():
+    documents = documents_of([3, 0, 4], segments={2: [0, 1, 1, 1]})
+    lengths, start = documents.target_lengths, np.array([0, 7, 0, 2])
+    seed = int(random_bits(5, *b"replacement"))
+    expected = documents.random_bits(seed % 2**64, lengths, start)
+    bits = documents.random_bits(5, lengths, start, stream="replacement")
+    assert np.array_equal(bits, expected)
+    assert not set(bits) & set(documents.random_bits(5, lengths, start))
+    uniforms = documents.uniforms(5, "replacement", lengths, start)
+    assert np.array_equal(uniforms, (bits >> np.uint64(11)) * 2.0**-53)
+    several = documents.random_bits(5, lengths, start, stream="replacement", num=3)
+    assert several.shape == (len(bits), 3)
+    key = documents.key.view(np.int64).tolist()
+    assert several.view(np.int64)[-1].tolist() == [int(random_bits(seed, 3, key[3], 4, draw)) for draw in range(3)]
+    of_documents = documents.uniforms(5, "length")
+    assert of_documents.shape == (4,)
+    assert len(set(of_documents)) == len(set(documents.uniforms(5, "width")) | set(of_documents)) - 4 == 4
+    assert documents.uniforms(5, "length", num=2).shape == (4, 2)
+
+
 @pytest.mark.parametrize("family", ["arlm", "mlm", "mdlm"])
 @pytest.mark.parametrize("continues", [False, True])
 def test_a_document_that_goes_on_in_another_example_has_no_end(family, continues):

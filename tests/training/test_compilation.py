@@ -9,6 +9,8 @@ from torch._dynamo.utils import counters
 
 from xlm_hf.data.static_shapes import StaticShapes
 from xlm_hf.families import families
+from xlm_hf.objectives.collators import Collator, Entry
+from xlm_hf.tasks.tokenizers import number_tokenizer
 from xlm_hf.testing import FamilyCase, assert_close, loss_and_gradients
 
 # Examples of which each batch is made, by number: prompts and targets get shorter from one to the next.
@@ -95,10 +97,75 @@ def test_a_row_that_is_too_long_is_refused():
         StaticShapes(plain, 12)(case.examples())
 
 
-def test_more_targets_than_places_are_refused_and_not_cut_off():
+class MadeBatch:
+    """A collator of one batch."""
+
+    def __init__(self, batch, entries):
+        self.batch, self.entries = batch, {**Collator.entries, **entries}
+
+    def __call__(self, examples):
+        return self.batch
+
+
+def test_more_targets_than_positions_are_refused_and_not_cut_off():
     batch = {"input_ids": torch.zeros(2, 3, dtype=torch.long), "target_ids": torch.zeros(11, dtype=torch.long)}
     with pytest.raises(ValueError, match="static_length is 5 and a row needs 6"):
-        StaticShapes(lambda examples: batch, 5)([])
+        StaticShapes(MadeBatch(batch, {"target_ids": Entry("target")}), 5)([])
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_what_a_batch_declares_decides_how_it_is_padded(several):
+    batch = {
+        "input_ids": torch.tensor([[5, 6, 7], [8, 9, 0]]),
+        "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]]).bool(),
+        "segment_ids": torch.tensor([[0, 0, 1], [0, 0, 0]]),
+        "times": torch.rand(2, 3, 2) if several else torch.rand(2, 3),
+        "vectors": torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]),
+        "gap_index": torch.tensor([1, 4]),
+        "gap_documents": torch.tensor([0, 2]),
+        "gap_counts": torch.tensor([3, 1]),
+        "nothing": torch.zeros(0, dtype=torch.long),
+        "length": torch.tensor([3, 2, 1]),
+        "end_index": torch.tensor([2, 4]),
+    }
+    if not several:
+        del batch["segment_ids"]
+    entries = {
+        "times": Entry("row"),
+        "vectors": Entry("document"),
+        "gap_index": Entry("gap", index_of="position"),
+        "gap_documents": Entry("gap", index_of="document", padding="next"),
+        "gap_counts": Entry("gap", padding=-1),
+        "nothing": Entry("other"),
+        "length": Entry("document"),
+        "end_index": Entry("example", index_of="position"),
+    }
+    padded = StaticShapes(MadeBatch(batch, entries), 5)([])
+    assert padded["input_ids"].tolist() == [[5, 6, 7, 7, 7], [8, 9, 0, 0, 0]]
+    assert padded["attention_mask"].tolist() == [[True] * 3 + [False] * 2, [True] * 2 + [False] * 3]
+    assert padded["gap_index"].tolist() == [1, 6] + [6] * 8
+    assert padded["gap_documents"].tolist() == [0, 2] + [3] * 8
+    assert padded["gap_counts"].tolist() == [3, 1] + [-1] * 8
+    assert padded["nothing"].tolist() == [0] * 10
+    assert padded["end_index"].tolist() == [2, 6]
+    for name in ("length", "vectors", *(() if several else ("times",))):
+        assert torch.equal(padded[name], batch[name])
+    if several:
+        assert padded["segment_ids"].tolist() == [[0, 0, 1, 1, 1], [0] * 5]
+        assert torch.equal(padded["times"], batch["times"][:, [0, 1, 2, 2, 2]])
+
+
+def test_an_entry_that_is_not_declared_is_refused_by_name():
+    class Undeclared(Collator):
+        layouts = {"lm": "[BOS] target"}
+
+        def training_batch(self, documents):
+            rows, _ = self.rows_of(documents, documents.target_lengths)
+            return rows.batch(extra_ids=documents.target_ids)
+
+    example = {"input_ids": [8, 9], "example_id": 0, "epoch": 0, "position": 0}
+    with pytest.raises(ValueError, match=r"Undeclared.entries does not declare 'extra_ids' of its batches: add an"):
+        Undeclared(number_tokenizer(5), 8, "lm")([example])
 
 
 def test_the_trainer_pads_its_batches_and_compiles_a_step_once(tmp_path):

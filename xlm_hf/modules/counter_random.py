@@ -58,6 +58,14 @@ def random_bits(*counters: Any, state: Any = 0) -> Any:
     return torch.tensor(_signed(state)) if isinstance(state, int) else state
 
 
+def stream_seed(seed: int, stream: str | None) -> int:
+    """The seed of a named stream: with it in place of `seed`, all draws are independent of those of other streams.
+
+    None is the stream without a name, whose seed is `seed`.
+    """
+    return seed if stream is None else int(random_bits(seed, *stream.encode())) & _MASK
+
+
 def unit_interval(bits: Any) -> Any:
     """Turn random bits, as `random_bits` returns them, into uniform draws in [0, 1): float64, of their first 53."""
     return (_logical_shift(bits, 11).double() if isinstance(bits, torch.Tensor) else bits >> 11) * 2.0**-53

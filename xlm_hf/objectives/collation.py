@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from xlm_hf.modules.counter_random import low_discrepancy, random_bits
+from xlm_hf.modules.counter_random import low_discrepancy, random_bits, stream_seed, unit_interval
 
 Examples = list[dict[str, Any]]
 Ids = Sequence[Sequence[int]]
@@ -129,13 +129,43 @@ class Documents:
         first = low_discrepancy(seed, self.column("epoch").view(np.uint64), self.column("position"))
         return (first + self.number * math.sqrt(2)) % 1.0
 
-    def random_bits(self, seed: int, lengths: np.ndarray, start: np.ndarray | int = 0) -> np.ndarray:
-        """Random bits, uint64, for `lengths` (D,) tokens of each document, from its `start`-th on.
+    def random_bits(
+        self,
+        seed: int,
+        lengths: np.ndarray | None = None,
+        start: np.ndarray | int = 0,
+        stream: str | None = None,
+        num: int | None = None,
+    ) -> np.ndarray:
+        """Random bits, uint64: functions of (seed, stream, epoch, key of the document, position in it) alone.
 
-        Functions of (seed, epoch, key of the document, place in it) alone.
+        Args:
+            seed: of the corruption.
+            lengths: (D,) of how many tokens of each document; None is one draw of each document.
+            start: of which token on.
+            stream: a name; draws of two streams are independent of each other. Without one they are those that masks
+                and drops are made of.
+            num: how many draws of each token or document.
+
+        Returns:
+            (sum of lengths,) or (D,), and with `num` as many columns.
         """
-        of_documents = random_bits(seed, self.column("epoch").view(np.uint64), self.key)
-        return random_bits(segment_ranges(start, lengths).view(np.uint64), state=np.repeat(of_documents, lengths))
+        epoch = self.column("epoch").view(np.uint64)
+        bits = random_bits(stream_seed(seed, stream), epoch, self.key)
+        if lengths is not None:
+            bits = random_bits(segment_ranges(start, lengths).view(np.uint64), state=np.repeat(bits, lengths))
+        return bits if num is None else random_bits(np.arange(num, dtype=np.uint64), state=bits[:, None])
+
+    def uniforms(
+        self,
+        seed: int,
+        stream: str,
+        lengths: np.ndarray | None = None,
+        start: np.ndarray | int = 0,
+        num: int | None = None,
+    ) -> np.ndarray:
+        """Uniform draws in [0, 1), float64, from the bits of `random_bits`."""
+        return unit_interval(self.random_bits(seed, lengths, start, stream, num))
 
 
 class Rows:

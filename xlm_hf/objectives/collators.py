@@ -11,6 +11,9 @@ from transformers import PreTrainedTokenizerBase
 from xlm_hf.modules.messages import did_you_mean
 from xlm_hf.objectives.collation import Documents, Examples, Ids, Rows, column, ragged, tensors
 
+# What an entry of a batch may have one value for, beside lists of its own.
+AXES = ("position", "row", "document", "example")
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -87,9 +90,7 @@ class Collator:
         seed: int = 0,
         packing: bool = False,
     ):
-        if kind not in self.kinds:
-            name = type(self).__name__
-            raise ValueError(f"{name} has no kind {kind!r}: {did_you_mean(kind, self.kinds)}")
+        words = self.layout(kind).split()
         self.kind, self.prediction = kind, prediction
         self.target_column = "input_ids" if kind == "lm" else "target_ids"
         self.pad_token_id = tokenizer.pad_token_id
@@ -99,7 +100,6 @@ class Collator:
         self.max_length = max_length
         self.seed = seed
         self.packing = max_length if packing else None
-        words = self.layouts[kind].split()
         before, behind = words[: words.index("target")], words[words.index("target") + 1 :]
         at = before.index("prompt") if "prompt" in before else len(before)
         self.prompt_specials = [word for word in before if word != "prompt"]
@@ -111,9 +111,16 @@ class Collator:
         )
 
     @classmethod
+    def layout(cls, kind: str) -> str:
+        """The layout of a kind; raises ValueError for one that the family does not have."""
+        if kind not in cls.kinds:
+            raise ValueError(f"{cls.__name__} has no kind {kind!r}: {did_you_mean(kind, cls.kinds)}")
+        return cls.layouts[kind]
+
+    @classmethod
     def num_special_tokens(cls, kind: str) -> int:
         """Special tokens of a document of a kind, beside its prompt and its target."""
-        return cls.layouts[kind].count("[")
+        return cls.layout(kind).count("[")
 
     def __call__(self, examples: Examples) -> dict[str, torch.Tensor]:
         """Build a batch.

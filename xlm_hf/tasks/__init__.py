@@ -6,7 +6,7 @@ import importlib.resources
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
@@ -17,10 +17,12 @@ from xlm_hf.modules.messages import check_options, did_you_mean, import_target
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+_Target = TypeVar("_Target", bound=Callable[..., Any])
+
 _COLUMNS = {"lm": ("example_id",), "seq2seq": ("example_id", "prompt_ids", "target_ids"), "infill": ("example_id",)}
 
 # What a task's config says to the evaluation and the generation; no arguments of its target.
-_FOR_OTHERS = ("evaluation", "max_new_tokens", "do_sample", "canvas_length", "canvas_lengths")
+_FOR_OTHERS = ("evaluation", "max_new_tokens", "do_sample")
 
 
 @dataclass
@@ -59,6 +61,16 @@ class Task:
                         )
 
 
+def for_families(*names: str) -> Callable[[_Target], _Target]:
+    """Mark keys of a task's config that the configs of families read, and that are no arguments of its target."""
+
+    def marked(target: _Target) -> _Target:
+        target.for_families = names  # type: ignore[attr-defined]
+        return target
+
+    return marked
+
+
 def load_task(task: str | Mapping[str, Any], /, **overrides: Any) -> Task:
     """Build a task.
 
@@ -78,7 +90,9 @@ def load_task(task: str | Mapping[str, Any], /, **overrides: Any) -> Task:
             f"this one has only the keys {sorted(options)}."
         )
     target = options["_target_"]
-    _check_options(task if isinstance(task, str) else target, import_target("task target", target), options)
+    function = import_target("task target", target)
+    options = {name: value for name, value in options.items() if name not in getattr(function, "for_families", ())}
+    _check_options(task if isinstance(task, str) else target, function, options)
     # The target is called outside of Hydra, which would wrap its one-sentence errors in an exception of its own.
     result = instantiate(options, _convert_="all", _partial_=True)()
     if not isinstance(result, Task):

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from xlm_hf.data import Mixture
 from xlm_hf.modules.messages import check_options, did_you_mean
-from xlm_hf.tasks import Task
+from xlm_hf.tasks import Task, for_families
 from xlm_hf.tasks.cache import Prepared, cached
 from xlm_hf.tasks.corpora import content_key, locate, read
 from xlm_hf.tasks.detokenizers import DETOKENIZERS
@@ -43,6 +43,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 }
 
 
+@for_families("canvas_length", "canvas_lengths")
 def text_corpus(
     name: str,
     path: str,

@@ -1,6 +1,6 @@
 """The debug modes: looking at a run before paying for it."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -21,8 +21,8 @@ def apply_debug_options(cfg: DictConfig, given: Iterable[str]) -> None:
 class FrozenBatch:
     """A collator that gives its first batch again and again, the corruption included."""
 
-    def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]):
-        self.collator = collator
+    def __init__(self, collator: Any):
+        self.collator, self.entries = collator, collator.entries
         self.batch: dict[str, torch.Tensor] | None = None
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
