@@ -12,8 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 import xlm_hf.objectives.head_operator  # noqa: F401  (registers its operator)
 
 
-def _chunked_cross_entropy(hidden_states, weight, suppressed, targets, groups, dtype, wanted, **_) -> int:
+def _chunked_head(hidden_states, weight, suppressed, row_function, tensors, dtype, wanted, **_) -> int:
     """The logits, and a product of the same size for each gradient; not those that an accelerator makes once more."""
+    if weight is None:
+        return 0
     return 2 * hidden_states[0] * hidden_states[1] * weight[0] * (1 + sum(wanted))
 
 
@@ -27,7 +29,7 @@ def _attention_on_cpu_backward(gradient, query, key, value, *_, **__) -> int:
 
 
 _FORMULAS = {
-    torch.ops.xlm_hf.chunked_cross_entropy: _chunked_cross_entropy,
+    torch.ops.xlm_hf.chunked_head: _chunked_head,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_on_cpu,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_on_cpu_backward,
 }

@@ -14,7 +14,7 @@ H, V, SUPPRESSED = 5, 11, (0, 1, 4, 10)
 
 
 def chunks_of(num_rows):
-    return mock.patch.dict(head_operator.CHUNK_SIZES, cpu=num_rows * V)
+    return mock.patch.object(head_operator, "rows_per_chunk", return_value=num_rows)
 
 
 @pytest.fixture(params=["host", "accelerator"])
@@ -114,21 +114,25 @@ def test_no_id_need_be_suppressed(suppressed):
 
 @pytest.mark.parametrize("grouped", [False, True])
 def test_many_rows_go_in_chunks_and_groups_stay_whole_or_are_passed_twice(grouped, way, monkeypatch):
-    """By default: more logits than a chunk holds, and only under a plain linear head."""
+    """Under a plain linear head; any other makes all logits at once."""
     sizes, plain = [], head_operator.suppress_
-    monkeypatch.setitem(head_operator.CHUNK_SIZES, "cpu", 3 * V)
     monkeypatch.setattr(head_operator, "suppress_", lambda x, ids: (sizes.append(len(x)), plain(x, ids))[1])
     hidden, head, ids, options = problem(grouped)
-    linear_cross_entropy(hidden, head, SUPPRESSED, ids, **options)
-    assert sizes == ([3, 3, 2] * (1 + grouped) if not grouped or way == "accelerator" else [2, 5, 1])
-    sizes.clear()
-    linear_cross_entropy(hidden, nn.Sequential(head), SUPPRESSED, ids, **options)
-    monkeypatch.setattr(head.weight, "ds_id", 0, raising=False)
-    linear_cross_entropy(hidden, head, SUPPRESSED, ids, **options)
-    monkeypatch.delattr(head.weight, "ds_id")
-    monkeypatch.setitem(head_operator.CHUNK_SIZES, "cpu", 8 * V)
-    linear_cross_entropy(hidden, head, SUPPRESSED, ids, **options)
+    with chunks_of(3):
+        linear_cross_entropy(hidden, head, SUPPRESSED, ids, **options)
+        assert sizes == ([3, 3, 2] * (1 + grouped) if not grouped or way == "accelerator" else [2, 5, 1])
+        sizes.clear()
+        linear_cross_entropy(hidden, nn.Sequential(head), SUPPRESSED, ids, **options)
+        monkeypatch.setattr(head.weight, "ds_id", 0, raising=False)
+        linear_cross_entropy(hidden, head, SUPPRESSED, ids, **options)
     assert sizes == []
+
+
+def test_chunks_have_rows_enough_and_are_even():
+    cpu = torch.device("cpu")
+    assert [head_operator.rows_per_chunk(size, cpu) for size in (1_000, 50_257, 128_000)] == [2097, 128, 128]
+    assert [x.stop - x.start for x in head_operator._chunks(260, 128, None)] == [87, 87, 86]
+    assert head_operator._chunks(0, 128, None) == []
 
 
 @pytest.mark.usefixtures("way")
@@ -164,7 +168,7 @@ def test_a_frozen_head_gets_no_gradient_and_neither_does_an_evaluation(grouped):
 
 def test_the_host_reads_groups_only_where_it_need_not_wait(way, monkeypatch):
     # The function behind the operator, in which no mode sees anything.
-    monkeypatch.setattr(head_operator, "_chunked_cross_entropy", head_operator._chunked_cross_entropy._init_fn)
+    monkeypatch.setattr(head_operator, "_chunked_head", head_operator._chunked_head._init_fn)
     hidden, head, ids, options = problem(grouped=True)
     with chunks_of(3), HostReads() as reads:
         linear_cross_entropy(hidden, head, SUPPRESSED, ids, **options)

@@ -19,7 +19,7 @@ OPTIONS = {"padded": [], "packed": ["+train_collator.packing=true"], "static": [
 @pytest.fixture
 def accelerator(monkeypatch):
     """The CPU for a device that is not the host, on which logits are made in chunks."""
-    operator = head_operator._chunked_cross_entropy
+    operator = head_operator._chunked_head
 
     def seen(*args):
         # No mode sees what happens within the operator, so its function is called beside it.
@@ -28,8 +28,8 @@ def accelerator(monkeypatch):
         return operator(*args)
 
     monkeypatch.setattr(devices, "_HOST", ())
-    monkeypatch.setitem(head_operator.CHUNK_SIZES, "cpu", 100)
-    monkeypatch.setattr(head_operator, "_chunked_cross_entropy", seen)
+    monkeypatch.setattr(head_operator, "rows_per_chunk", lambda *_: 3)
+    monkeypatch.setattr(head_operator, "_chunked_head", seen)
 
 
 class StepReads(TrainerCallback):
