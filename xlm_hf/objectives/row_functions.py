@@ -92,8 +92,7 @@ def softmax_(logits: Tensor, target_ids: Tensor) -> tuple[Tensor, Tensor]:
     """
     scores, largest = logits.gather(1, target_ids), logits.amax(dim=-1, keepdim=True)
     torch.softmax(logits, dim=-1, out=logits)
-    # The largest probability is 1 / sum exp(z - largest). The difference of logits comes first: a logit less a logsumexp
-    # near it would leave nothing of a log-probability near 0.
+    # The largest probability is 1 / sum exp(z - largest).
     return scores - largest + logits.amax(dim=-1, keepdim=True).log(), scores >= largest
 
 
@@ -192,20 +191,23 @@ class HybridBound(RowFunction):
         ids, noisy_ids = self.target_ids[:, None], self.noisy_ids[:, None]
         alpha, u = self.alpha.to(logits.dtype)[:, None], self.uniform.to(logits.dtype)[:, None]
         kappa, weights, is_kept = alpha / u, self.weights[:, None], ids == noisy_ids
-        log_p_x, correct = softmax_(logits, ids)
-        odds = logits * kappa
+        _, correct = softmax_(logits, ids)
+        # 1 - p_x, summed: of a prediction that is nearly sure the difference would be rounding alone.
+        p_x = logits.gather(1, ids)
+        rest = logits.scatter_(1, ids, 0.0).sum(dim=-1, keepdim=True)
+        odds = logits.scatter_(1, ids, p_x) * kappa
         odds_x, odds_z = odds.gather(1, ids), odds.gather(1, noisy_ids)
-        excess = -kappa * log_p_x.expm1() / (1 + odds_x)
+        excess = kappa * rest / (1 + odds_x)
         share_x, share_z = odds_x / (1 + odds_x), odds_z / (1 + odds_z)
         divergence = alpha * excess.log1p() + u * (kappa.log1p() - odds.log1p().sum(dim=-1, keepdim=True))
         losses = divergence + torch.where(is_kept, excess - excess.log1p(), odds_z.log1p() - share_z)
         # u_j of the module's formula: -u share_j everywhere, and more at x and at z.
         shares = odds.div_(odds + 1)
-        at_x = -share_x * torch.where(is_kept, alpha + excess, alpha) * weights
+        at_x = -share_x * (torch.where(is_kept, alpha + excess, alpha) + u) * weights
         at_z = (share_z * share_z).where(~is_kept, 0.0) * weights
-        total = at_x + at_z - u * weights * shares.sum(dim=-1, keepdim=True)
-        logits.mul_(-total).addcmul_(shares, -u * weights)
-        logits.scatter_add_(1, ids, at_x).scatter_add_(1, noisy_ids, at_z)
+        of_others = at_z - u * weights * (shares.sum(dim=-1, keepdim=True) - share_x)
+        logits.mul_(-at_x - of_others).addcmul_(shares, -u * weights)
+        logits.scatter_add_(1, noisy_ids, at_z).scatter_(1, ids, at_x * rest - p_x * of_others)
         return losses[:, 0], correct[:, 0]
 
 
