@@ -72,7 +72,7 @@ def test_perfect_scores_reach_the_entropy_of_the_target():
                 "Output",
                 (),
                 {
-                    "head_output": head_function(counts[slot_index].log(), torch.nn.Identity(), None),
+                    "head_output": head_function(counts[slot_index].clamp(min=1e-30).log(), torch.nn.Identity(), None),
                     "stop_logits": stop,
                 },
             )

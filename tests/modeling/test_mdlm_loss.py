@@ -47,8 +47,9 @@ def test_loss_and_gradients_equal_a_double_loop(backbone, options):
     assert output.num_items == MDLMLoss().num_items(batch) == 81
     # The collator's weights are float32.
     torch.testing.assert_close(output.loss_sum, expected, rtol=1e-9, atol=1e-9)
+    # They reach thousands; what was rounded otherwise in the head grows on its way to the first layer.
     for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
-        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-7, atol=1e-8)
 
 
 def test_padding_on_the_canvas_is_content_and_padding_of_rows_is_not():
