@@ -16,24 +16,26 @@ OPTIONS = {
     "greedy": {},
     "sampled": {"do_sample": True},
     "half as many steps": {"num_steps": 0.5},  # of one for each token
-    "half as many steps, by a rule": {"num_steps": 0.5, "sampler": "rule"},
-    "half as many steps, by a rule in blocks": {"num_steps": 0.5, "sampler": "rule", "block_length": 3},
+    "half as many steps, by a rule": {"num_steps": 0.5, "sampler": "confidence"},
+    "half as many steps, by a rule in blocks": {"num_steps": 0.5, "sampler": "confidence", "block_length": 3},
     "by confidence": {"confidence_threshold": 0.3},
     "by entropy": {"entropy_bound": 0.5, "order": "entropy"},
     "in blocks": {"block_length": 2},
-    "remasking": {"sampler": "remask", "remasking": "conf", "do_sample": True},
+    "remasking": {"sampler": "remdm", "remasking": "conf", "do_sample": True},
     "first hitting": {"sampler": "first_hitting"},
     "several insertions": {"insertions_per_step": 2, "do_sample": True},
     "filtered": {"do_sample": True, "top_p": 0.9},
 }
 
 
-CASES = [
-    (family, name)
-    for family in FAMILIES
-    for name, options in OPTIONS.items()
-    if all(hasattr(families()[family].model_class.generation_config_class, option) for option in options)
-]
+def has(family, options):
+    """Whether a family has the options, and more than one sampler if they choose one."""
+    config_class = families()[family].model_class.generation_config_class
+    samplers = config_class.samplers if len(config_class.samplers) > 1 else ()
+    return set(options) <= set(config_class.option_names()) and options.get("sampler", "") in ("", *samplers)
+
+
+CASES = [(family, name) for family in FAMILIES for name, options in OPTIONS.items() if has(family, options)]
 
 
 def options_of(model, name, num_tokens):
@@ -41,8 +43,8 @@ def options_of(model, name, num_tokens):
     options, known = {**OPTIONS[name], "max_new_tokens": num_tokens}, model.generation_config
     if "num_steps" in options:
         options["num_steps"] = int(options["num_steps"] * num_tokens)
-    if hasattr(known, "sampler") and {"confidence_threshold", "entropy_bound"} & options.keys():
-        options["sampler"] = "rule"
+    if len(known.samplers) > 1 and {"confidence_threshold", "entropy_bound"} & options.keys():
+        options["sampler"] = "confidence"
     if hasattr(known, "stopping_threshold"):
         options["stopping_threshold"] = None
     return options

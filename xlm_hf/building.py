@@ -240,7 +240,8 @@ def _with_generation_options(model: PreTrainedModel, node: DictConfig | None) ->
     if options.get("max_new_tokens", 0) is None:
         # The task has no opinion.
         del options["max_new_tokens"]
-    model.generation_config = type(model.generation_config)(**{**model.generation_config.to_dict(), **options})
+    config: Any = model.generation_config
+    model.generation_config = config.updated(**options)
     return model
 
 

@@ -17,12 +17,8 @@ from transformers.generation import (
 )
 
 from xlm_hf.modules.counter_random import random_bits, uniform
-from xlm_hf.modules.generation import (
-    NonAutoregressiveGenerationMixin,
-    NonAutoregressiveGenerationOutput,
-    left_align_padding,
-    row_seeds,
-)
+from xlm_hf.modules.generation import GenerationOptionsMixin, left_align_padding, row_seeds
+from xlm_hf.modules.generation_output import NonAutoregressiveGenerationOutput
 from xlm_hf.modules.messages import did_you_mean
 from xlm_hf.modules.token_sampling import sample_categorical
 
@@ -56,6 +52,10 @@ class ARLMGenerationConfig(GenerationConfig):
     def option_names(cls) -> list[str]:
         """Names of all options."""
         return [name for name in vars(GenerationConfig()) if name not in cls._metadata] + ["return_history"]
+
+    def updated(self, **overrides: Any) -> "ARLMGenerationConfig":
+        """A copy with other values."""
+        return type(self)(**{**self.to_dict(), **overrides})
 
     def validate(self, strict: bool = False, user_set_attributes: set[str] | None = None) -> None:
         """Check every option; raises ValueError naming the option, its value and its range."""
@@ -97,16 +97,16 @@ class ARLMGenerationOutput(NonAutoregressiveGenerationOutput):
     cache: Cache | None = None
 
 
-class _RoomCriteria(StoppingCriteria):
-    """Ends a row once it has written as many tokens as it has room for: (B,), by its own prompt alone."""
+class _CapacityCriteria(StoppingCriteria):
+    """Ends a row once it has written its capacity of tokens: (B,), by its own prompt alone."""
 
-    def __init__(self, room: torch.Tensor, prompt_width: int):
-        self.room = room
+    def __init__(self, capacity: torch.Tensor, prompt_width: int):
+        self.capacity = capacity
         self.prompt_width = prompt_width
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs) -> Any:
-        room = self.room.repeat_interleave(len(input_ids) // len(self.room))
-        return input_ids.shape[1] - self.prompt_width >= room
+        capacity = self.capacity.repeat_interleave(len(input_ids) // len(self.capacity))
+        return input_ids.shape[1] - self.prompt_width >= capacity
 
 
 class _SeededDraw(LogitsProcessor):
@@ -133,7 +133,7 @@ def _kept_generators(device: torch.device) -> AbstractContextManager:
     return torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type)
 
 
-class ARLMGenerationMixin(NonAutoregressiveGenerationMixin, GenerationMixin):  # type: ignore[misc]
+class ARLMGenerationMixin(GenerationOptionsMixin, GenerationMixin):  # type: ignore[misc]
     """Adds `generate` to the left-to-right language model."""
 
     @torch.no_grad()
@@ -168,15 +168,16 @@ class ARLMGenerationMixin(NonAutoregressiveGenerationMixin, GenerationMixin):  #
 
         Raises:
             ValueError: for an unknown option, a value out of range, another way of decoding, an id outside the
-                vocabulary or a prompt without room after it.
+                vocabulary or a prompt that leaves no position.
         """
         config = self.resolve_generation_config(generation_config, overrides)
         return_dict = config.return_dict_in_generate
         prompt, mask = self._prepare_prompt(input_ids, attention_mask)
-        room = self.room_for_new_tokens(config, mask.sum(dim=-1))
-        config.update(max_new_tokens=int(room.max()), max_length=None, return_dict_in_generate=True)
+        capacity = self.capacity_after(config, mask.sum(dim=-1))
+        config.update(max_new_tokens=int(capacity.max()), max_length=None, return_dict_in_generate=True)
         returned = config.num_return_sequences or 1
         seeds = row_seeds(seed, len(prompt), prompt.device)
+        is_full = _CapacityCriteria(capacity, mask.shape[1])
         draw = [_SeededDraw(seeds, returned, prompt.shape[1])] if config.do_sample else []
         # transformers draws from what _SeededDraw leaves it, which is no choice but moves the global generator.
         with _kept_generators(prompt.device):
@@ -186,15 +187,15 @@ class ARLMGenerationMixin(NonAutoregressiveGenerationMixin, GenerationMixin):  #
                 generation_config=config,
                 streamer=streamer,
                 logits_processor=LogitsProcessorList([*(logits_processor or []), *draw]),
-                stopping_criteria=StoppingCriteriaList(
-                    [*(stopping_criteria or []), _RoomCriteria(room, mask.shape[1])]
-                ),
+                stopping_criteria=StoppingCriteriaList([*(stopping_criteria or []), is_full]),
                 tokenizer=tokenizer,
                 **self._convolution_cache(config),
             )
         if draw and config.output_scores:
             output["scores"] = tuple(draw[0].scores)
-        result = self._output(output, prompt.repeat_interleave(returned, 0), room.repeat_interleave(returned), config)
+        result = self._output(
+            output, prompt.repeat_interleave(returned, 0), capacity.repeat_interleave(returned), config
+        )
         return result if return_dict else result.sequences
 
     def new_cache(self) -> Cache:
@@ -203,7 +204,7 @@ class ARLMGenerationMixin(NonAutoregressiveGenerationMixin, GenerationMixin):  #
         return Cache(layers=[layer() for _ in range(self.config.num_hidden_layers)])
 
     def _convolution_cache(self, config: ARLMGenerationConfig) -> dict[str, Any]:
-        """The cache to pass on where there is a short convolution, for which no other of transformers has room."""
+        """The cache to pass on where there is a short convolution, which no other of transformers holds."""
         if not self.config.conv_kernel_size or config.use_cache is False:
             return {}
         config.cache_implementation = None
@@ -247,21 +248,21 @@ class ARLMGenerationMixin(NonAutoregressiveGenerationMixin, GenerationMixin):  #
         processors.sort(key=lambda processor: isinstance(processor, _SeededDraw))
         return processors
 
-    def _output(self, output, prompt, room, config: ARLMGenerationConfig) -> ARLMGenerationOutput:
-        """Count what each row wrote and blank what stands behind it; `prompt` and `room` are one row a sequence."""
+    def _output(self, output, prompt, capacity, config: ARLMGenerationConfig) -> ARLMGenerationOutput:
+        """Count what each row wrote and blank what stands behind it; `prompt` and `capacity` are one row a sequence."""
         pad_id = self.config.pad_token_id
         written = output.sequences[:, prompt.shape[1] :]
         columns = torch.arange(written.shape[1], device=written.device)
         eos_ids = [] if config.eos_token_id is None else config.eos_token_id
         is_eos = torch.isin(written, torch.as_tensor(eos_ids, dtype=torch.int64, device=written.device))
         if output.get("beam_indices") is None:
-            exists = (is_eos.cumsum(dim=-1) - is_eos.long() == 0) & (columns < room[:, None])
+            exists = (is_eos.cumsum(dim=-1) - is_eos.long() == 0) & (columns < capacity[:, None])
             exists &= (written != pad_id) | is_eos
         else:
             # A beam search fills short rows with the end-of-sequence token where the pad id is 0.
             exists = output.beam_indices >= 0
         lengths = exists.sum(dim=-1)
-        stopped = (is_eos & exists).any(dim=-1) | (lengths < room)
+        stopped = (is_eos & exists).any(dim=-1) | (lengths < capacity)
         history = torch.cat((torch.full_like(prompt, -1), torch.where(exists, columns, -1)), dim=1)
         return ARLMGenerationOutput(
             **{

@@ -76,8 +76,9 @@ class TableModel(nn.Module, ILMGenerationMixin):
 
     words = (5, 6, 7)
 
-    def __init__(self, stop_at=()):
+    def __init__(self, stop_at=(), stop_probability=None):
         super().__init__()
+        self.stop_probability = stop_probability
         self.config = ILMConfig(vocab_size=8, bos_token_id=BOS, max_position_embeddings=64)
         self.generation_config = ILMGenerationConfig()
         self.device = torch.device("cpu")
@@ -87,6 +88,11 @@ class TableModel(nn.Module, ILMGenerationMixin):
         logits = np.random.default_rng([len(written), *written]).normal(scale=1.5, size=(len(written) + 1, 8))
         logits[:, :5] = -np.inf
         return logits
+
+    def probability_of_stopping(self, written: tuple[int, ...]) -> float:
+        if self.stop_probability is not None:
+            return self.stop_probability(written)
+        return 0.99 if written in self.stop_at else 0.01
 
     def forward(self, input_ids, attention_mask, slot_index, head_function):
         rows, L = input_ids.shape
@@ -98,7 +104,8 @@ class TableModel(nn.Module, ILMGenerationMixin):
             start = input_ids[row].tolist().index(BOS)
             table = torch.from_numpy(self.table(written)).float()
             grid[row, start : start + len(table)] = table
-            stop_logits[row] = torch.tensor([5.0, -5.0] if written in self.stop_at else [-5.0, 5.0])
+            p = self.probability_of_stopping(written)
+            stop_logits[row] = torch.tensor([math.log(p), math.log1p(-p)])
         drawn = head_function(grid.flatten(0, 1)[slot_index], nn.Identity(), None)
         return ILMOutput(head_output=drawn, stop_logits=stop_logits)
 
@@ -161,8 +168,13 @@ def exact_law(model: TableModel, config: ILMGenerationConfig, max_new_tokens: in
     while open_:
         grown: dict = {}
         for written, p in open_.items():
-            if written in model.stop_at or len(written) == max_new_tokens:
-                finished[written] = finished.get(written, 0.0) + p
+            stop = model.probability_of_stopping(written)
+            if config.stopping == "threshold":
+                stop = float(stop >= config.stopping_threshold)
+            stop = 1.0 if len(written) == max_new_tokens else stop
+            finished[written] = finished.get(written, 0.0) + p * stop
+            p *= 1 - stop
+            if p == 0:
                 continue
             for new, q in step_law(model, written, config, max_new_tokens - len(written)).items():
                 grown[new] = grown.get(new, 0.0) + p * q

@@ -1,6 +1,7 @@
 import itertools
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare
@@ -30,11 +31,9 @@ def written(output, prompt_length):
     return [tuple(t for t in row if t != PAD) for row in output.sequences[:, prompt_length:].tolist()]
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_samples_follow_the_exact_law(method):
-    """A table in place of the network: the histogram of whole decodes against every path enumerated."""
-    model, num, max_new_tokens = TableModel(STOP_AT), 6000, 4
-    config = ILMGenerationConfig(do_sample=True, max_new_tokens=max_new_tokens, **METHODS[method])
+def check_law(model, config, num=6000):
+    """The histogram of whole decodes against every path enumerated."""
+    max_new_tokens = config.max_new_tokens
     law = exact_law(model, config, max_new_tokens)
     assert sum(law.values()) == pytest.approx(1.0)
     output = model.generate(torch.tensor([[CLS, BOS]] * num), generation_config=config, seed=11)
@@ -47,8 +46,62 @@ def test_samples_follow_the_exact_law(method):
     if expected[-1] < 5:
         observed[-2:], expected[-2:] = [sum(observed[-2:])], [sum(expected[-2:])]
     assert chisquare(observed, expected, sum_check=False).pvalue > 1e-4
+    return output
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_samples_follow_the_exact_law(method):
+    """A table in place of the network."""
+    model, max_new_tokens = TableModel(STOP_AT), 4
+    config = ILMGenerationConfig(do_sample=True, max_new_tokens=max_new_tokens, **METHODS[method])
+    output = check_law(model, config)
     for sequence, reason in zip(written(output, 2), output.finish_reason, strict=True):
         assert reason == ("stop" if sequence in model.stop_at and len(sequence) < max_new_tokens else "length")
+
+
+@pytest.mark.parametrize("method", ["joint", "two at a time"])
+def test_the_end_is_drawn_with_its_probability(method):
+    """Random stopping probabilities for every sequence: the law that the likelihood bound is about."""
+
+    def stop_probability(written):
+        return float(np.random.default_rng([len(written), 5, *written]).uniform(0.1, 0.7))
+
+    model = TableModel(stop_probability=stop_probability)
+    config = ILMGenerationConfig(do_sample=True, max_new_tokens=3, stopping="sample", **METHODS[method])
+    output = check_law(model, config)
+    short = [len(sequence) < 3 for sequence in written(output, 2)]
+    assert 1000 < sum(short) < 5900
+    # A row that stays below its capacity was ended by its head; of those at the capacity none was.
+    assert [reason == "stop" for reason in output.finish_reason] == short
+
+
+def test_the_log_replays_the_decode_and_a_criterion_ends_rows():
+    model, edits = make_model(), []
+
+    class Streamer:
+        takes_edits = True
+        put = end = staticmethod(lambda *value: None)
+        put_draft = staticmethod(lambda value, edits_of_step=edits, edits=None: edits_of_step.append(edits))
+
+    options = {"do_sample": True, "insertions_per_step": 2, "stopping_threshold": None, "max_new_tokens": 9}
+    output = model.generate(batch_of(PROMPTS), seed=0, return_history=True, streamer=Streamer(), **options)
+    rows = [[CLS, *prompt, BOS] for prompt in PROMPTS]
+    for row, step, kind, position, token in output.edits.tolist():
+        assert kind == 0
+        rows[row].insert(position, token)
+        assert step <= output.history.max()
+    assert rows == [[token for token in row if token != PAD] for row in output.sequences.tolist()]
+    assert sorted(torch.cat(edits).tolist()) == sorted(output.edits.tolist())
+    assert [set(of_step[:, 1].tolist()) for of_step in edits] == [{step} for step in range(len(edits))]
+
+    def longer_than(ids, scores):
+        return (ids != PAD).sum(dim=-1) >= 7
+
+    output = model.generate(batch_of(PROMPTS), seed=0, stopping_criteria=[longer_than], **options)
+    lengths = (output.sequences != PAD).sum(dim=-1).tolist()
+    assert all(7 <= length <= 10 for length in lengths)
+    assert output.finish_reason == ["stop"] * 4
+    assert (output.nfe < 9).all()
 
 
 def test_greedy_decoding_takes_the_best_pair():
@@ -214,6 +267,9 @@ def test_streamer_and_logits_processor_see_every_step():
         ({"temperature": 0.0}, "temperature must be greater than 0 and is 0.0"),
         ({"top_p": 1.5}, r"top_p must be in \(0, 1\] and is 1.5"),
         ({"sampling_method": "both"}, "sampling_method must be one of joint, two_stage and is 'both'"),
+        ({"stopping": "draw"}, "stopping must be one of threshold, sample and is 'draw'"),
+        # The prompt of a family without [CLS].
+        ({"input_ids": torch.tensor([[8, 9, BOS]])}, "holds neither"),
         ({"insertions_per_step": 0}, "insertions_per_step must be greater than 0"),
         ({"max_new_tokens": 30}, "max_new_tokens is 30, but after a prompt of 5 tokens the model has 19 of its 24"),
         ({"max_length": 5}, "max_length is 5 and a prompt alone has 5 tokens"),
@@ -233,7 +289,5 @@ def test_generation_config_survives_saving(tmp_path):
     model.generation_config = ILMGenerationConfig(top_p=0.5, slot_top_k=1, sampling_method="two_stage", pad_token_id=0)
     model.save_pretrained(tmp_path)
     loaded = ILMForInsertionLM.from_pretrained(tmp_path)
-    assert {n: getattr(loaded.generation_config, n) for n in ILMGenerationConfig.option_names()} == {
-        n: getattr(model.generation_config, n) for n in ILMGenerationConfig.option_names()
-    }
+    assert loaded.generation_config.to_dict() == model.generation_config.to_dict()
     torch.testing.assert_close(loaded.generate(seed=3).sequences, model.generate(seed=3).sequences)

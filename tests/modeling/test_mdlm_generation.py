@@ -1,4 +1,5 @@
 import itertools
+import json
 import math
 from collections import Counter
 
@@ -24,6 +25,7 @@ from tests.modeling.mdlm_helpers import (
     random_order_law,
 )
 from xlm_hf.modeling.mdlm import MDLMConfig, MDLMForMaskedDiffusion, MDLMGenerationConfig
+from xlm_hf.modules.edits import EDIT_KINDS
 
 PROMPTS = [[8, 9, 10], [11], [12, 13, 14, 15, 16, 17], []]
 
@@ -89,7 +91,7 @@ REMASKING = {
 def test_remasking_follows_its_law(remasking, uses_time):
     model, eta = TableModel(uses_time=uses_time), 0.5
     law = process_law(model, 2, 4, sigma=lambda s, t: REMASKING[remasking](s, t, eta))
-    output = check_law(model, law, 2, sampler="remask", num_steps=4, remasking=remasking, eta=eta)
+    output = check_law(model, law, 2, sampler="remdm", num_steps=4, remasking=remasking, eta=eta)
     assert len({tuple(law.items()), tuple(process_law(model, 2, 4).items())}) == 2
     assert output.nfe.max() > 2
 
@@ -105,7 +107,7 @@ def test_remasking_keeps_the_share_of_masks_and_the_joint_law_at_the_exact_condi
         put = end = staticmethod(lambda *value: None)
         put_draft = staticmethod(lambda value: drafts.append(value.clone()))
 
-    options = {"sampler": "remask", "remasking": remasking, "eta": 0.4, "num_steps": num_steps, "do_sample": True}
+    options = {"sampler": "remdm", "remasking": remasking, "eta": 0.4, "num_steps": num_steps, "do_sample": True}
     TableModel(joint).generate(torch.full((num, 1), BOS), seed=3, streamer=Streamer(), max_new_tokens=2, **options)
     back = 0
     for step, (before, draft) in enumerate(itertools.pairwise([torch.full((num, 2), MASK), *drafts])):
@@ -133,7 +135,7 @@ def test_confidence_remasking_takes_back_what_was_least_probable():
         put = end = staticmethod(lambda *value: None)
         put_draft = staticmethod(lambda value: drafts.append(value.clone()))
 
-    options = {"sampler": "remask", "remasking": "conf", "eta": eta, "num_steps": 4, "do_sample": True}
+    options = {"sampler": "remdm", "remasking": "conf", "eta": eta, "num_steps": 4, "do_sample": True}
     output = Sure().generate(torch.full((num, 1), BOS), seed=3, streamer=Streamer(), max_new_tokens=2, **options)
     assert set(output.sequences[:, 1:].unique().tolist()) == set(WORDS)
     table = Sure().table(())
@@ -209,7 +211,7 @@ def rule_law(model, length, sizes, order):
 @pytest.mark.parametrize("order", ["confidence", "margin", "entropy"])
 @pytest.mark.parametrize("uses_time", [False, True])
 def test_rules_follow_their_law_on_a_budget_of_steps_and_in_blocks(order, uses_time):
-    model, options = TableModel(uses_time=uses_time), {"sampler": "rule", "order": order}
+    model, options = TableModel(uses_time=uses_time), {"sampler": "confidence", "order": order}
     whole = (0, 1, 2)
     check_law(model, rule_law(model, 3, [(whole, 1)] * 3, order), 3, **options)
     check_law(model, rule_law(model, 3, [(whole, 2), (whole, 1)], order), 3, num_steps=2, **options)
@@ -260,12 +262,12 @@ OPTIONS = {
     "ancestral": {"num_steps": 5},
     "one step a place": {},
     "first_hitting": {"sampler": "first_hitting"},
-    "remask": {"sampler": "remask", "num_steps": 9, "eta": 0.3},
-    "remask, conf": {"sampler": "remask", "remasking": "conf", "eta": 1.0},
+    "remdm": {"sampler": "remdm", "num_steps": 9, "eta": 0.3},
+    "remdm, conf": {"sampler": "remdm", "remasking": "conf", "eta": 1.0},
     "blocks": {"block_length": 3, "num_steps": 8},
-    "rule": {"sampler": "rule", "order": "entropy", "num_steps": 4},
-    "rule, threshold": {"sampler": "rule", "confidence_threshold": 0.3, "block_length": 4},
-    "rule, bound": {"sampler": "rule", "order": "random", "entropy_bound": 2.0},
+    "confidence": {"sampler": "confidence", "order": "entropy", "num_steps": 4},
+    "confidence, threshold": {"sampler": "confidence", "confidence_threshold": 0.3, "block_length": 4},
+    "confidence, bound": {"sampler": "confidence", "order": "random", "entropy_bound": 2.0},
 }
 
 
@@ -314,6 +316,52 @@ def test_blanks_are_filled_in_place(name):
     assert alone.sequences[0].tolist() == output.sequences[2, 2:].tolist()
 
 
+@pytest.mark.parametrize("name", ["ancestral", "remdm", "blocks", "confidence, threshold"])
+def test_the_log_replays_the_decode(name):
+    model, log, drafts = make_model(), [], []
+
+    class Streamer:
+        takes_edits = True
+        put = end = staticmethod(lambda *value: None)
+
+        def put_draft(self, value, edits):
+            drafts.append(value.clone())
+            log.append(edits)
+
+    options = {"seed": 4, "do_sample": True, "return_history": True, "max_new_tokens": 9, **OPTIONS[name]}
+    output = model.generate(batch_of(PROMPTS), streamer=Streamer(), **options)
+    rows = [[*prompt, BOS] + [MASK] * 9 for prompt in PROMPTS]
+    for of_step, draft in zip(log, drafts, strict=True):
+        for row, _, kind, position, token in of_step.tolist():
+            before = rows[row][position]
+            assert EDIT_KINDS[kind] == ("unmask" if before == MASK else "remask")
+            assert (token == MASK) == (EDIT_KINDS[kind] == "remask")
+            rows[row][position] = token
+        assert [row[-9:] for row in rows] == draft.tolist()
+    assert sorted(torch.cat(log).tolist()) == sorted(output.edits.tolist())
+    assert (name == "remdm") == bool((output.edits[:, 2] == EDIT_KINDS.index("remask")).any())
+    # The last edit of a position is what the history says of it.
+    last = {(row, position): (step, token) for row, step, _, position, token in output.edits.tolist()}
+    for row, prompt in enumerate(PROMPTS):
+        start = batch_of(PROMPTS).shape[1]
+        for at, step in enumerate(output.history[row, start:].tolist()):
+            if step >= 0:
+                assert last[row, len(prompt) + 1 + at] == (step, int(output.sequences[row, start + at]))
+
+
+@pytest.mark.parametrize("name", ["ancestral", "confidence, threshold"])
+def test_a_criterion_ends_rows_as_they_stand(name):
+    def is_half_written(ids, scores):
+        return (ids == MASK).sum(dim=-1) <= 5
+
+    options = {"seed": 4, "max_new_tokens": 9, "suppress_tokens": [EOS], **OPTIONS[name]}
+    output = make_model().generate(batch_of(PROMPTS), stopping_criteria=[is_half_written], **options)
+    assert output.finish_reason == ["stop"] * 4
+    masks = (output.sequences == MASK).sum(dim=-1)
+    assert (masks <= 5).all()
+    assert (masks > 0).any()
+
+
 def test_nothing_is_written_after_a_block_with_the_end():
     class Ends(TableModel):
         def table(self, canvas, alpha=None):
@@ -322,7 +370,7 @@ def test_nothing_is_written_after_a_block_with_the_end():
     model = Ends()
     model.config.eos_token_id = WORDS[0]
     options = {"max_new_tokens": 6, "seed": 0, "return_history": True}
-    for sampler in ("ancestral", "remask"):
+    for sampler in ("ancestral", "remdm"):
         output = model.generate(torch.tensor([[BOS]]), block_length=2, sampler=sampler, num_steps=6, **options)
         assert output.sequences[0, 1:].tolist() == [WORDS[0]]
         assert output.finish_reason == ["stop"]
@@ -386,14 +434,25 @@ def test_streamer_and_logits_processor_see_every_step_and_suppressed_ids_are_nev
     ("call", "message"),
     [
         ({"temprature": 1.0}, "no option 'temprature': did you mean 'temperature'"),
-        ({"sampler": "ancestry"}, "sampler must be one of ancestral, first_hitting, remask, rule and is 'ancestry'"),
-        ({"noise_schedule": "linear"}, "noise_schedule must be one of log_linear, cosine and is 'linear'"),
-        ({"remasking": "none"}, "remasking must be one of cap, rescale, conf and is 'none'"),
+        (
+            {"sampler": "ancestry"},
+            "sampler must be one of ancestral, first_hitting, remdm, confidence and is 'ancestry'",
+        ),
+        ({"noise_schedule": "linea"}, "noise_schedule 'linea' does not exist: did you mean 'linear'"),
+        ({"sampler": "remdm", "remasking": "none"}, "remasking must be one of cap, rescale, conf and is 'none'"),
         ({"num_steps": 0}, "num_steps must be greater than 0"),
         ({"block_length": -1}, "block_length must be greater than 0"),
-        ({"eta": 1.5}, r"eta must be in \(0, 1\] and is 1.5"),
-        ({"sampler": "first_hitting", "num_steps": 4}, "num_steps is 4, but first_hitting makes one step"),
-        ({"entropy_bound": 0.5}, "entropy_bound is 0.5, which only sampler='rule' knows"),
+        ({"sampler": "remdm", "eta": 1.5}, r"eta must be in \(0, 1\] and is 1.5"),
+        (
+            {"sampler": "first_hitting", "num_steps": 4},
+            "The sampler 'first_hitting' has no option 'num_steps', which ancestral and remdm and confidence have",
+        ),
+        (
+            {"entropy_bound": 0.5},
+            "The sampler 'ancestral' has no option 'entropy_bound', which confidence has: unset it",
+        ),
+        ({"sampler": "confidence", "eta": 0.5}, "The sampler 'confidence' has no option 'eta', which remdm has"),
+        ({"input_ids": torch.tensor([[8, BOS, 9, 10]])}, r"\[BOS\] \(id 4\) in its middle"),
         ({"max_new_tokens": 30}, "max_new_tokens is 30, but after a prompt of 4 tokens the model has 20 of its 24"),
         ({"seed": [1, 2]}, "seed has 2 entries for 1 rows"),
         ({"input_ids": torch.tensor([[20, BOS]])}, "Token id 20 is outside the model's vocabulary of 20"),
@@ -404,15 +463,42 @@ def test_bad_calls_are_refused_in_one_sentence(call, message):
         make_model().generate(**{"input_ids": batch_of(PROMPTS[:1]), **call})
 
 
+SAVED = {
+    **{"max_new_tokens": 7, "do_sample": False, "temperature": 1.0, "order": "entropy", "num_steps": None},
+    **{"confidence_threshold": None, "entropy_bound": None, "block_length": 4, "noise_schedule": "cosine"},
+    **{"remasking": "cap", "eta": 0.3, "pad_token_id": 0, "transformers_version": "5.24.0"},
+}
+
+
+@pytest.mark.parametrize(
+    ("saved", "options"),
+    [
+        ({"sampler": "rule"}, {"sampler": "confidence", "order": "entropy", "block_length": 4}),
+        ({"sampler": "remask"}, {"sampler": "remdm", "eta": 0.3, "noise_schedule": "cosine"}),
+        ({"sampler": "first_hitting"}, {"sampler": "first_hitting", "block_length": 4}),
+        ({}, {"sampler": "ancestral", "noise_schedule": "cosine"}),
+    ],
+)
+def test_saved_options_of_every_sampler_load(saved, options, tmp_path):
+    """A file from before samplers had options of their own holds those of all; names that changed are translated."""
+    (tmp_path / "generation_config.json").write_text(json.dumps({**SAVED, **saved}))
+    config = MDLMGenerationConfig.from_pretrained(tmp_path)
+    assert {name: getattr(config, name) for name in options} == options
+    assert hasattr(config, "eta") == (options["sampler"] == "remdm")
+    with pytest.raises(ValueError, match="no option 'ordr': did you mean 'order'"):
+        MDLMGenerationConfig.from_dict({"ordr": "random"})
+    # Another sampler in a call leaves the options of the saved one behind.
+    assert config.updated(sampler="confidence", entropy_bound=0.5).entropy_bound == 0.5
+    assert not hasattr(config.updated(sampler="confidence"), "noise_schedule")
+
+
 @pytest.mark.parametrize("backbone", ["rotary", "dit"])
 def test_model_and_options_survive_saving(backbone, tmp_path):
     model = make_model(backbone=backbone)
-    model.generation_config = MDLMGenerationConfig(sampler="remask", eta=0.1, num_steps=6, max_new_tokens=7)
+    model.generation_config = MDLMGenerationConfig(sampler="remdm", eta=0.1, num_steps=6, max_new_tokens=7)
     model.save_pretrained(tmp_path)
     loaded = MDLMForMaskedDiffusion.from_pretrained(tmp_path)
-    assert {n: getattr(loaded.generation_config, n) for n in MDLMGenerationConfig.option_names()} == {
-        n: getattr(model.generation_config, n) for n in MDLMGenerationConfig.option_names()
-    }
+    assert loaded.generation_config.to_dict() == model.generation_config.to_dict()
     assert loaded.config.backbone == backbone
     torch.testing.assert_close(loaded.generate(seed=3).sequences, model.generate(seed=3).sequences)
     assert MDLMConfig.from_pretrained(tmp_path).never_written == [1, 2, 4, 5, 6]

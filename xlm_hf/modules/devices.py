@@ -1,4 +1,4 @@
-"""What the host waits for."""
+"""What the host waits for, and the shapes of a step of generation, which it reads from the device."""
 
 import torch
 
@@ -13,3 +13,36 @@ def is_synchronous(device: torch.device) -> bool:
     until it has queued anything new the device idles; nor can a graph be captured of what is read in between.
     """
     return device.type in _HOST
+
+
+def rounded_up(size: int, most: int, device: torch.device) -> int:
+    """`size` where reads are free, as on a CPU; on an accelerator the next power of two, or `most` if that is less.
+
+    So few shapes, and few graphs, compiled or captured, serve all steps of all decodes, at the price of work whose
+    results nobody uses.
+    """
+    return size if is_synchronous(device) or not size else min(1 << (size - 1).bit_length(), most)
+
+
+def true_indices(mask: torch.Tensor, num: int) -> torch.Tensor:
+    """The first `num` of: flat indices of the True entries of `mask` in reading order, then those of the others."""
+    return mask.flatten().logical_not().int().argsort(stable=True)[:num]
+
+
+def shape_of_call(
+    called: torch.Tensor, wanted: torch.Tensor, *others: torch.Tensor
+) -> tuple[torch.Tensor, int, list[int]]:
+    """The rows that take part in a forward pass and the positions that are looked at, by one reading of the device.
+
+    Args:
+        called: (B,) bool, the rows.
+        wanted: (B, L) bool, the positions, in these rows alone.
+        others: integers to be read with them.
+
+    Returns:
+        indices (R,) of the rows; the number of positions; the other integers. Both numbers are `rounded_up`: behind the
+        rows that are called come some of the others.
+    """
+    num_rows, num_wanted, *read = torch.stack((called.sum(), wanted.sum(), *others)).tolist()
+    num_rows = rounded_up(num_rows, len(called), called.device)
+    return true_indices(called, num_rows), rounded_up(num_wanted, num_rows * wanted.shape[1], called.device), read

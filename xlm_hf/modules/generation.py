@@ -1,24 +1,58 @@
-"""What the generation of every non-autoregressive family shares: options that refuse typos, seeds, prompts, output.
+"""What the generation of every non-autoregressive family shares: options that refuse typos, the loop, seeds, output.
 
 The dialect is that of the diffusion language models that transformers ships (`transformers.models.diffusion_gemma`).
 """
 
-import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
-from transformers.generation import GenerationConfig
-from transformers.utils import ModelOutput
+from transformers.generation import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from .counter_random import random_bits
-from .devices import is_synchronous
+from .edits import EditLog
+from .generation_output import NonAutoregressiveGenerationOutput
 from .messages import check_options
 
 
-class NonAutoregressiveGenerationConfig(GenerationConfig):
-    """Options of a family's `generate`: its annotated class attributes, and nothing else.
+class CheckedOptions:
+    """Checks on the values of options, each of which raises ValueError naming the option, its value and its range."""
+
+    def _check_positive(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be greater than 0 and is {value}.")
+
+    def _check_probability(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise ValueError(f"{name} must be in (0, 1] and is {value}.")
+
+    def _check_choice(self, name: str, choices: Sequence[str]) -> None:
+        if getattr(self, name) not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(choices)} and is {getattr(self, name)!r}.")
+
+
+class Sampler(CheckedOptions):
+    """A way of decoding with options of its own: a dataclass, whose fields a generation config takes beside its own.
+
+    A sampler holds options and decides; it does not call the model. Whoever owns the forward pass hands it over.
+    """
+
+    @classmethod
+    def option_names(cls) -> list[str]:
+        """Names of its options."""
+        return [field.name for field in fields(cls)]  # type: ignore[arg-type]
+
+
+class NonAutoregressiveGenerationConfig(CheckedOptions, GenerationConfig):
+    """Options of a family's `generate`: its annotated class attributes, those of its sampler, and nothing else.
+
+    A family with several samplers lists them in `samplers` and has an option `sampler`; a config then holds the
+    options of that one alone. What is loaded may hold those of the others too, which are dropped.
 
     Attributes:
         max_new_tokens: most tokens to write after the prompt; None means up to the model's positions.
@@ -29,14 +63,18 @@ class NonAutoregressiveGenerationConfig(GenerationConfig):
         top_p: probability mass of the candidates kept; None keeps all.
         suppress_tokens: ids that are never written, beside those of the model's config.
         return_dict_in_generate: False returns the sequences alone.
-        return_history: also return the step that wrote each token.
+        return_history: also return the step that wrote each token, and every edit.
         bos_token_id: id of the beginning-of-sequence token.
         pad_token_id: fills ragged rows of the output.
         eos_token_id: id of the end-of-sequence token.
 
     Raises:
-        ValueError: for an option that does not exist, naming the closest one, and for a value out of its range.
+        ValueError: for an option that does not exist, naming the closest one, for one of another sampler, and for a
+            value out of its range.
     """
+
+    samplers: ClassVar[dict[str, type[Sampler]]] = {}
+    renamed_samplers: ClassVar[dict[str, str]] = {}  # old name -> name
 
     max_new_tokens: int | None = None
     max_length: int | None = None
@@ -55,40 +93,71 @@ class NonAutoregressiveGenerationConfig(GenerationConfig):
 
     # The parent's __init__ is left out on purpose: it would bring options that none of these families has.
     def __init__(self, **options):
-        known = self.option_names()
-        check_options(type(self).__name__, [name for name in options if name not in self._metadata], known)
-        for name in known:
-            setattr(self, name, options.get(name, getattr(type(self), name)))
+        options, own = self._of_sampler(options)
+        for name, value in options.items():
+            users = [sampler for sampler, cls in self.samplers.items() if name in cls.option_names()]
+            if name not in own and users and value is not None:
+                raise ValueError(
+                    f"The sampler {options['sampler']!r} has no option {name!r}, which {' and '.join(users)} "
+                    f"{'have' if len(users) > 1 else 'has'}: unset it or choose another sampler."
+                )
+            if name not in own and not users and name not in self._metadata:
+                check_options(type(self).__name__, [name], self.option_names())
+        for name, default in own.items():
+            setattr(self, name, options.get(name, default))
         for name in self._metadata:
             setattr(self, name, options.get(name))
         self.validate()
 
     @classmethod
-    def option_names(cls) -> list[str]:
-        """Names of all options, those of the base class first."""
+    def _of_sampler(cls, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The options with the name of their sampler as it is now, and all options of that sampler by default."""
         bases = [base for base in reversed(cls.__mro__) if issubclass(base, NonAutoregressiveGenerationConfig)]
-        return [name for base in bases for name in base.__annotations__ if not name.startswith("_")]
+        common = [name for base in bases for name in base.__annotations__ if not name.startswith("_")]
+        own = {name: getattr(cls, name) for name in common if name not in ("samplers", "renamed_samplers")}
+        if cls.samplers:
+            sampler = options.get("sampler", own["sampler"])
+            sampler = cls.renamed_samplers.get(sampler, sampler)
+            if sampler not in cls.samplers:
+                raise ValueError(f"sampler must be one of {', '.join(cls.samplers)} and is {sampler!r}.")
+            options = {**options, "sampler": sampler}
+            own.update({field.name: field.default for field in fields(cls.samplers[sampler])})  # type: ignore[arg-type]
+        return options, own
+
+    @classmethod
+    def option_names(cls) -> list[str]:
+        """Names of all options, those of the base class first and those of the samplers last."""
+        of_samplers = [name for sampler in cls.samplers.values() for name in sampler.option_names()]
+        return list(dict.fromkeys([*cls._of_sampler({})[1], *of_samplers]))
+
+    @classmethod
+    def _saved(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """Saved options without those of samplers that are not chosen."""
+        options, own = cls._of_sampler(options)
+        others = set(cls.option_names()) - own.keys()
+        return {name: value for name, value in options.items() if name not in others}
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> Any:
+        """As in transformers; a saved config may hold the options of every sampler."""
+        return super().from_dict(cls._saved(config_dict), **kwargs)
+
+    def updated(self, **overrides: Any) -> Any:
+        """A copy with other values; the options of a sampler that is replaced are dropped."""
+        base = {**self.to_dict(), **{name: overrides[name] for name in ("sampler",) if name in overrides}}
+        return type(self)(**{**self._saved(base), **overrides})
 
     def validate(self, strict: bool = False, user_set_attributes: set[str] | None = None) -> None:
         """Check every option; raises ValueError naming the option, its value and its range."""
         self._check_positive("max_new_tokens", "max_length", "temperature", "top_k")
         self._check_probability("top_p")
+        if self.samplers:
+            self.make_sampler()
 
-    def _check_positive(self, *names: str) -> None:
-        for name in names:
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name} must be greater than 0 and is {value}.")
-
-    def _check_probability(self, *names: str) -> None:
-        for name in names:
-            value = getattr(self, name)
-            if value is not None and not 0 < value <= 1:
-                raise ValueError(f"{name} must be in (0, 1] and is {value}.")
-
-    def _check_choice(self, name: str, choices: Sequence[str]) -> None:
-        if getattr(self, name) not in choices:
-            raise ValueError(f"{name} must be one of {', '.join(choices)} and is {getattr(self, name)!r}.")
+    def make_sampler(self: Any) -> Any:
+        """The sampler of these options."""
+        sampler = self.samplers[self.sampler]
+        return sampler(**{name: getattr(self, name) for name in sampler.option_names()})
 
     @classmethod
     def from_model_config(cls, model_config):
@@ -97,23 +166,22 @@ class NonAutoregressiveGenerationConfig(GenerationConfig):
 
 
 @dataclass
-class NonAutoregressiveGenerationOutput(ModelOutput):
-    """What `generate` returns.
+class GenerationCall:
+    """One call of `generate`.
 
     Attributes:
-        sequences: (B, L) int64: the prompt, padded on the left, then what was written, padded on the right.
-        tokens_per_forward: (B,) float: tokens written by one forward pass, on average.
-        nfe: (B,) int64: number of function evaluations, that is forward passes that the row took part in.
-        finish_reason: for each row, why it ended: "stop" (the model said so) or "length" (no room was left).
-        history: (B, L) int64 with `return_history=True`: the step, from 0, that wrote each token of `sequences`; -1
-            for the prompt and for padding.
+        config: its options.
+        seeds: (B,) of its rows.
+        logits_processor: called as transformers does.
+        is_watched: whether somebody sees every step, so that none may be passed over.
+        log: of every edit, where it is asked for.
     """
 
-    sequences: torch.Tensor | None = None
-    tokens_per_forward: torch.Tensor | None = None
-    nfe: torch.Tensor | None = None
-    finish_reason: list[str] | None = None
-    history: torch.Tensor | None = None
+    config: Any
+    seeds: torch.Tensor
+    logits_processor: LogitsProcessorList | None
+    is_watched: bool
+    log: EditLog | None
 
 
 def row_seeds(seed: int | Sequence[int] | torch.Tensor | None, num_rows: int, device: torch.device) -> torch.Tensor:
@@ -143,39 +211,6 @@ def row_seeds(seed: int | Sequence[int] | torch.Tensor | None, num_rows: int, de
     return seeds
 
 
-def rounded_up(size: int, most: int, device: torch.device) -> int:
-    """`size` where reads are free, as on a CPU; on an accelerator the next power of two, or `most` if that is less.
-
-    So few shapes, and few graphs, compiled or captured, serve all steps of all decodes, at the price of work whose
-    results nobody uses.
-    """
-    return size if is_synchronous(device) or not size else min(1 << (size - 1).bit_length(), most)
-
-
-def true_indices(mask: torch.Tensor, num: int) -> torch.Tensor:
-    """The first `num` of: flat indices of the True entries of `mask` in reading order, then those of the others."""
-    return mask.flatten().logical_not().int().argsort(stable=True)[:num]
-
-
-def shape_of_call(
-    called: torch.Tensor, wanted: torch.Tensor, *others: torch.Tensor
-) -> tuple[torch.Tensor, int, list[int]]:
-    """The rows that take part in a forward pass and the positions that are looked at, by one reading of the device.
-
-    Args:
-        called: (B,) bool, the rows.
-        wanted: (B, L) bool, the positions, in these rows alone.
-        others: integers to be read with them.
-
-    Returns:
-        indices (R,) of the rows; the number of positions; the other integers. Both numbers are `rounded_up`: behind the
-        rows that are called come some of the others.
-    """
-    num_rows, num_wanted, *read = torch.stack((called.sum(), wanted.sum(), *others)).tolist()
-    num_rows = rounded_up(num_rows, len(called), called.device)
-    return true_indices(called, num_rows), rounded_up(num_wanted, num_rows * wanted.shape[1], called.device), read
-
-
 def left_align_padding(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Move the padding of every row to its left and drop columns that hold nothing but padding.
 
@@ -192,7 +227,7 @@ def left_align_padding(input_ids: torch.Tensor, attention_mask: torch.Tensor) ->
     return input_ids.gather(-1, order), attention_mask.bool().gather(-1, order)
 
 
-class NonAutoregressiveGenerationMixin:
+class GenerationOptionsMixin:
     """Plumbing between `generate`, the generation config of a model, and transformers' loading code."""
 
     config: Any
@@ -223,14 +258,12 @@ class NonAutoregressiveGenerationMixin:
     ) -> Any:
         """Options of one call: `overrides` over `generation_config` over the model's own."""
         base = self.generation_config if generation_config is None else generation_config
-        if not overrides:
-            return base
-        return type(base)(**{**copy.deepcopy(base.to_dict()), **overrides})
+        return base.updated(**overrides) if overrides else base
 
-    def room_for_new_tokens(
+    def capacity_after(
         self, generation_config: NonAutoregressiveGenerationConfig, prompt_lengths: torch.Tensor
     ) -> torch.Tensor:
-        """How many tokens each row may write, by the options and the model's positions: (B,) int64.
+        """How many tokens each row may write after its prompt, by the options and the model's positions: (B,) int64.
 
         It depends on a row's own prompt alone, so that a row decodes alike in any batch.
 
@@ -242,16 +275,16 @@ class NonAutoregressiveGenerationMixin:
             ValueError: if a prompt fills the model's positions, or the options ask for more than they hold.
         """
         positions, longest = self.config.max_position_embeddings, int(prompt_lengths.max())
-        room = positions - longest
-        if room <= 0:
+        left = positions - longest
+        if left <= 0:
             raise ValueError(
-                f"The prompt has {longest} tokens and the model has {positions} positions, which leaves no room to "
-                "write: shorten the prompt or train with a larger max_position_embeddings."
+                f"The prompt has {longest} tokens and the model has {positions} positions, which leaves none to "
+                "write at: shorten the prompt or train with a larger max_position_embeddings."
             )
-        if generation_config.max_new_tokens is not None and generation_config.max_new_tokens > room:
+        if generation_config.max_new_tokens is not None and generation_config.max_new_tokens > left:
             raise ValueError(
                 f"max_new_tokens is {generation_config.max_new_tokens}, but after a prompt of {longest} tokens the "
-                f"model has {room} of its {positions} positions left: ask for at most {room}."
+                f"model has {left} of its {positions} positions left: ask for at most {left}."
             )
         if generation_config.max_length is not None and generation_config.max_length <= longest:
             raise ValueError(
@@ -270,3 +303,93 @@ class NonAutoregressiveGenerationMixin:
                 f"Token id {int(outside[0])} is outside the model's vocabulary of {vocab_size}: use the tokenizer that "
                 "was saved with the model."
             )
+
+
+class NonAutoregressiveGenerationMixin(GenerationOptionsMixin):
+    """Adds `generate` to a model.
+
+    A family says how a state is opened (`open_generation`) and what a step does (`generation_step`). A state has
+    `prompt` (B, P); `written()`, what stands after the prompts (B, W); `whole()`, the rows; `finish(rows, ended)`; and
+    `output(return_history)`.
+    """
+
+    generation_inputs: ClassVar[tuple[str, ...]] = ()  # further tensors that `generate` takes by name
+
+    def open_generation(
+        self, call: GenerationCall, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, **inputs
+    ) -> Any:
+        """Check the prompts and open the state of a call; `inputs` are those of `generation_inputs` that were given."""
+        raise NotImplementedError
+
+    def generation_step(self, call: GenerationCall, state: Any, step: int) -> bool:
+        """Make the step of this number on the rows that are not finished; False if there is none."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        generation_config: NonAutoregressiveGenerationConfig | None = None,
+        streamer: Any = None,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        seed: int | Sequence[int] | torch.Tensor | None = None,
+        **overrides,
+    ) -> NonAutoregressiveGenerationOutput | torch.Tensor | None:
+        """Write after each prompt, or fill in what it leaves open.
+
+        A row decodes alike alone and in any batch. Prompts are never changed, but for the mask tokens in them.
+
+        Args:
+            input_ids: (B, P) prompts, padded on either side, in the layout of the family's collators or bare; a bare
+                prompt gets the special tokens of that layout. None writes one sequence from an empty prompt. Where the
+                family fills in, a prompt that holds mask tokens is filled in and nothing is written after it.
+            attention_mask: (B, P), 1 for tokens; by default everything but `pad_token_id`.
+            generation_config: options; the model's own by default.
+            streamer: a `TextDiffusionStreamer` or its like. It gets the prompts by `put`, what stands after them when
+                a step is done by `put_draft` (where prompts are filled in, the whole rows), and the result by `put`.
+                One with `takes_edits = True` gets the edits of the step too, as `put_draft(ids, edits=...)`.
+            logits_processor: called as transformers does, with (S, L) ids, (S, V) logits and `cur_step`, a row for each
+                position that is looked at.
+            stopping_criteria: called after every step with (B, L) ids and None for scores. The rows (B,) for which one
+                is True end as they stand, with "stop".
+            seed: one integer, or one for each row (see `row_seeds`).
+            **overrides: single options by name, and further inputs of the family.
+
+        Returns:
+            `NonAutoregressiveGenerationOutput`, or its sequences alone with `return_dict_in_generate=False`.
+
+        Raises:
+            ValueError: for an unknown option or one that the sampler does not have, a value out of range, an id outside
+                the vocabulary, a special token that cannot stand where it does, or a prompt that leaves no position.
+        """
+        inputs = {name: overrides.pop(name) for name in self.generation_inputs if name in overrides}
+        config = self.resolve_generation_config(generation_config, overrides)
+        num_rows, device = (1, self.device) if input_ids is None else (len(input_ids), input_ids.device)
+        takes_edits = getattr(streamer, "takes_edits", False)
+        is_watched = any(watcher is not None for watcher in (streamer, logits_processor, stopping_criteria))
+        log = EditLog() if config.return_history or takes_edits else None
+        call = GenerationCall(config, row_seeds(seed, num_rows, device), logits_processor, is_watched, log)
+        state = self.open_generation(call, input_ids, attention_mask, **inputs)
+        self._run(call, state, streamer, takes_edits, StoppingCriteriaList(stopping_criteria or []))
+        output = state.output(config.return_history)
+        if config.return_history and log is not None:
+            output.edits = log.events()
+        return output if config.return_dict_in_generate else output.sequences
+
+    def _run(self, call: GenerationCall, state: Any, streamer: Any, takes_edits: bool, criteria: Any) -> None:
+        """Step until no row is open, and tell the streamer."""
+        step, rows = 0, torch.arange(len(call.seeds), device=call.seeds.device)
+        if streamer is not None:
+            streamer.put(state.prompt.cpu())
+        while self.generation_step(call, state, step):
+            step += 1
+            if streamer is not None:
+                edits = {"edits": call.log.latest().cpu()} if takes_edits and call.log is not None else {}
+                streamer.put_draft(state.written().cpu(), **edits)
+            if criteria:
+                state.finish(rows, criteria(state.whole(), None))
+        if streamer is not None:
+            streamer.put(state.written().cpu())
+            streamer.end()

@@ -8,10 +8,13 @@ A rule has two parts: an order of the eligible positions (`commit_ranks` of a sc
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 
 from .counter_random import random_bits
+from .devices import is_synchronous, rounded_up, true_indices
+from .token_sampling import filter_logits, sample_categorical
 from .vocabulary_head import LogitsOnDemand
 
 ORDERS = ("random", "confidence", "margin", "entropy")
@@ -42,7 +45,7 @@ def order_scores(
         statistic: gives the (B, L) values of a statistic by its name, as `statistics_in_place` does.
         seeds: (B,) for "random". With the same seeds in every step a decode follows one random order; where an order's
             own positions decide how much of it is committed, what is left is in a random order only with new seeds.
-        positions: (B, L) place of each token in its own row, so that padding does not change a draw.
+        positions: (B, L) position of each token in its own row, so that padding does not change a draw.
 
     Returns:
         (B, L), float32 or int64.
@@ -65,8 +68,8 @@ def commit_ranks(scores: torch.Tensor, eligible: torch.Tensor) -> torch.Tensor:
     """
     lowest = -torch.inf if scores.is_floating_point() else torch.iinfo(scores.dtype).min
     order = scores.masked_fill(~eligible, lowest).argsort(dim=-1, descending=True, stable=True)
-    places = torch.arange(scores.shape[-1], device=scores.device).expand_as(order)
-    return torch.empty_like(order).scatter_(-1, order, places)
+    ranks = torch.arange(scores.shape[-1], device=scores.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, ranks)
 
 
 def num_to_commit(num_masked: torch.Tensor, steps_left: torch.Tensor | int) -> torch.Tensor:
@@ -128,3 +131,62 @@ def commit_bounded(ranks: torch.Tensor, eligible: torch.Tensor, costs: torch.Ten
     in_order = torch.zeros_like(costs).scatter_(-1, ranks, costs)
     excess = in_order.cumsum(dim=-1) - in_order.cummax(dim=-1).values
     return eligible & ((excess <= bound).gather(-1, ranks) | (ranks == 0))
+
+
+def unmask(
+    logits: LogitsOnDemand,
+    masked: torch.Tensor,
+    num_masked: int,
+    positions: torch.Tensor,
+    order_seeds: torch.Tensor,
+    rule: Any,
+    config: Any,
+    uniforms: torch.Tensor,
+    steps_left: int | torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose positions by a rule, at least one in each row that has any, and draw their tokens.
+
+    Args:
+        logits: of the `masked` positions in reading order, before temperature, top-k and top-p.
+        masked: (R, L) bool.
+        num_masked: how many they are, or a bound of it.
+        positions: (R, L) position of each token in its own row.
+        order_seeds: (R,) for a random order. It is drawn anew in each step: how far a bound lets one go tells something
+            about the rest of it.
+        rule: order, confidence_threshold, entropy_bound and error_bound, as `ConfidenceSampler` has them.
+        config: the options of the draw.
+        uniforms: (R, L) in [0, 1), to draw a token by at each position.
+        steps_left: with `num_steps`, how many are left, this one included, of all rows or (R,) of each.
+
+    Returns:
+        the chosen positions (R, L) bool, and their tokens in reading order, behind which may stand others.
+    """
+    statistic = statistics_in_place(logits, masked)
+    ranks = commit_ranks(order_scores(rule.order, statistic, order_seeds, positions), masked)
+    most, rows = num_masked, len(masked)
+    if rule.confidence_threshold is not None:
+        chosen = commit_confident(ranks, masked, statistic("confidence"), rule.confidence_threshold)
+    elif rule.entropy_bound is not None:
+        chosen = commit_bounded(ranks, masked, statistic("entropy"), rule.entropy_bound)
+    elif rule.error_bound is not None:
+        chosen = commit_bounded(ranks, masked, 1 - statistic("confidence"), rule.error_bound)
+    elif steps_left is None:
+        chosen, most = masked & (ranks == 0), min(num_masked, rows)
+    else:
+        chosen = commit_top_k(ranks, masked, num_to_commit(masked.sum(dim=-1), steps_left))
+        if isinstance(steps_left, int):
+            # sum_i ceil(m_i / r) is at most this.
+            most = min(num_masked, num_masked // steps_left + rows)
+    # An accelerator is not asked how many there are.
+    if is_synchronous(chosen.device):
+        most = int(chosen.sum())
+    index = true_indices(chosen, rounded_up(most, chosen.numel(), chosen.device))
+    numbers = (masked.flatten().cumsum(dim=0) - 1).clamp(min=0)
+    return chosen, draw_tokens(logits[numbers[index]], uniforms.flatten()[index], config)
+
+
+def draw_tokens(logits: torch.Tensor, uniforms: torch.Tensor, config: Any) -> torch.Tensor:
+    """Tokens (S,) for (S, V) logits: drawn by (S,) uniforms after temperature, top-k and top-p, or argmax."""
+    if not config.do_sample:
+        return logits.argmax(dim=-1)
+    return sample_categorical(filter_logits(logits, config.temperature, config.top_k, config.top_p), uniforms)

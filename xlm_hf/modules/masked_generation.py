@@ -1,0 +1,145 @@
+"""What the generation of masked language models shares: options, prompts, and the forward pass of a step."""
+
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+
+from .canvas import MaskedCanvas
+from .devices import true_indices
+from .generation import (
+    GenerationCall,
+    NonAutoregressiveGenerationConfig,
+    NonAutoregressiveGenerationMixin,
+    Sampler,
+    left_align_padding,
+)
+from .reverse_process import CanvasProcess, ConfidenceSampler
+from .vocabulary_head import LogitsOnDemand
+
+
+class CanvasGenerationConfig(NonAutoregressiveGenerationConfig):
+    """Options of families that fill a canvas: those of the base class, a sampler, and the sampler's options.
+
+    Attributes:
+        sampler: name of the sampler, whose own options are given beside the others: "confidence", see
+            `ConfidenceSampler`, and whatever else is in `samplers`.
+    """
+
+    samplers: ClassVar[dict[str, type[Sampler]]] = {"confidence": ConfidenceSampler}
+
+    sampler: str = "confidence"
+
+
+class MaskedGenerationMixin(NonAutoregressiveGenerationMixin):
+    """Adds `generate` to a masked language model, which fills a canvas.
+
+    The model's `config` names `mask_token_id`, `bos_token_id`, `pad_token_id` and `eos_token_id`; its forward takes
+    `logits_index`, flat indices into (B x L), and `head_function`.
+    """
+
+    writes_once: ClassVar[bool] = False  # see `CanvasProcess`
+
+    def open_generation(self, call: GenerationCall, input_ids, attention_mask, **inputs) -> CanvasProcess:
+        """A canvas after each prompt; the further inputs are those of `open_canvas`."""
+        canvas = self.open_canvas(call, input_ids, attention_mask, **inputs)
+        return CanvasProcess(canvas, call.config.make_sampler(), call, self.is_told_the_time, self.writes_once)
+
+    def generation_step(self, call: GenerationCall, state: CanvasProcess, step: int) -> bool:
+        """A step of the sampler."""
+        return state.take_step(partial(self.predict, call, state.canvas, step), step)
+
+    @property
+    def is_told_the_time(self) -> bool:
+        """Whether the network is told alpha, so that a step without a change still needs a call."""
+        return False
+
+    def time_inputs(self, alpha: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the model's forward is told of alpha (R,), the share of the canvas that is clean."""
+        return {}
+
+    def open_canvas(
+        self, call: GenerationCall, input_ids, attention_mask, canvas_lengths: torch.Tensor | None = None
+    ) -> MaskedCanvas:
+        """Check prompts and put a canvas after each.
+
+        A prompt without mask tokens gets a canvas of as many tokens as the options leave it; `bos_token_id` is put
+        between the two if the prompt does not end with it. A prompt with mask tokens is a canvas itself, and nothing is
+        appended.
+
+        Args:
+            call: the call of `generate`.
+            input_ids: (B, P) prompts, padded on either side; None is one empty prompt.
+            attention_mask: (B, P), 1 for tokens; by default everything but `pad_token_id`.
+            canvas_lengths: (B,) length of each row's canvas, at most that; 0 appends nothing, so that only the mask
+                tokens of the prompt are filled.
+
+        Raises:
+            ValueError: for an id outside the vocabulary, a `[BOS]` inside a prompt, or a prompt that leaves no
+                position.
+        """
+        config = self.config
+        if input_ids is None:
+            input_ids = torch.tensor([[config.bos_token_id]], device=self.device)
+            # Some vocabularies have one id for everything special.
+            attention_mask = torch.ones_like(input_ids)
+        self.check_token_ids(input_ids)
+        mask = input_ids != config.pad_token_id if attention_mask is None else attention_mask.bool()
+        input_ids, mask = left_align_padding(input_ids, mask)
+        if canvas_lengths is None:
+            extended = ~((input_ids == config.mask_token_id) & mask).any(dim=-1)
+        else:
+            extended = canvas_lengths > 0
+        lacks_bos = extended & ~((input_ids[:, -1] == config.bos_token_id) & mask[:, -1])
+        if lacks_bos.any():
+            input_ids = torch.cat((input_ids, torch.full_like(input_ids[:, :1], config.bos_token_id)), dim=1)
+            input_ids, mask = left_align_padding(input_ids, torch.cat((mask, lacks_bos[:, None]), dim=1))
+            input_ids = input_ids.masked_fill(~mask, config.pad_token_id)
+        self._check_layout(input_ids, mask, extended)
+        lengths = self._canvas_lengths(call.config, mask.sum(dim=-1), extended)
+        if canvas_lengths is not None:
+            lengths = torch.minimum(lengths, canvas_lengths)
+        special = (config.mask_token_id, config.pad_token_id, config.eos_token_id)
+        return MaskedCanvas(input_ids, mask, lengths, *special, call.log)
+
+    def _check_layout(self, input_ids: torch.Tensor, mask: torch.Tensor, extended: torch.Tensor) -> None:
+        """Raise ValueError for a `[BOS]` in the middle of a prompt; at its start it may belong to a foreign layout."""
+        config, bos_id = self.config, self.config.bos_token_id
+        is_bos = (input_ids == bos_id) & mask & extended[:, None]
+        middle = is_bos[:, :-1] & (mask.cumsum(dim=-1) > 1)[:, :-1]
+        # Some vocabularies have one id for everything special.
+        if bos_id not in (config.eos_token_id, config.pad_token_id) and middle.any():
+            raise ValueError(
+                f"A prompt holds [BOS] (id {bos_id}) in its middle, but this model reads `prompt [BOS] canvas`: end "
+                "the prompt with it, or leave it out."
+            )
+
+    def _canvas_lengths(self, generation_config, prompt_lengths: torch.Tensor, extended: torch.Tensor) -> torch.Tensor:
+        longest, positions = int(prompt_lengths.max()), self.config.max_position_embeddings
+        if longest > positions:
+            raise ValueError(
+                f"The input has {longest} tokens and the model has {positions} positions: shorten it or train with a "
+                "larger max_position_embeddings."
+            )
+        lengths = torch.zeros_like(prompt_lengths)
+        if extended.any():
+            lengths[extended] = self.capacity_after(generation_config, prompt_lengths[extended])
+        return lengths
+
+    def predict(
+        self: Any, call: GenerationCall, canvas: MaskedCanvas, step: int, function, rows, wanted, num_wanted: int, alpha
+    ) -> Any:
+        """One forward pass over `rows` (R,), and what `function` makes in it of the logits at the `wanted` (R, L).
+
+        They come in reading order, `num_wanted` of them, after the options' `suppress_tokens` and the logits processor
+        (see `LogitsOnDemand.processed`).
+        """
+        ids, index = canvas.ids[rows], true_indices(wanted, num_wanted)
+
+        def head_function(hidden_states, head, suppressed_ids):
+            logits = LogitsOnDemand(hidden_states, head, suppressed_ids)
+            return function(logits.processed(call.config.suppress_tokens, call.logits_processor, ids, index, step))
+
+        mask = canvas.attention_mask[rows] if canvas.is_padded else None
+        inputs = {"attention_mask": mask, "logits_index": index, **self.time_inputs(alpha)}
+        return self(ids, head_function=head_function, **inputs).head_output
