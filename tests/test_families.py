@@ -6,7 +6,16 @@ from xlm_hf.families import families
 from xlm_hf.testing import CHECKS, FamilyCase
 
 
+@pytest.fixture(scope="module", params=families())
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def case(family):
+    return FamilyCase(family)
+
+
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
-@pytest.mark.parametrize("family", families())
-def test_family(family, check, tmp_path):
-    check(FamilyCase(family), tmp_path)
+def test_family(case, check, tmp_path):
+    check(case, tmp_path)

@@ -3,27 +3,42 @@
     import pytest
     from xlm_hf.testing import CHECKS, FamilyCase
 
-    @pytest.mark.parametrize("check", CHECKS)
-    def test_my_family(check, tmp_path):
-        check(FamilyCase("my_family"), tmp_path)
+    @pytest.fixture(scope="module")
+    def case():
+        return FamilyCase("my_family")
 
-A case is a tiny model of the family on a few star graphs, built from the family's own config group.
+    @pytest.mark.parametrize("check", CHECKS)
+    def test_my_family(case, check, tmp_path):
+        check(case, tmp_path)
+
+A case is a tiny model of the family on a few star graphs, built from the family's own config group, for each kind of
+task that the family has.
 """
 
+import atexit
+import functools
+import json
+import os
 import subprocess
 import sys
+import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+from hydra.utils import get_class
 from transformers import AutoModel, TrainerCallback
 
 from xlm_hf.building import build_collator, build_model, build_task, build_trainer, compose
+from xlm_hf.data.static_shapes import StaticShapes
 from xlm_hf.hub.export import export_model
 from xlm_hf.modules import devices
 from xlm_hf.modules.rotary_transformer import take
 from xlm_hf.objectives import head_operator
+from xlm_hf.objectives.collators import AXES, Collator
+from xlm_hf.tasks import Task
 from xlm_hf.training.checkpoints import last_sound_checkpoint
 
 _FEW = ["task.num_train=40", "task.num_validation=4", "task.num_test=8", "size=tiny"]
@@ -41,11 +56,36 @@ class FamilyCase:
     Args:
         family: name of the config group's entry, e.g. `family/<family>.yaml`.
         overrides: further Hydra overrides.
+
+    Attributes:
+        kinds: of task, that the family's collator has.
+        kind: the one that is trained on: "seq2seq" if the family has it.
     """
 
     def __init__(self, family: str, *overrides: str):
-        self.cfg = compose("config", [f"family={family}", "task=star_easy", *_FEW, *_SHORT, *overrides])
-        self.task = build_task(self.cfg.task)
+        few = [f"family={family}", "task=star_easy", *_FEW, *_SHORT]
+        self.cfg = compose("config", [*few, *overrides])
+        collator_class: Any = get_class(self.cfg.collator._target_)
+        self.kinds: tuple[str, ...] = collator_class.kinds
+        self.kind = "seq2seq" if "seq2seq" in self.kinds else self.kinds[0]
+        self.task = self._graphs = build_task(self.cfg.task)
+        if self.kind != "seq2seq":
+            # Its evaluation sets are those of another kind.
+            self.cfg = compose("config", [*few, "task.evaluation=[]", *overrides])
+            self.task = self._of_kind(self.task)
+
+    def _of_kind(self, task: Task) -> Task:
+        """The graphs as a task of the case's kind."""
+        splits = {name: split.map(lambda row: self._columns(row, self.kind)) for name, split in task.splits.items()}
+        return Task(task.name, self.kind, splits, task.tokenizer)
+
+    def _columns(self, row: dict[str, Any], kind: str) -> dict[str, Any]:
+        """What an example of a kind has beside `example_id`, made of a prompt and a target."""
+        prompt, target = list(row["prompt_ids"]), list(row["target_ids"])
+        if kind != "infill":
+            return {"prompt_ids": prompt, "target_ids": target, "input_ids": target}
+        blank = [self.task.tokenizer.mask_token_id if i % 3 else token for i, token in enumerate(target)]
+        return {"prompt_ids": prompt, "input_ids": prompt + blank, "target_ids": prompt + target}
 
     def model(self) -> Any:
         """A model in which everything matters: the initialisation is wide enough to tell inputs apart."""
@@ -66,14 +106,14 @@ class FamilyCase:
     def _new_model(self) -> Any:
         return build_model(self.cfg.model, self.task.tokenizer, self.cfg.generation, seed=self.cfg.seed)
 
-    def examples(self, num: int = 6) -> list[dict[str, Any]]:
-        """Training examples with prompts and targets of different lengths."""
-        rows = self.task.splits["train"].select(range(num))
+    def examples(self, num: int = 6, kind: str = "seq2seq") -> list[dict[str, Any]]:
+        """Training examples of a kind, of different lengths; those of "seq2seq" serve "lm" as well."""
+        rows = self._graphs.splits["train"].select(range(num))
         cut = [
             {**row, "prompt_ids": row["prompt_ids"][: 26 - 3 * i], "target_ids": row["target_ids"][: 8 - i]}
             for i, row in enumerate(rows)
         ]
-        return [{**row, "input_ids": row["target_ids"], "epoch": 0, "position": i} for i, row in enumerate(cut)]
+        return [{**row, **self._columns(row, kind), "epoch": 0, "position": i} for i, row in enumerate(cut)]
 
     def collator(self, kind: str, model: Any, **options: Any) -> Any:
         """The family's collator of a kind."""
@@ -81,42 +121,54 @@ class FamilyCase:
         return build_collator(self.cfg.collator, kind, self.task.tokenizer, max_length, self.cfg.seed, **options)
 
 
-def _written(model: Any, batch: dict[str, torch.Tensor], seeds: list[int], **options) -> list[list[int]]:
+def _written(model: Any, kind: str, batch: dict[str, torch.Tensor], seeds: list[int], **options) -> list[list[int]]:
+    """What each row holds after its prompt, without padding; in infilling the whole row."""
     inputs = {name: tensor for name, tensor in batch.items() if name != "example_id"}
     output = model.generate(**inputs, seed=torch.tensor(seeds), max_new_tokens=8, **options)
-    pad = model.config.pad_token_id
-    return [[t for t in row if t != pad] for row in output.sequences[:, batch["input_ids"].shape[1] :].tolist()]
+    start, pad = 0 if kind == "infill" else batch["input_ids"].shape[1], model.config.pad_token_id
+    return [[t for t in row if t != pad] for row in output.sequences[:, start:].tolist()]
 
 
 def check_batch_composition(case: FamilyCase, tmp_path: Path) -> None:
     """The loss of a batch is the sum of its examples' losses, each padded to its own length; so are the counts."""
     model, loss = case.model(), case.trainer(tmp_path).loss
-    for kind in ("lm", "seq2seq"):
-        collator = case.collator(kind, model)
-        whole = loss(model, collator(case.examples()))
-        parts = [loss(model, collator([example])) for example in case.examples()]
+    for kind in case.kinds:
+        collator, examples = case.collator(kind, model), case.examples(kind=kind)
+        whole = loss(model, collator(examples))
+        parts = [loss(model, collator([example])) for example in examples]
         torch.testing.assert_close(whole.loss_sum, sum(part.loss_sum for part in parts), rtol=1e-4, atol=1e-4)
         assert int(whole.num_items) == sum(int(part.num_items) for part in parts)
-        assert int(whole.num_items) == int(loss.num_items(collator(case.examples())))
+        assert int(whole.num_items) == int(loss.num_items(collator(examples)))
 
 
 def check_generation(case: FamilyCase, tmp_path: Path) -> None:
     """A row decodes alike alone, in a batch and with padding on either side; the prompt stays; so with no prompt."""
     model = case.model()
-    for kind in ("lm_prediction", "seq2seq_prediction"):
-        collator, seeds = case.collator(kind, model), [5, 1, 4, 2, 3, 9]
-        batch = collator(case.examples())
-        together = _written(model, batch, seeds)
+    for kind in case.kinds:
+        collator, examples = case.collator(f"{kind}_prediction", model), case.examples(kind=kind)
+        batch, seeds = collator(examples), [5, 1, 4, 2, 3, 9]
+        together = _written(model, kind, batch, seeds)
         prompt, inputs = batch["input_ids"], {name: batch[name] for name in batch if name != "example_id"}
         output = model.generate(**inputs, seed=torch.tensor(seeds), max_new_tokens=8)
-        assert torch.equal(output.sequences[:, : prompt.shape[1]], prompt)
+        if kind == "infill":
+            for example, row in zip(examples, together, strict=True):
+                assert _is_part([t for t in example["input_ids"] if t != model.config.mask_token_id], row)
+        else:
+            assert torch.equal(output.sequences[:, : prompt.shape[1]], prompt)
         assert output.nfe.shape == (len(prompt),)
         assert set(output.finish_reason) <= {"stop", "length"}
         order = batch["attention_mask"].logical_not().long().argsort(dim=-1, stable=True)
         right = {name: batch[name].gather(-1, order) for name in ("input_ids", "attention_mask")}
-        assert _written(model, {**batch, **right}, seeds) == together
-        for number, example in enumerate(case.examples()):
-            assert _written(model, collator([example]), seeds[number : number + 1]) == together[number : number + 1]
+        assert _written(model, kind, {**batch, **right}, seeds) == together
+        for number, example in enumerate(examples):
+            alone = _written(model, kind, collator([example]), seeds[number : number + 1])
+            assert alone == together[number : number + 1]
+
+
+def _is_part(ids: list[int], row: list[int]) -> bool:
+    """Whether `ids` stand in `row` in their order."""
+    rest = iter(row)
+    return all(token in rest for token in ids)
 
 
 def loss_and_gradients(model: Any, loss: Any, batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
@@ -139,19 +191,51 @@ def assert_close(values: list[torch.Tensor], expected: list[torch.Tensor]) -> No
 def check_packing(case: FamilyCase, tmp_path: Path) -> None:
     """Examples that share a row have the loss, the metrics and the gradients that they have in rows of their own."""
     loss = case.trainer(tmp_path).loss
-    for attention, kind in (("eager", "lm"), ("sdpa", "seq2seq")):
-        model = case.model()
-        model.set_attn_implementation(attention)
-        batches = [case.collator(kind, model, packing=packing)(case.examples()) for packing in (True, False)]
+    for number, kind in enumerate(case.kinds):
+        model, examples = case.model(), case.examples(kind=kind)
+        model.set_attn_implementation("sdpa" if number else "eager")
+        batches = [case.collator(kind, model, packing=packing)(examples) for packing in (True, False)]
         assert len(batches[0]["input_ids"]) < len(batches[1]["input_ids"])
         assert_close(*(loss_and_gradients(model, loss, batch) for batch in batches))
+
+
+def check_batch_entries(case: FamilyCase, tmp_path: Path) -> None:
+    """Batches hold what the collator declares; padded to one shape they have the same loss, metrics and gradients."""
+    model, loss = case.model(), case.trainer(tmp_path).loss
+    for kind in case.kinds:
+        for packing in (False, True):
+            collator, examples = case.collator(kind, model, packing=packing), case.examples(kind=kind)
+            batch = collator(examples)
+            check_entries(collator, batch, len(examples))
+            static = StaticShapes(collator, batch["input_ids"].shape[1] + 16)
+            padded = static(examples)
+            assert_close(loss_and_gradients(model, loss, padded), loss_and_gradients(model, loss, batch))
+            if not packing:
+                other = static([{**example, "epoch": 1} for example in examples[1:] + examples[1:2]])
+                assert {name: x.shape for name, x in other.items()} == {name: x.shape for name, x in padded.items()}
+
+
+def check_entries(collator: Collator, batch: dict[str, torch.Tensor], num_examples: int) -> None:
+    """Assert that a batch of examples of one document each has the shapes and indices that its collator declares."""
+    (B, L), several = batch["input_ids"].shape, "segment_ids" in batch
+    sizes: dict[str, Any] = {"position": (B, L), "row": (B, L) if several else (B,)}
+    sizes |= {"document": (num_examples,), "example": (num_examples,)}
+    for name, tensor in batch.items():
+        of = collator.entries[name].of
+        if of not in AXES:
+            sizes.setdefault(of, tensor.shape[:1])
+        assert tensor.shape[: len(sizes[of])] == sizes[of], f"{name} is of every {of} and has shape {tensor.shape}"
+    for name, tensor in batch.items():
+        if (target := collator.entries[name].index_of) is not None:
+            end = torch.Size(sizes[target]).numel()
+            assert ((tensor >= 0) & (tensor < end)).all(), f"{name} has an index that is no {target}"
 
 
 def check_full_rows(case: FamilyCase, tmp_path: Path) -> None:
     """Rows without padding, packed or not, need no mask: the same loss, metrics and gradients as with one of ones."""
     model, loss = case.model(), case.trainer(tmp_path).loss
-    for examples, packing in ((case.examples(1) * 3, False), (case.examples(3), True)):
-        batch = case.collator("seq2seq", model, packing=packing)(examples)
+    for examples, packing in ((case.examples(1, case.kind) * 3, False), (case.examples(3, case.kind), True)):
+        batch = case.collator(case.kind, model, packing=packing)(examples)
         assert batch["attention_mask"].all()
         # As on an accelerator, where a mask is used as it is.
         with mock.patch.object(devices, "_HOST", ()):
@@ -167,7 +251,7 @@ def check_ways_to_compute(case: FamilyCase, tmp_path: Path) -> None:
     compiled graph, and with activations that are computed anew in the backward pass.
     """
     model, loss = case.model(), case.trainer(tmp_path).loss
-    batch = case.collator("seq2seq", model)(case.examples())
+    batch = case.collator(case.kind, model)(case.examples(kind=case.kind))
     expected = loss_and_gradients(model, loss, batch)
     model.set_attn_implementation("eager")
     assert_close(loss_and_gradients(model, loss, batch), expected)
@@ -198,8 +282,8 @@ def check_saving_and_loading(case: FamilyCase, tmp_path: Path) -> None:
     assert type(loaded) is type(model)
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
-    batch = case.collator("seq2seq_prediction", model)(case.examples(3))
-    assert _written(loaded, batch, [1, 2, 3]) == _written(model, batch, [1, 2, 3])
+    batch = case.collator(f"{case.kind}_prediction", model)(case.examples(3, case.kind))
+    assert _written(loaded, case.kind, batch, [1, 2, 3]) == _written(model, case.kind, batch, [1, 2, 3])
 
 
 class _Interrupt(TrainerCallback):
@@ -225,35 +309,55 @@ def check_training_and_resume(case: FamilyCase, tmp_path: Path) -> None:
 
 
 _REMOTE = """
-import sys, torch
+import json, sys, torch, traceback
 class Blocked:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] == "xlm_hf":
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Blocked())
 from transformers import AutoModel
-model, info = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True, output_loading_info=True)
-assert not any(info.values()), info
-batch = torch.load(sys.argv[2], weights_only=True)
-print(model.generate(**batch, seed=torch.tensor([1, 2, 3]), max_new_tokens=8).sequences.tolist())
+for line in sys.stdin:
+    folder, file = json.loads(line)
+    try:
+        model, info = AutoModel.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
+        assert not any(info.values()), info
+        batch = torch.load(file, weights_only=True)
+        output = model.generate(**batch, seed=torch.tensor([1, 2, 3]), max_new_tokens=8)
+        answer = output.sequences.tolist()
+    except Exception:
+        answer = traceback.format_exc()
+    print("answer " + json.dumps(answer), flush=True)
 """
+
+
+@functools.cache
+def _elsewhere() -> subprocess.Popen[str]:
+    """A process in which this package cannot be imported; one for all families, since to import torch takes seconds."""
+    command = [sys.executable, "-I", "-c", _REMOTE]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=tempfile.gettempdir())
+    atexit.register(process.communicate)
+    return process
 
 
 def check_remote_code(case: FamilyCase, tmp_path: Path) -> None:
     """The exported folder decodes the same where this package cannot be imported."""
     model = case.model()
     export_model(model, case.task.tokenizer, tmp_path / "model")
-    batch = case.collator("seq2seq_prediction", model)(case.examples(3))
+    batch = case.collator(f"{case.kind}_prediction", model)(case.examples(3, case.kind))
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     torch.save(inputs, tmp_path / "batch.pt")
     expected = model.generate(**inputs, seed=torch.tensor([1, 2, 3]), max_new_tokens=8).sequences.tolist()
-    command = [sys.executable, "-I", "-c", _REMOTE, str(tmp_path / "model"), str(tmp_path / "batch.pt")]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path).stdout
-    assert printed.strip().splitlines()[-1] == str(expected)
+    process: Any = _elsewhere()
+    process.stdin.write(json.dumps([str(tmp_path / "model"), str(tmp_path / "batch.pt")]) + "\n")
+    process.stdin.flush()
+    answer = next(line for line in process.stdout if line.startswith("answer "))
+    assert json.loads(answer.removeprefix("answer ")) == expected, answer
 
 
 CHECKS = [
     check_batch_composition,
+    check_batch_entries,
     check_generation,
     check_packing,
     check_full_rows,
@@ -262,3 +366,34 @@ CHECKS = [
     check_training_and_resume,
     check_remote_code,
 ]
+
+
+def _cpu_seconds() -> float:
+    """CPU seconds of this process and of those that it has waited for."""
+    return sum(os.times()[:4])
+
+
+# The hooks below print what the tests of a family cost: import them in a `conftest.py`.
+def pytest_runtest_setup(item: Any) -> None:
+    """Remember when a test begins."""
+    item.cpu_start = _cpu_seconds()
+
+
+def pytest_runtest_teardown(item: Any) -> None:
+    """Report the CPU seconds of a test that has a parameter or a fixture parameter `family`."""
+    family = getattr(getattr(item, "callspec", None), "params", {}).get("family")
+    if family is not None:
+        item.user_properties.append(("cpu_seconds", (str(family), _cpu_seconds() - item.cpu_start)))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print the CPU seconds of each family's tests."""
+    total: Counter[str] = Counter()
+    for report in terminalreporter.stats.get("", []):
+        if report.when == "teardown":
+            for name, value in report.user_properties:
+                if name == "cpu_seconds":
+                    total[value[0]] += value[1]
+    if total:
+        costs = ", ".join(f"{family} {seconds:.1f}" for family, seconds in sorted(total.items()))
+        terminalreporter.write_line(f"CPU seconds of each family's tests: {costs}")

@@ -165,41 +165,39 @@ def test_a_document_is_corrupted_by_its_example_and_number_alone(family):
     assert alone["segment_ids"][0].tolist() == among["segment_ids"][0, :width].tolist()
 
 
-def moved_to(batch: dict[str, torch.Tensor], row: torch.Tensor, place: torch.Tensor) -> dict[str, torch.Tensor]:
-    """A batch with its tokens, in their order, moved to other rows and places; flat places (`..._index`) move along."""
+def moved_to(collator, batch, row: torch.Tensor, position: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A batch with its tokens, in their order, moved to other rows and positions, and what points to them with them."""
     real = batch["attention_mask"]
     shape = (int(row.max()) + 1, real.shape[1])
     moved = {name: tensor for name, tensor in batch.items() if name not in ("segment_ids", "position_ids")}
     for name, tensor in moved.items():
-        if name.endswith("_index"):
+        if collator.entries[name].index_of == "position":
             index = torch.zeros(real.numel(), dtype=torch.int64)
-            index[real.flatten()] = row * shape[1] + place
+            index[real.flatten()] = row * shape[1] + position
             moved[name] = index[tensor]
         elif tensor.shape == real.shape:
             moved[name] = torch.zeros(shape, dtype=tensor.dtype)
-            moved[name][row, place] = tensor[real]
+            moved[name][row, position] = tensor[real]
     return moved
 
 
-def separated(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def separated(collator, batch) -> dict[str, torch.Tensor]:
     """A packed batch with every document in a row of its own."""
     real = batch["attention_mask"]
     documents = torch.arange(len(real))[:, None] * real.shape[1] + batch["segment_ids"]
     row = documents[real].unique(return_inverse=True)[1]
-    moved = moved_to(batch, row, batch["position_ids"][real])
-    # What a packed batch says of each token, such as its document's time, a batch of separate rows says of each row.
-    return {
-        name: tensor[:, 0] if tensor.is_floating_point() and tensor.dim() == 2 else tensor
-        for name, tensor in moved.items()
-    }
+    moved = moved_to(collator, batch, row, batch["position_ids"][real])
+    # What a packed batch says of each token of a document, such as its time, a batch of separate rows says of each row.
+    return {name: tensor[:, 0] if collator.entries[name].of == "row" else tensor for name, tensor in moved.items()}
 
 
 def check_documents_of_a_row(case, loss):
     """Documents that come in one row have the loss, metrics and gradients that they have in rows of their own."""
     model = case.model()
     rows = [{**e, "segment_ids": [min(i // 3, 1) for i in range(len(e["input_ids"]))]} for e in case.examples()]
-    batch = case.collator("lm", model, packing=True)([*rows, *case.examples()])
-    apart = separated(batch)
+    collator = case.collator("lm", model, packing=True)
+    batch = collator([*rows, *case.examples()])
+    apart = separated(collator, batch)
     assert len(apart["input_ids"]) > 2 * len(rows) > len(batch["input_ids"])
     assert_close(loss_and_gradients(model, loss, batch), loss_and_gradients(model, loss, apart))
 
@@ -215,9 +213,10 @@ def test_documents_of_a_row_do_not_see_each_other(family, tmp_path):
 def test_padding_on_the_left_changes_nothing(family, tmp_path):
     case = FamilyCase(family, "++model.conv_kernel_size=3", "++model.learned_positions=true")
     model, loss = case.model(), case.trainer(tmp_path).loss
-    batch = case.collator("seq2seq", model)(case.examples())
-    row, place = batch["attention_mask"].nonzero(as_tuple=True)
-    left = moved_to(batch, row, place + (~batch["attention_mask"]).sum(dim=-1)[row])
+    collator = case.collator(case.kind, model)
+    batch = collator(case.examples(kind=case.kind))
+    row, position = batch["attention_mask"].nonzero(as_tuple=True)
+    left = moved_to(collator, batch, row, position + (~batch["attention_mask"]).sum(dim=-1)[row])
     assert not left["attention_mask"][:, 0].all()
     assert_close(loss_and_gradients(model, loss, left), loss_and_gradients(model, loss, batch))
 
