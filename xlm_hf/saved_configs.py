@@ -8,7 +8,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 # Options by what they were called; a pattern that the beginning of a full name matches.
 _OPTIONS: dict[str, str] = {r"collators\.\w+\.": "collator."}
 # Values by option and old value, and the options of the same node that say the same today.
-_VALUES: dict[tuple[str, str], dict[str, dict[str, str]]] = {}
+_VALUES: dict[tuple[str, str], dict[str, dict[str, str]]] = {
+    ("generation", "sampler"): {"rule": {"sampler": "confidence"}, "remask": {"sampler": "remdm"}}
+}
 # Modules that `_target_` names.
 _MODULES = {"xlm_hf.sweeps.": "xlm_hf.reports.sweeps."}
 
