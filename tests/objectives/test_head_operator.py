@@ -122,6 +122,10 @@ def test_many_rows_go_in_chunks_and_groups_stay_whole_or_are_passed_twice(groupe
         linear_cross_entropy(hidden, head, SUPPRESSED, ids, **options)
         assert sizes == ([3, 3, 2] * (1 + grouped) if not grouped or way == "accelerator" else [2, 5, 1])
         sizes.clear()
+        with chunks_of(8):
+            linear_cross_entropy(hidden, head, SUPPRESSED, ids, **options)
+        assert sum(sizes) == 8
+        sizes.clear()
         linear_cross_entropy(hidden, nn.Sequential(head), SUPPRESSED, ids, **options)
         monkeypatch.setattr(head.weight, "ds_id", 0, raising=False)
         linear_cross_entropy(hidden, head, SUPPRESSED, ids, **options)
@@ -164,6 +168,14 @@ def test_a_frozen_head_gets_no_gradient_and_neither_does_an_evaluation(grouped):
     torch.testing.assert_close(torch.autograd.grad(frozen.loss_sum, hidden)[0], expected)
     assert not evaluated.loss_sum.requires_grad
     torch.testing.assert_close(evaluated.loss_sum, frozen.loss_sum.detach())
+
+
+def test_a_second_backward_pass_is_refused():
+    hidden, head, ids, options = problem(grouped=False)
+    loss_sum = linear_cross_entropy(hidden, head, SUPPRESSED, ids, **options).loss_sum
+    loss_sum.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss_sum.backward()
 
 
 def test_the_host_reads_groups_only_where_it_need_not_wait(way, monkeypatch):

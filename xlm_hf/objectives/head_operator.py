@@ -153,7 +153,7 @@ def _chunked_head(
         return suppress_((hidden[rows] @ matrix.T).to(dtype), suppressed_ids)
 
     log_normalisers = None
-    if groups is not None and not is_synchronous(hidden.device):
+    if groups is not None and len(chunks) > 1 and not is_synchronous(hidden.device):
         of_rows = torch.cat([logits_of(rows).logsumexp(dim=-1) for rows in chunks])
         log_normalisers = group_logsumexp(of_rows, groups)
     for rows in chunks:
@@ -202,7 +202,8 @@ def _save_gradients(ctx, inputs, output) -> None:
 
 
 def _scale_gradients(ctx, by_sum, *_):
-    grads = [by_sum.to(x.dtype) * x if w else None for x, w in zip(ctx.saved_tensors, ctx.wanted, strict=True)]
+    # In place, since that of the head is as large as the head; autograd refuses a second pass through the same graph.
+    grads = [x.mul_(by_sum.to(x.dtype)) if w else None for x, w in zip(ctx.saved_tensors, ctx.wanted, strict=True)]
     return *grads, ctx.of_suppressed, None, [None] * ctx.num_tensors, None, None
 
 
