@@ -133,10 +133,13 @@ def test_generate_shows_the_decode_live_in_a_terminal_and_leaves_a_page_and_a_fi
     decodes = records(tmp_path / "out" / "predictions" / "generate.jsonl")
     assert shown.count(b"\033[J") >= max(len(decode["prediction_ids"]) for decode in decodes) - 1
     page = (tmp_path / "out" / "decodes.html").read_text()
-    rows = json.loads(re.search(r'id="rows">(.*?)</script>', page)[1])["rows"]
-    for decode, frames in zip(decodes, rows, strict=True):
-        assert len(frames) == 1 + len(decode["prediction_ids"])
-        assert " ".join(text for text, event, _ in frames[-1] if event != "prompt") == decode["prediction"]
+    rows = json.loads(re.search(r'id="data">(.*?)</script>', page)[1])["rows"]
+    for decode, (start, steps) in zip(decodes, rows, strict=True):
+        words = []
+        for (position, word, event), *others in filter(None, steps):
+            assert (event, others) == ("insert", [])
+            words.insert(position - len(start), word)
+        assert " ".join(words) == decode["prediction"]
     assert (tmp_path / "out" / "decode.gif").stat().st_size > 0
 
 

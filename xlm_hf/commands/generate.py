@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import is_vision_available
+from transformers.utils import is_matplotlib_available, is_vision_available
 
 from xlm_hf.building import build_collator, build_task, load_tokenizer
 from xlm_hf.commands._run import model_of_checkpoint, next_command, run_directory, say, write_results
@@ -15,7 +15,7 @@ from xlm_hf.evaluation import check_blanks, decode_records
 from xlm_hf.files import write_text
 from xlm_hf.modules.counter_random import random_bits
 from xlm_hf.reports.decode_page import history_html, save_gif
-from xlm_hf.reports.streamers import BatchDiffusionStreamer, DraftRecorder
+from xlm_hf.reports.streamers import MARKS, MASK, BatchDiffusionStreamer, Decode, DraftRecorder, Token
 
 
 def run(cfg: DictConfig) -> list[dict[str, Any]]:
@@ -25,7 +25,7 @@ def run(cfg: DictConfig) -> list[dict[str, Any]]:
     decoded; of one without, samples are written from nothing.
 
     In a terminal the decode is shown while it goes on. `decodes.html` in the run's folder plays it back, and so does
-    `decode.gif`, of the first row, where Pillow is installed.
+    `decode.gif`, of the first row, where Pillow and matplotlib are installed.
 
     Returns:
         one record per decode, as written to `predictions/generate.jsonl`: see `xlm_hf.evaluation.decode_records`.
@@ -38,44 +38,49 @@ def run(cfg: DictConfig) -> list[dict[str, Any]]:
     output_dir = run_directory(cfg)
     make_streamer = BatchDiffusionStreamer if sys.stdout.isatty() else DraftRecorder
     records: list[dict[str, Any]] = []
-    frames = []
+    decodes: list[Decode] = []
     batch_size = cfg.trainer.per_device_eval_batch_size
     for start in range(0, len(examples), batch_size):
         batch = collator(examples[start : start + batch_size])
         seeds = random_bits(cfg.seed, batch.pop("example_id"))
         streamer = make_streamer(tokenizer)
         output = model.generate(**batch, seed=seeds, return_history=True, streamer=streamer)
-        frames += [streamer.frames(row) for row in range(len(seeds))]
+        decodes += streamer.decodes
         records += decode_records(output, batch, examples[start : start + batch_size], kind, tokenizer)
-        for record in records[start:]:
-            say(render(record, tokenizer) + "\n")
+        for record, decode in zip(records[start:], streamer.decodes, strict=True):
+            say(render(record, decode, tokenizer.pad_token) + "\n")
     write_results(output_dir, {"samples": len(records)}, {"generate": records})
-    write_text(output_dir / "decodes.html", history_html(frames, streamer.separator, cfg.experiment))
-    if is_vision_available():
-        save_gif(frames[0], output_dir / "decode.gif", streamer.separator)
+    write_text(output_dir / "decodes.html", history_html(decodes, streamer.separator, cfg.experiment))
+    if is_vision_available() and is_matplotlib_available():
+        save_gif(decodes[0], output_dir / "decode.gif", streamer.separator)
     say(f"Decodes: {output_dir}/predictions/generate.jsonl; step by step: {output_dir}/decodes.html")
     say(f"Next: {next_command('job=evaluate', f'checkpoint={cfg.checkpoint}')}")
     return records
 
 
-def render(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
-    """A decode as text: the prompt, then the sequence after every step, the tokens just written in brackets."""
-    words = [str(tokenizer.decode([token])) for token in record["prediction_ids"]]
-    steps = record["steps"]
-    # Where something was given, what is not written yet shows as a gap.
-    gap = ["_"] if -1 in steps else []
+def render(record: dict[str, Any], decode: Decode, pad_token: str) -> str:
+    """A decode as text: the prompt, then what was written after every step, with what the step did in brackets.
+
+    [word] was a mask, [+word] was inserted, [-word] deleted, [~word] put in place of another, and [_] masked again.
+    """
     lines = [f"prompt      {record['prompt']}"]
-    for step in sorted(set(steps) - {-1}):
-        shown = [
-            text
-            for word, at in zip(words, steps, strict=True)
-            for text in ([f"[{word}]"] if at == step else [word] if at < step else gap)
-        ]
-        lines.append(f"step {step + 1:<6} {' '.join(shown)}")
+    for step, frame in enumerate(decode.frames()):
+        shown = [token for token in frame if token.text != pad_token]
+        if any(token.event in MARKS for token in shown):
+            words = [_word(token, is_infill=-1 in record["steps"]) for token in shown]
+            lines.append(f"step {step:<6} {' '.join(filter(None, words))}")
     lines.append(f"prediction  {record['prediction']}   ({record['finish_reason']}, {record['nfe']} forward passes)")
     if record["reference"]:
         lines.append(f"reference   {record['reference']}")
     return "\n".join(lines)
+
+
+def _word(token: Token, is_infill: bool) -> str:
+    text = "_" if token.text == MASK else token.text
+    if token.event in MARKS:
+        return f"[{MARKS[token.event]}{text}]"
+    # Where something was given, it shows, and so does what is not written yet, as a gap.
+    return text if is_infill or not (token.event or text == "_") else ""
 
 
 def _examples_from_task(cfg: DictConfig) -> tuple[list[dict[str, Any]], str]:

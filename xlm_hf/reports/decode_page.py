@@ -1,55 +1,70 @@
-"""A decode as a self-contained page and as a film, with insertions, unmaskings and remaskings told apart."""
+"""A decode as a self-contained page and as a film: five kinds of edits, told apart by mark, shape and colour."""
 
 import html
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import astuple
 from importlib import resources
 from pathlib import Path
 
 from xlm_hf.files import INCOMPLETE_SUFFIX
-from xlm_hf.reports.streamers import Place
+from xlm_hf.reports.streamers import MARKS, Decode, Token
 
-Frames = Sequence[Sequence[Place]]
-
-_COLOURS = {
-    "": "#1f2328",
-    "prompt": "#8c959f",
-    "inserted": "#1a7f37",
-    "unmasked": "#0969da",
-    "remasked": "#cf222e",
-    "replaced": "#8250df",
+# Background and text of a token that a step changed. The backgrounds differ in lightness and in blueness, which
+# red-green blindness leaves. Each text has a contrast of at least 4.5 on its background: one palette for both themes.
+COLOURS = {
+    "insert": ("#f0e442", "#000000"),
+    "delete": ("#57606a", "#ffffff"),
+    "substitute": ("#d55e00", "#000000"),
+    "unmask": ("#0072b2", "#ffffff"),
+    "remask": ("#9bd4f5", "#000000"),
 }
-_FONT_SIZE, _WIDTH, _MARGIN = 20, 960, 24
+_TEXT, _DIM = "#1f2328", "#59636e"
+_FONT_SIZE, _WIDTH, _MARGIN, _PADDING = 20, 960, 24, 4
 _MOST_FRAMES = 200
 
 
-def history_html(rows: Sequence[Frames], separator: str = " ", title: str = "Decode history") -> str:
-    """A page that needs nothing else: the rows side by side, a slider over the steps, and a button that plays them.
+def history_html(rows: Sequence[Decode], separator: str = " ", title: str = "Decode history") -> str:
+    """A page that needs nothing else: the rows below each other, a slider over the steps, a button that plays them.
+
+    The page holds the starts and the log, and makes the frames itself as `Decode.frames` does.
 
     Args:
-        rows: of each row its frames, as `DraftRecorder.frames` gives them.
+        rows: the decodes, as `DraftRecorder` keeps them.
         separator: between the texts of two tokens.
         title: of the page.
     """
-    data = {"separator": separator, "rows": [[[astuple(place) for place in frame] for frame in row] for row in rows]}
-    # Within a script element only "</" could end it early.
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/")
+    starts = [[astuple(token) for token in row.start] for row in rows]
+    steps = [[[(position, *astuple(token)) for position, token in edits] for edits in row.steps] for row in rows]
+    data = {"separator": separator, "marks": MARKS, "rows": list(zip(starts, steps, strict=True))}
+    parts = {
+        "TITLE": html.escape(title),
+        "COLOURS": "\n".join(
+            f"  .{kind} {{ background: {back}; color: {text}; }}" for kind, (back, text) in COLOURS.items()
+        ),
+        # Without "<" nothing ends the script element, and no comment begins in it.
+        "DATA": json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"),
+    }
     page = (resources.files("xlm_hf.reports") / "decode_page.html").read_text(encoding="utf-8")
-    return page.replace("TITLE", html.escape(title)).replace("ROWS", text)
+    # In one pass: a title may be called DATA.
+    return re.sub("|".join(parts), lambda match: parts[match[0]], page)
 
 
-def save_gif(frames: Frames, file: Path, separator: str = " ", seconds: float = 8.0) -> None:
-    """Draw the frames of one row as an animated GIF that lasts `seconds` and rests on its last frame.
+def save_gif(decode: Decode, file: Path, separator: str = " ", seconds: float = 8.0) -> None:
+    """Draw a decode as an animated GIF that lasts `seconds` and rests on its last frame.
 
     Of more than 200 frames an evenly spaced choice is drawn.
 
     Raises:
-        ImportError: if Pillow is not installed.
+        ImportError: if Pillow or matplotlib, whose font it takes, is not installed.
     """
+    from matplotlib import get_data_path
     from PIL import Image, ImageDraw, ImageFont
 
-    font = ImageFont.load_default(_FONT_SIZE)
+    # Pillow's own font holds little more than ASCII.
+    font = ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf", _FONT_SIZE)
+    frames = decode.frames()
     step = max(1, len(frames) / _MOST_FRAMES)
     chosen = [frames[min(int(i * step), len(frames) - 1)] for i in range(min(len(frames), _MOST_FRAMES) - 1)]
     layouts = [_layout(frame, font, separator) for frame in [*chosen, frames[-1]]]
@@ -58,13 +73,15 @@ def save_gif(frames: Frames, file: Path, separator: str = " ", seconds: float = 
     for layout in layouts:
         image = Image.new("RGB", (_WIDTH, height), "white")
         draw = ImageDraw.Draw(image)
-        for x, y, text, place in layout:
-            colour = _COLOURS[place.event]
-            if place.event not in ("", "prompt"):
-                box = draw.textbbox((x, y), text, font=font)
-                draw.rounded_rectangle((box[0] - 3, y - 2, box[2] + 3, y + _FONT_SIZE + 5), 4, fill=colour)
-                colour = "white"
+        for x, y, text, event in layout:
+            right = x + font.getlength(text)
+            background, colour = COLOURS.get(event, (None, _DIM if event == "prompt" else _TEXT))
+            if background:
+                draw.rounded_rectangle((x - _PADDING, y - 2, right + _PADDING, y + _FONT_SIZE + 5), 4, background, _DIM)
             draw.text((x, y), text, fill=colour, font=font)
+            if event == "delete":
+                left, middle = x + font.getlength(MARKS[event]) + 2, y + 0.6 * _FONT_SIZE
+                draw.line((left, middle, right, middle), colour, 2)
         images.append(image)
     durations = [max(30, round(1000 * seconds / len(images)))] * (len(images) - 1) + [2500]
     staging = file.with_name(file.name + INCOMPLETE_SUFFIX)
@@ -72,15 +89,15 @@ def save_gif(frames: Frames, file: Path, separator: str = " ", seconds: float = 
     staging.replace(file)
 
 
-def _layout(frame: Sequence[Place], font, separator: str) -> list[tuple[float, float, str, Place]]:
-    """Where each token is drawn: (x, y, text, place), wrapped at the width of the film."""
+def _layout(frame: Sequence[Token], font, separator: str) -> list[tuple[float, float, str, str]]:
+    """Where each token is drawn: (x, y, text, event), wrapped at the width of the film."""
     x, y, drawn = float(_MARGIN), float(_MARGIN), []
     gap = font.getlength(separator) if separator else 0.0
-    for place in frame:
-        text = "_" if place.is_mask else place.text
-        width = font.getlength(text)
-        if x + width > _WIDTH - _MARGIN:
+    for token in frame:
+        text = MARKS.get(token.event, "") + token.text
+        width, padding = font.getlength(text), _PADDING if token.event in COLOURS else 0
+        if x + width + 2 * padding > _WIDTH - _MARGIN:
             x, y = float(_MARGIN), y + 1.6 * _FONT_SIZE
-        drawn.append((x, y, text, place))
-        x += width + gap + (6 if separator else 0)
+        drawn.append((x + padding, y, text, token.event))
+        x += width + 2 * padding + gap
     return drawn

@@ -1,7 +1,9 @@
 """Watching a batch being decoded: live in a terminal, or recorded for a page or a film.
 
-Both follow the protocol of transformers' `TextDiffusionStreamer`: `put` the prompts, `put_draft` what stands after them
-after every step, `put` the result, `end`. A model that writes from left to right puts one token a row instead.
+Both read the log of edits that `generate` keeps (`xlm_hf.modules.edits`). They follow the protocol of transformers'
+`TextDiffusionStreamer`: `put` the prompts, `put_draft` after every step, `put` the result, `end`. A streamer with
+`takes_edits` also gets a draft before the first step, and with every later one the events of the step. A model that
+writes from left to right puts one token a row instead.
 """
 
 import itertools
@@ -9,124 +11,158 @@ import shutil
 import sys
 import time
 from dataclasses import dataclass
-from difflib import SequenceMatcher
-from typing import Literal, TextIO
+from typing import TextIO
 
 import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-Event = Literal["", "prompt", "inserted", "unmasked", "remasked", "replaced"]
+from xlm_hf.modules.edits import EDIT_KINDS
+
+# Stands before the text of a token that a step changed. What it unmasked needs none: nothing else stood as a mask.
+MARKS = {"insert": "+", "delete": "-", "substitute": "~", "unmask": "", "remask": ""}
+MASK = "░"
+# Neither may move the cursor of a terminal.
+_VISIBLE = {**dict.fromkeys([*range(32), *range(127, 160)], "\ufffd"), ord("\n"): "↵", ord("\t"): "⇥"}
 
 
 @dataclass(frozen=True)
-class Place:
-    """One place of a sequence after a step.
+class Token:
+    """One token of a sequence after a step.
 
     Attributes:
-        text: the token, decoded by itself.
-        event: what the step did here: "inserted" (the sequence grew), "unmasked", "remasked", "replaced", or "" for
-            nothing; what belongs to the prompt is "prompt" in every step.
-        is_mask: whether nothing is written here yet.
+        text: the token, decoded by itself; `MASK` where nothing is written yet.
+        event: what the step did here, one of `EDIT_KINDS`; "" for nothing. What belongs to the prompt is "prompt" in
+            every step. What a step deleted is still there after it, as "delete", and gone after the next one.
     """
 
     text: str
-    event: Event
-    is_mask: bool
+    event: str = ""
+
+
+# A position of the sequence, deleted tokens not counted, and the token that an event leaves there.
+Edit = tuple[int, Token]
+Event = tuple[str, int, int]  # the same as ids: kind, position, token
+
+
+@dataclass(frozen=True)
+class Decode:
+    """How a row was decoded.
+
+    Attributes:
+        start: the sequence before the first step, prompt included.
+        steps: the events of every step of the batch, in the order of the log; none where the row stood still.
+    """
+
+    start: list[Token]
+    steps: list[list[Edit]]
+
+    def frames(self) -> list[list[Token]]:
+        """The sequence at the start and after every step."""
+        frames = [self.start]
+        for edits in self.steps:
+            frames.append(after_step(frames[-1], edits))
+        return frames
+
+
+def after_step(tokens: list[Token], edits: list[Edit]) -> list[Token]:
+    """The sequence after a step, from the sequence before it and the events of the step."""
+    tokens = [t if t.event in ("", "prompt") else Token(t.text) for t in tokens if t.event != "delete"]
+    for position, token in edits:
+        kept = [index for index, old in enumerate(tokens) if old.event != "delete"]
+        index = kept[position] if position < len(kept) else len(tokens)
+        if token.event == "insert":
+            tokens.insert(index, token)
+        else:
+            tokens[index] = token
+    return tokens
 
 
 class DraftRecorder(BaseStreamer):
-    """Keeps every draft of every row.
+    """Keeps how every row was decoded.
 
     Args:
         tokenizer: decodes the tokens, and names the mask and padding tokens.
 
     Attributes:
         separator: stands between the texts of two tokens: a space for vocabularies of words, nothing for the others.
+        decodes: one for each row.
     """
+
+    takes_edits = True
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
         token = min(set(range(len(tokenizer))) - set(tokenizer.all_special_ids))
         self.separator = "" if tokenizer.decode([token, token]) == 2 * tokenizer.decode([token]) else " "
+        self.decodes: list[Decode] = []
         self._prompts: torch.Tensor | None = None
-        self._drafts: list[torch.Tensor] = []
 
     def put(self, value: torch.Tensor) -> None:
-        """Take the prompts (B, P), one more token for every row (B,), or the result (B, W)."""
+        """Take the prompts (B, P), one more token or padding for every row (B,), or the result (B, W)."""
         if self._prompts is None:
             self._prompts = value
+            self.decodes = [Decode(self._prompt(row), []) for row in value.tolist()]
         elif value.dim() == 1:
-            written = self._drafts[-1] if self._drafts else value.new_zeros(len(value), 0)
-            self.put_draft(torch.cat((written, value[:, None]), dim=1))
-        elif not self._drafts or not torch.equal(self._drafts[-1], value):
-            self.put_draft(value)
+            ends = [len(decode.start) + len(decode.steps) for decode in self.decodes]
+            written = zip(ends, value.tolist(), strict=True)
+            self._take([[("insert", end, token)] * (token != self.tokenizer.pad_token_id) for end, token in written])
 
-    def put_draft(self, value: torch.Tensor, **_) -> None:
-        """Take what stands after the prompts (B, W) after a step, or the whole rows where the prompts had blanks."""
-        # A canvas is written in place.
-        self._drafts.append(value.clone())
+    def put_draft(self, value: torch.Tensor, edits: torch.Tensor | None = None, **_) -> None:
+        """Take what stands after the prompts (B, W), or the whole rows, before the first step and after every step.
+
+        Args:
+            value: (B, W) ids, padded on the right.
+            edits: (N, 5) the events of the step as in the log: row, step, kind, position, token. None before the first.
+        """
+        if edits is not None:
+            events: list[list[Event]] = [[] for _ in value]
+            for row, _, kind, position, token in edits.tolist():
+                events[row].append((EDIT_KINDS[kind], position, token))
+            self._take(events)
+        elif self._prompts is not None and not torch.equal(value, self._prompts):
+            for decode, row in zip(self.decodes, value.tolist(), strict=True):
+                decode.start.extend(self._token(token, "") for token in self._without_padding(row[::-1])[::-1])
 
     def end(self) -> None:
         """Nothing is left to do."""
 
-    def frames(self, row: int) -> list[list[Place]]:
-        """The sequence of a row, prompt included, at the start and after every step that changed it."""
-        drafts = [self._content(draft[row]) for draft in self._drafts]
-        states = [self._start(row, drafts), *drafts]
-        changes = [pair for pair in itertools.pairwise(states) if pair[0] != pair[1]]
-        return [self._frame(row, before, after) for before, after in [(states[0], states[0]), *changes]]
+    def _take(self, events: list[list[Event]]) -> None:
+        """Add a step to the decodes."""
+        for decode, edits in zip(self.decodes, events, strict=True):
+            decode.steps.append([(position, self._token(token, kind)) for kind, position, token in edits])
 
-    def _start(self, row: int, drafts: list[list[int]]) -> list[int]:
-        if self._has_blanks(row):
-            return self._prompt(row)
-        mask = self.tokenizer.mask_token_id
-        # Whoever writes over masks had a canvas full of them at the start; the others began with nothing.
-        return [mask] * len(drafts[0]) if any(mask in draft for draft in drafts) else []
+    def _prompt(self, row: list[int]) -> list[Token]:
+        # Some vocabularies have one id for everything special, but the last token of a prompt is never padding.
+        tokens = self._without_padding(row[:-1]) + row[-1:]
+        return [self._token(token, "" if token == self.tokenizer.mask_token_id else "prompt") for token in tokens]
 
-    def _frame(self, row: int, before: list[int], after: list[int]) -> list[Place]:
-        prompt = [] if self._has_blanks(row) else self._prompt(row)
-        changes = [self._place(old, new) for old, new in _aligned(before, after)]
-        return [Place(self._text(token), "prompt", False) for token in prompt] + changes
+    def _without_padding(self, row: list[int]) -> list[int]:
+        return list(itertools.dropwhile(lambda token: token == self.tokenizer.pad_token_id, row))
 
-    def _place(self, old: int | None, new: int) -> Place:
-        mask = self.tokenizer.mask_token_id
-        of_masks: Event = "unmasked" if old == mask else "remasked" if new == mask else "replaced"
-        event: Event = "" if old == new else "inserted" if old is None else of_masks
-        return Place(self._text(new), event, new == mask)
-
-    def _has_blanks(self, row: int) -> bool:
-        return self.tokenizer.mask_token_id in self._prompt(row)
-
-    def _prompt(self, row: int) -> list[int]:
-        return [] if self._prompts is None else self._content(self._prompts[row])
-
-    def _content(self, ids: torch.Tensor) -> list[int]:
-        return [token for token in ids.tolist() if token != self.tokenizer.pad_token_id]
-
-    def _text(self, token: int) -> str:
-        return str(self.tokenizer.decode([token]))
+    def _token(self, token: int, event: str) -> Token:
+        is_mask = token == self.tokenizer.mask_token_id or event == "remask"
+        return Token(MASK if is_mask else str(self.tokenizer.decode([token])).translate(_VISIBLE), event)
 
 
-def _aligned(before: list[int], after: list[int]) -> list[tuple[int | None, int]]:
-    """What stood before in each place of `after`, None for nothing: by place in a canvas, else by an alignment."""
-    if len(before) == len(after):
-        return list(zip(before, after, strict=True))
-    pairs: list[tuple[int | None, int]] = []
-    for _, i, j, k, m in SequenceMatcher(None, before, after, autojunk=False).get_opcodes():
-        old = [*before[i:j], *[None] * (m - k)]
-        pairs += zip(old, after[k:m], strict=False)
-    return pairs
-
-
-_STYLES = {"": "0", "prompt": "2", "inserted": "1;32", "unmasked": "1;34", "remasked": "1;31", "replaced": "1;35"}
+# Each with an attribute of its own beside the colour: underlined, struck through, reversed, bold; a mask shows as one.
+_STYLES = {
+    "": "0",
+    "prompt": "2",
+    "insert": "4;32",
+    "delete": "9;31",
+    "substitute": "7;33",
+    "unmask": "1;34",
+    "remask": "1;35",
+}
 
 
 class BatchDiffusionStreamer(DraftRecorder):
     """Shows the rows of a batch while they are decoded, rewritten in place after every step.
 
-    transformers' `TextDiffusionStreamer` does this for one row. What the last step inserted is green, what it unmasked
-    blue, what it masked again red, and the prompt dim. As many rows are shown as the terminal holds.
+    transformers' `TextDiffusionStreamer` does this for one row. What the last step inserted is underlined and green,
+    what it deleted struck through and red, what it substituted reversed and yellow, what it unmasked bold and blue.
+    What it masked again is a magenta mask, and the prompt is dim. As many rows are shown as the terminal holds.
 
     Args:
         tokenizer: decodes the tokens.
@@ -138,22 +174,21 @@ class BatchDiffusionStreamer(DraftRecorder):
         super().__init__(tokenizer)
         self.sleep_time, self.output = sleep_time, output or sys.stdout
         self._height = 0
+        self._frames: list[list[Token]] = []
 
-    def put_draft(self, value: torch.Tensor, **_) -> None:
-        """Draw what stands after the prompts (B, W) after a step."""
-        before = self._drafts[-1:]
-        super().put_draft(value)
+    def _take(self, events: list[list[Event]]) -> None:
+        """Add a step to the decodes and draw the rows after it."""
+        super()._take(events)
+        before = self._frames or [decode.start for decode in self.decodes]
+        self._frames = [after_step(frame, decode.steps[-1]) for frame, decode in zip(before, self.decodes, strict=True)]
         columns, lines_left = shutil.get_terminal_size()
         text = f"\033[{self._height}A\r\033[J" if self._height else ""
         self._height = 0
-        for row in range(len(value)):
-            after = self._content(value[row])
-            places = self._frame(row, self._content(before[0][row]) if before else self._start(row, [after]), after)
-            shown = [("░" if place.is_mask else place.text, place.event) for place in places]
-            height = len(self.separator.join(word for word, _ in shown)) // columns + 1
+        for frame in self._frames:
+            height = len(self.separator.join(token.text for token in frame)) // columns + 1
             if self._height + height >= lines_left:
                 break
-            text += self.separator.join(f"\033[{_STYLES[event]}m{word}\033[0m" for word, event in shown) + "\n"
+            text += self.separator.join(f"\033[{_STYLES[token.event]}m{token.text}\033[0m" for token in frame) + "\n"
             self._height += height
         self.output.write(text)
         self.output.flush()
