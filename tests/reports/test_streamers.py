@@ -15,7 +15,7 @@ from transformers import TextDiffusionStreamer
 
 from xlm_hf.commands.generate import render
 from xlm_hf.families import families
-from xlm_hf.modules.edits import EDIT_KINDS
+from xlm_hf.modules.edits import EDIT_KINDS, EditBuffer, EditLog
 from xlm_hf.reports.decode_page import COLOURS, history_html, save_gif
 from xlm_hf.reports.streamers import _STYLES, MARKS, MASK, BatchDiffusionStreamer, Decode, DraftRecorder, Token
 from xlm_hf.testing import FamilyCase
@@ -121,6 +121,39 @@ def test_blanks_within_a_prompt_are_filled_in_place(tokenizer):
         [prompt[0], Token(MASK), prompt[1]],
         [prompt[0], Token("2", "unmask"), prompt[1]],
     ]
+
+
+def test_tokens_that_come_one_by_one_are_appended(tokenizer):
+    streamer = DraftRecorder(tokenizer)
+    streamer.put(ids(tokenizer, "7 8", f"{tokenizer.pad_token} 8"))
+    for tokens in ("5 6", f"4 {tokenizer.pad_token}"):
+        streamer.put(ids(tokenizer, tokens)[0])
+    assert [written(frame) for frame in streamer.decodes[0].frames()[1:]] == [
+        [("5", "insert")],
+        [("5", ""), ("4", "insert")],
+    ]
+    assert [written(frame) for frame in streamer.decodes[1].frames()[1:]] == [[("6", "insert")], [("6", "")]]
+
+
+def test_the_frames_are_what_an_edit_buffer_holds(tokenizer):
+    draws, (B, W, K) = np.random.default_rng(0), (3, 12, 4)
+    log, recorder, m, p = EditLog(), DraftRecorder(tokenizer), tokenizer.mask_token_id, tokenizer.pad_token_id
+    prompt = ids(tokenizer, "7 8", f"{tokenizer.pad_token} 8", "9 8")
+    start, lengths = ids(tokenizer, *["1 2 3 4 5"] * 3), torch.tensor([5, 2, 0])
+    start = start.masked_fill(torch.arange(5) >= lengths[:, None], p)
+    buffer = EditBuffer(prompt, prompt != p, torch.full((B,), W), p, log, start, lengths)
+    recorder.put(prompt)
+    recorder.put_draft(buffer.written())
+    for step in range(8):
+        slots = torch.from_numpy(draws.integers(0, W, (B, K))).clamp(max=buffer.lengths[:, None])
+        inserted, deleted, changed = (torch.from_numpy(draws.random(size) < 0.3) for size in [(B, K), (B, W), (B, W)])
+        tokens, substitutes = (torch.from_numpy(draws.integers(3, 15, size)) for size in [(B, K), (B, W)])
+        buffer.apply(torch.arange(B), step, slots, tokens, inserted, deleted, torch.where(changed, substitutes, -1))
+        recorder.put_draft(buffer.written(), edits=log.latest())
+        for row, decode in enumerate(recorder.decodes):
+            kept = [text for text, event in written(decode.frames()[-1]) if event != "delete"]
+            own = buffer.tokens[row, : buffer.lengths[row]].tolist()
+            assert kept == [tokenizer.decode([token]) for token in own]
 
 
 class DraftKeeper(DraftRecorder):

@@ -141,7 +141,7 @@ class DraftRecorder(BaseStreamer):
         return list(itertools.dropwhile(lambda token: token == self.tokenizer.pad_token_id, row))
 
     def _token(self, token: int, event: str) -> Token:
-        is_mask = token == self.tokenizer.mask_token_id or event == "remask"
+        is_mask = token == self.tokenizer.mask_token_id
         return Token(MASK if is_mask else str(self.tokenizer.decode([token])).translate(_VISIBLE), event)
 
 
