@@ -257,6 +257,8 @@ def test_a_decode_as_text_marks_what_every_step_did(recorder, tokenizer):
         "step 4      12 [3] 5 13",
         "prediction  12 3 5 13   (stop, 4 forward passes)",
     ]
+    lines = render({**record, "steps": [3]}, recorder.decodes[1], tokenizer.pad_token).splitlines()
+    assert lines[1:-1] == ["step 4      [9]"]
     lines = render({**record, "steps": [-1, 2, 3, 2]}, recorder.decodes[0], tokenizer.pad_token).splitlines()
     assert lines[1] == "step 1      7 8 [1] _ _ [+4]"
 
