@@ -85,6 +85,7 @@ def test_the_log_replays_the_decode_and_a_criterion_ends_rows():
 
     options = {"do_sample": True, "insertions_per_step": 2, "stopping_threshold": None, "max_new_tokens": 9}
     output = model.generate(batch_of(PROMPTS), seed=0, return_history=True, streamer=Streamer(), **options)
+    assert edits.pop(0) is None  # with the draft before the first step
     rows = [[CLS, *prompt, BOS] for prompt in PROMPTS]
     for row, step, kind, position, token in output.edits.tolist():
         assert kind == 0

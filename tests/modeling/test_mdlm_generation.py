@@ -324,13 +324,15 @@ def test_the_log_replays_the_decode(name):
         takes_edits = True
         put = end = staticmethod(lambda *value: None)
 
-        def put_draft(self, value, edits):
+        def put_draft(self, value, edits=None):
             drafts.append(value.clone())
             log.append(edits)
 
     options = {"seed": 4, "do_sample": True, "return_history": True, "max_new_tokens": 9, **OPTIONS[name]}
     output = model.generate(batch_of(PROMPTS), streamer=Streamer(), **options)
     rows = [[*prompt, BOS] + [MASK] * 9 for prompt in PROMPTS]
+    assert log.pop(0) is None
+    assert [row[-9:] for row in rows] == drafts.pop(0).tolist()
     for of_step, draft in zip(log, drafts, strict=True):
         for row, _, kind, position, token in of_step.tolist():
             before = rows[row][position]

@@ -137,7 +137,7 @@ def test_tokens_that_come_one_by_one_are_appended(tokenizer):
 
 def test_the_frames_are_what_an_edit_buffer_holds(tokenizer):
     draws, (B, W, K) = np.random.default_rng(0), (3, 12, 4)
-    log, recorder, m, p = EditLog(), DraftRecorder(tokenizer), tokenizer.mask_token_id, tokenizer.pad_token_id
+    log, recorder, p = EditLog(), DraftRecorder(tokenizer), tokenizer.pad_token_id
     prompt = ids(tokenizer, "7 8", f"{tokenizer.pad_token} 8", "9 8")
     start, lengths = ids(tokenizer, *["1 2 3 4 5"] * 3), torch.tensor([5, 2, 0])
     start = start.masked_fill(torch.arange(5) >= lengths[:, None], p)

@@ -349,7 +349,8 @@ class NonAutoregressiveGenerationMixin(GenerationOptionsMixin):
             generation_config: options; the model's own by default.
             streamer: a `TextDiffusionStreamer` or its like. It gets the prompts by `put`, what stands after them when
                 a step is done by `put_draft` (where prompts are filled in, the whole rows), and the result by `put`.
-                One with `takes_edits = True` gets the edits of the step too, as `put_draft(ids, edits=...)`.
+                One with `takes_edits = True` gets a draft before the first step, and with every later one the edits of
+                the step, as `put_draft(ids, edits=...)`.
             logits_processor: called as transformers does, with (S, L) ids, (S, V) logits and `cur_step`, a row for each
                 position that is looked at.
             stopping_criteria: called after every step with (B, L) ids and None for scores. The rows (B,) for which one
@@ -383,6 +384,8 @@ class NonAutoregressiveGenerationMixin(GenerationOptionsMixin):
         step, rows = 0, torch.arange(len(call.seeds), device=call.seeds.device)
         if streamer is not None:
             streamer.put(state.prompt.cpu())
+            if takes_edits:
+                streamer.put_draft(state.written().cpu())
         while self.generation_step(call, state, step):
             step += 1
             if streamer is not None:
