@@ -140,6 +140,53 @@ def test_long_documents_are_split_or_truncated(batch, corpus, tmp_path, monkeypa
     assert not any(cut["continues"][:])
 
 
+def characters_by_a_loop(tokenizer, texts, has_end=False):
+    """Each token of the texts with its document and the characters since the token before it, one token at a time."""
+    tokens = []
+    for number, sample in enumerate(texts):
+        before = 0
+        offsets = tokenizer(sample, return_offsets_mapping=True, split_special_tokens=True)["offset_mapping"]
+        offsets += [(None, None)] * has_end
+        for place, (_, end) in enumerate(offsets):
+            end = len(sample) if place == len(offsets) - 1 else end
+            tokens.append((number, end - before))
+            before = end
+    return tokens
+
+
+@pytest.mark.parametrize("tokenizer", ["word", "byte"])
+def test_characters_are_those_of_the_original_text(tokenizer, tmp_path, monkeypatch):
+    """Spaces, unknown words, letters of several bytes and the ends of lines count as what they are in the text."""
+    monkeypatch.setattr(text, "BATCH_SIZE", 7)
+    rng, pieces = random.Random(0), ["the", "of ", " the  ", "Zürich", "漢字", ",", " unseen-word "]
+    texts = ["".join(rng.choices(pieces, k=rng.randint(1, 9))) for _ in range(40)]
+    data = DatasetDict(train=Dataset.from_dict({"text": texts}))
+    data["train"].to_parquet(tmp_path / "texts.parquet")
+    options = {"tokenizer": tokenizer, "validation_fraction": 0, "test_fraction": 0, "vocab_size": 10}
+
+    def examples(**more):
+        task = load(tmp_path / "texts.parquet", tmp_path, **options, **more)
+        return task.tokenizer, task.splits["train"]
+
+    made, whole = examples(max_length=1000)
+    assert whole["num_characters"][:] == list(map(len, texts))
+    if tokenizer == "word":
+        # The text that the tokens give back is shorter.
+        decoded = [len(made.decode(ids, skip_special_tokens=True)) for ids in whole["input_ids"][:]]
+        assert sum(decoded) < 0.9 * sum(map(len, texts))
+    tokens = characters_by_a_loop(made, texts)
+    by_document = [[n for number, n in tokens if number == document] for document in range(40)]
+    split = [sum(row[at : at + 5]) for row in by_document for at in range(0, len(row), 5)]
+    assert examples(max_length=5)[1]["num_characters"][:] == split
+    cut = [sum(row[:5]) for row in by_document]
+    assert examples(max_length=5, long_documents="truncate")[1]["num_characters"][:] == cut
+    for document_masks in (True, False):
+        tokens = characters_by_a_loop(made, texts, has_end=not document_masks)
+        packed = [sum(n for _, n in tokens[at : at + 16]) for at in range(0, len(tokens), 16)]
+        made_of = examples(max_length=16, protocol="packed", document_masks=document_masks)[1]
+        assert made_of["num_characters"][:] == packed
+
+
 def test_documents_of_a_text_file(tmp_path):
     file = tmp_path / "poem.txt"
     file.write_text("one\ntwo\n\nthree\n\nfour\n")

@@ -7,7 +7,7 @@ and the whole is cut into chunks ("packed").
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from xlm_hf.tasks.detokenizers import DETOKENIZERS
 from xlm_hf.tasks.tokenizers import byte_tokenizer, pretrained_tokenizer, word_tokenizer
 
 # Part of the cache key: raise it with every change that makes other examples from the same texts and settings.
-PREPARATION_VERSION = 2
+PREPARATION_VERSION = 3
 
 # Documents that are tokenised, and made examples of, at a time.
 BATCH_SIZE = 1000
@@ -70,8 +70,8 @@ def text_corpus(
     """A text corpus as a task of language modelling; `docs/tasks.md` describes every option.
 
     The splits have `example_id`, `input_ids`, `continues` - whether the last document goes on in another example, and
-    so has no end in this one - and, for chunks with `document_masks`, `segment_ids`; a chunk without them is a piece of
-    one text that never ends. With a `mixture` the training set is that of its entries, options of this function with a
+    so has no end in this one -, `num_characters` of the text that the ids stand for, and, for chunks with
+    `document_masks`, `segment_ids`; a chunk without them is a piece of one text that never ends. With a `mixture` the training set is that of its entries, options of this function with a
     `weight`; the path itself gives the tokenizer and what is evaluated on. With `streaming` the training set is read in
     the order of its files, shuffled in a buffer.
 
@@ -144,21 +144,23 @@ def _prepare(
 ) -> Dataset:
     """Tokenise the documents of a split and make examples of them, in Arrow files beside `file`."""
     is_packed, masks = options["protocol"] == "packed", options["document_masks"]
+    end_of_text = [tokenizer.eos_token_id] if is_packed and not masks else []
 
     def tokenize(batch: Mapping[str, list]) -> dict[str, list]:
+        of_batch = texts(batch)
         # A special token's name in a text is text.
         encoded = tokenizer(
-            texts(batch),
+            of_batch,
             add_special_tokens=False,
             split_special_tokens=True,
             return_attention_mask=False,
             verbose=False,
-        )["input_ids"]
-        return {
-            "input_ids": [[*ids, tokenizer.eos_token_id] for ids in encoded] if is_packed and not masks else encoded
-        }
+        )
+        ids = [[*ids, *end_of_text] for ids in encoded["input_ids"]]
+        offsets = [encoding.offsets for encoding in encoded.encodings]
+        return {"input_ids": ids, "character_ends": list(map(_character_ends, of_batch, offsets, map(len, ids)))}
 
-    features = {"input_ids": List(Value("int32"))}
+    features = {"input_ids": List(Value("int32")), "character_ends": List(Value("int32"))}
     tokenized = documents.map(
         tokenize,
         batched=True,
@@ -168,7 +170,12 @@ def _prepare(
         features=Features(features),
         cache_file_name=f"{file}-tokens.arrow",
     )
-    features = {"example_id": Value("int64"), **features, "continues": Value("bool")}
+    features = {
+        "example_id": Value("int64"),
+        "input_ids": features["input_ids"],
+        "continues": Value("bool"),
+        "num_characters": Value("int64"),
+    }
     if is_packed and masks:
         features["segment_ids"] = List(Value("int32"))
     # One process, since examples are numbered and chunks go on from one batch to the next.
@@ -177,12 +184,17 @@ def _prepare(
         batched=True,
         batch_size=BATCH_SIZE,
         with_indices=True,
-        remove_columns=["input_ids"],
+        remove_columns=tokenized.column_names,
         features=Features(features),
         cache_file_name=f"{file}-examples.arrow",
         load_from_cache_file=False,
     )
     return examples.with_format(None)
+
+
+def _character_ends(text: str, offsets: Sequence[tuple[int, int]], num_tokens: int) -> list[int]:
+    """Where each token ends in the text, in characters; the last token takes what is left of the text."""
+    return [*(end for _, end in offsets[: num_tokens - 1]), len(text)][:num_tokens]
 
 
 class _Examples:
@@ -199,22 +211,28 @@ class _Examples:
         self.max_length = options["max_length"]
         self.truncate = options["long_documents"] == "truncate"
         self.num_examples = 0
-        self.ids, self.document = np.zeros(0, np.int32), np.zeros(0, np.int64)
+        self.ids, self.document, self.characters = np.zeros(0, np.int32), *np.zeros((2, 0), np.int64)
 
     def __call__(self, table: pa.Table, indices: list[int]) -> pa.Table:
         column = table["input_ids"].combine_chunks()
         lengths = column.value_lengths().to_numpy()
         ids, document = column.flatten().to_numpy(), np.repeat(indices, lengths)
+        # The characters of a token are those since the end of the token before it.
+        ends = table["character_ends"].combine_chunks().flatten().to_numpy().astype(np.int64)
+        is_first = np.diff(document, prepend=-1) > 0
+        characters = np.where(is_first, ends, np.diff(ends, prepend=0))
         if self.is_packed:
             ids, document = np.concatenate([self.ids, ids]), np.concatenate([self.document, document])
+            characters = np.concatenate([self.characters, characters])
             is_last = indices[-1] == self.last
             end = len(ids) if is_last else len(ids) // self.max_length * self.max_length
-            self.ids, self.document = ids[end:], document[end:]
+            self.ids, self.document, self.characters = ids[end:], document[end:], characters[end:]
             starts = np.arange(0, end, self.max_length)
         else:
             place = np.arange(len(ids)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
             if self.truncate:
-                ids, document, place = (values[place < self.max_length] for values in (ids, document, place))
+                kept = place < self.max_length
+                ids, document, characters, place = (values[kept] for values in (ids, document, characters, place))
             starts, end = np.flatnonzero(place % self.max_length == 0), len(ids)
         offsets = np.append(starts, end).astype(np.int32)
         # A batch holds whole documents, so what ends with it is complete.
@@ -228,6 +246,7 @@ class _Examples:
             "example_id": pa.array(example_id),
             "input_ids": pa.ListArray.from_arrays(offsets, pa.array(ids)),
             "continues": pa.array(continues),
+            "num_characters": pa.array(np.diff(np.append(0, characters.cumsum())[offsets])),
         }
         if self.has_segments:
             number = np.cumsum(np.diff(document, prepend=document[:1]) > 0).astype(np.int32)
