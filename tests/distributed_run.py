@@ -52,7 +52,7 @@ def likelihood_and_samples():
     """Two draws of a bound for five texts, and seven samples from nothing: neither count is that of the ranks."""
     case = FamilyCase("mdlm", "generation.max_new_tokens=8", "++generation.do_sample=true")
     model, tokenizer = case.model(), case.task.tokenizer
-    rows = [{"example_id": e["example_id"], "input_ids": e["input_ids"]} for e in case.examples(5)]
+    rows = [{"example_id": e["example_id"], "input_ids": e["input_ids"], "num_characters": 9} for e in case.examples(5)]
     texts, nothing = Dataset.from_list(rows), Dataset.from_dict({"example_id": range(7)})
     bound = EvaluationSet("a", texts, case.collator("lm", model), [], loss=MDLMLoss(), kind="lm", num_draws=2)
     collator, metrics = case.collator("lm_prediction", model), [load_metric("sample_entropy")]

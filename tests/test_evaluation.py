@@ -13,8 +13,9 @@ from omegaconf import OmegaConf
 from tests.metrics.test_metrics import save_judge, slow_entropy, slow_generative_perplexity
 from xlm_hf.building import build_evaluation_sets, build_trainer
 from xlm_hf.cli import main
-from xlm_hf.evaluation import RECORD_FIELDS, EvaluationSet, likelihood_metrics, run_evaluation_set
+from xlm_hf.evaluation import RECORD_FIELDS, EvaluationSet, run_evaluation_set
 from xlm_hf.families import families
+from xlm_hf.likelihoods import likelihood_metrics
 from xlm_hf.modeling.mdlm import MDLMLoss
 from xlm_hf.tasks import Task, load_task
 from xlm_hf.testing import FamilyCase
@@ -24,62 +25,70 @@ def without(metrics, *names):
     return {name: value for name, value in metrics.items() if name.split("/")[-1] not in {"seconds", *names}}
 
 
-def text_set(case, model, **options):
+def text_set(case, model, with_characters=True, **options):
     rows = [{"example_id": e["example_id"], "input_ids": e["input_ids"]} for e in case.examples(6)]
+    if with_characters:
+        rows = [{**row, "num_characters": 5 * len(row["input_ids"])} for row in rows]
     return EvaluationSet(
         "test", datasets.Dataset.from_list(rows), case.collator("lm", model), ["test"], kind="lm", **options
     )
 
 
-@pytest.mark.parametrize("family", ["arlm", "mdlm"])
+LIKELIHOODS = {"arlm", "ilm", "mdlm"}
+
+
+@pytest.mark.parametrize("family", sorted(LIKELIHOODS))
 def test_likelihoods_against_a_loop_whatever_the_batch_size(family, tmp_path):
     case = FamilyCase(family)
     model, loss = case.model(), case.trainer(tmp_path).loss
     evaluation_set = text_set(case, model, loss=loss, num_draws=3)
-    nats, tokens, num_characters = [], [], 0
+    nats, tokens, num_characters, trained = [], [], 0, [0.0, 0]
     for position, example in enumerate(evaluation_set.dataset):
         nats.append([])
         for draw in range(3):
-            batch = evaluation_set.collator([{**example, "epoch": draw, "position": position}])
-            nats[-1].append(float(loss(model, batch).loss_sum.detach()))
-        tokens.append(int(loss.num_items(batch)))
-        num_characters += len(case.task.tokenizer.decode(example["input_ids"]))
+            output = loss(model, evaluation_set.collator([{**example, "epoch": draw, "position": position}]))
+            nats[-1].append(float(output.sequence_nats.detach()))
+            trained = [trained[0] + float(output.loss_sum.detach()), trained[1] + int(output.num_items)]
+        tokens.append(len(example["input_ids"]) + 1)
+        num_characters += 5 * len(example["input_ids"])
     average = [sum(row) / 3 for row in nats]
     per_token = sum(average) / sum(tokens)
     squares = sum((x - per_token * t) ** 2 for x, t in zip(average, tokens, strict=True)) / 5
     error = math.sqrt(6 * squares) / sum(tokens)
+    draws = math.sqrt(sum(statistics.variance(row) / 3 for row in nats)) / sum(tokens)
     expected = {
-        "loss": per_token,
-        "loss_standard_error": error,
-        "loss_monte_carlo_standard_error": math.sqrt(sum(statistics.variance(row) / 3 for row in nats)) / sum(tokens),
+        "loss": trained[0] / trained[1],
+        "nats_per_token": per_token,
+        "nats_per_token_standard_error": error,
+        "nats_per_token_monte_carlo_standard_error": draws,
         "perplexity": math.exp(per_token),
         "perplexity_standard_error": math.exp(per_token) * error,
         "bits_per_character": sum(average) / math.log(2) / num_characters,
         "samples": 6,
     }
     if family == "arlm":
-        assert expected["loss_monte_carlo_standard_error"] == pytest.approx(0, abs=1e-6)
+        assert draws == pytest.approx(0, abs=1e-6)
+        assert expected["loss"] == pytest.approx(per_token)
     for batch_size in (1, 4, 6):
         metrics, records = run_evaluation_set(model, evaluation_set, case.task.tokenizer, batch_size, seed=0)
         assert records == []
+        assert "unknown_rate" not in metrics
         for name, value in expected.items():
             assert metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
-    evaluation_set.dataset = evaluation_set.dataset.add_column("num_characters", [10] * 6)
-    metrics, _ = run_evaluation_set(model, evaluation_set, case.task.tokenizer, 4, seed=0)
-    assert metrics["bits_per_character"] == pytest.approx(sum(average) / math.log(2) / 60, rel=1e-4)
 
 
 @pytest.mark.parametrize("family", families())
 def test_what_is_no_likelihood_claims_no_perplexity(family, tmp_path):
     case = FamilyCase(family)
     model, loss = case.model(), case.trainer(tmp_path).loss
-    metrics, _ = run_evaluation_set(model, text_set(case, model, loss=loss), case.task.tokenizer, 4, seed=0)
-    claimed = {"perplexity", "bits_per_character", "loss_standard_error"}
-    assert claimed & metrics.keys() == (claimed if family in ("arlm", "mdlm") else set())
-    assert "loss_monte_carlo_standard_error" not in metrics
-    seq2seq = text_set(case, model, loss=loss)
-    seq2seq.kind = "seq2seq"
-    assert "perplexity" not in run_evaluation_set(model, seq2seq, case.task.tokenizer, 4, seed=0)[0]
+    claimed = {"perplexity", "nats_per_token", "nats_per_token_standard_error"}
+    for with_characters in (True, False):
+        evaluation_set = text_set(case, model, with_characters, loss=loss)
+        metrics, _ = run_evaluation_set(model, evaluation_set, case.task.tokenizer, 4, seed=0)
+        assert claimed & metrics.keys() == (claimed if family in LIKELIHOODS else set())
+        # Without the characters of the original text there are no bits per character.
+        assert ("bits_per_character" in metrics) == (family in LIKELIHOODS and with_characters)
+        assert "nats_per_token_monte_carlo_standard_error" not in metrics
 
 
 def test_the_standard_errors_are_those_of_repeated_measurements():
@@ -93,10 +102,10 @@ def test_the_standard_errors_are_those_of_repeated_measurements():
         nats = again[:, None] * (rng.normal(2.0, 0.3, (300, 1)) + rng.normal(0, 0.4, (300, 2)))
         metrics = likelihood_metrics(nats, again, num_characters=1000)
         losses.append(nats.mean(axis=1).sum() / again.sum())
-        errors.append(metrics["loss_standard_error"])
+        errors.append(metrics["nats_per_token_standard_error"])
         nats = true[:, None] + tokens[:, None] * rng.normal(0, 0.4, (300, 2))
         same.append(nats.mean(axis=1).sum() / tokens.sum())
-        draw_errors.append(likelihood_metrics(nats, tokens, None)["loss_monte_carlo_standard_error"])
+        draw_errors.append(likelihood_metrics(nats, tokens)["nats_per_token_monte_carlo_standard_error"])
     assert np.mean(errors) == pytest.approx(np.std(losses), rel=0.12)
     assert np.mean(draw_errors) == pytest.approx(np.std(same), rel=0.12)
     assert np.std(np.exp(losses)) == pytest.approx(np.mean(np.exp(losses)) * np.mean(errors), rel=0.12)
@@ -362,8 +371,8 @@ def test_language_modelling_from_training_to_samples(family, monkeypatch, tmp_pa
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert (
         ("test/perplexity" in metrics)
-        == ("test/loss_monte_carlo_standard_error" in metrics)
-        == (family in ("arlm", "mdlm"))
+        == ("test/nats_per_token_monte_carlo_standard_error" in metrics)
+        == (family in LIKELIHOODS)
     )
     assert len(read_records(tmp_path / "run" / "predictions" / "samples.jsonl")) == 3
     samples = [*arguments, "job=generate", "checkpoint=run", "output_dir=out", "num_samples=11"]
@@ -384,5 +393,6 @@ def test_more_draws_say_more_about_the_same_bound(tmp_path):
         ]
         for n in (8, 128)
     )
-    assert many["loss_monte_carlo_standard_error"] < 0.4 * few["loss_monte_carlo_standard_error"]
-    assert abs(few["loss"] - many["loss"]) < 4 * few["loss_monte_carlo_standard_error"]
+    error = "nats_per_token_monte_carlo_standard_error"
+    assert many[error] < 0.4 * few[error]
+    assert abs(few["nats_per_token"] - many["nats_per_token"]) < 4 * few[error]

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from xlm_hf.data import KeyedExamples
+from xlm_hf.likelihoods import likelihood_metrics, text_counts
 from xlm_hf.modules.counter_random import random_bits
 
 RECORD_FIELDS = (
@@ -35,8 +36,8 @@ class EvaluationSet:
         dataset: the examples.
         collator: makes batches: a training collator for `loss`, a prediction collator for `generate`.
         stages: when it runs, e.g. `("validation",)`.
-        loss: the family's loss, to report its value and components; of a likelihood or a bound of one also standard
-            errors and, for text, perplexity and bits per character.
+        loss: the family's loss, to report its value per item of training and its components; of a likelihood or a bound
+            of one also what `likelihood_metrics` makes of it, and `unknown_rate`, the share of `[UNK]` in the texts.
         generate: whether to decode every example and score it.
         metrics: `evaluate` modules for the decoded sequences. Each gets those of `predictions`, `references` and
             `prompts` that its features name: as text where the feature is a string, as token ids otherwise.
@@ -140,6 +141,7 @@ def reduce_sums(sums: dict[str, tuple[Any, Any]], device: torch.device) -> dict[
 def _loss_metrics(model, evaluation_set: EvaluationSet, tokenizer, batch_size: int) -> dict[str, float]:
     sums: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     draws: list[list[tuple[float, int]]] = []
+    conditions: set[str] = set()
     for draw in range(evaluation_set.num_draws):
         draws.append([])
         for batch in _batches(model, evaluation_set, batch_size, epoch=draw):
@@ -149,60 +151,21 @@ def _loss_metrics(model, evaluation_set: EvaluationSet, tokenizer, batch_size: i
                 sums[name] = (old[0] + total, old[1] + count)
             if output.sequence_nats is not None:
                 draws[-1] += zip(output.sequence_nats.tolist(), output.sequence_tokens.tolist(), strict=True)
+                conditions.update(name for name, is_given in output.sequence_given.items() if is_given.any())
     metrics = reduce_sums(sums, model.device)
     sequences = gather_object(list(zip(*draws, strict=True)))
     if sequences:
+        rows = evaluation_set.dataset.select(_own_indices(evaluation_set))
+        counts = gather_object([text_counts(rows, tokenizer, evaluation_set.kind)])
+        num_characters, num_unknown, num_tokens = (
+            None if None in column else sum(column) for column in zip(*counts, strict=True)
+        )
         nats, tokens = np.moveaxis(np.array(sequences), -1, 0)
-        num_characters = None
-        if evaluation_set.kind == "lm":
-            num_characters = sum(gather_object([_num_characters(evaluation_set, tokenizer)]))
-        metrics.update(likelihood_metrics(nats, tokens[:, 0], num_characters))
+        given = set(gather_object(sorted(conditions)))
+        metrics.update(likelihood_metrics(nats, tokens[:, 0], num_characters, given))
+        if num_unknown:
+            metrics["unknown_rate"] = num_unknown / num_tokens
     return metrics
-
-
-def likelihood_metrics(nats: np.ndarray, tokens: np.ndarray, num_characters: int | None) -> dict[str, float]:
-    """What a negative log-likelihood of N sequences, or n estimates each of an upper bound of it, amounts to.
-
-    With x_i the mean of the estimates of sequence i, t_i its tokens, T = sum_i t_i and loss = sum_i x_i / T:
-
-        loss_standard_error = sqrt(N / (N - 1) sum_i (x_i - loss t_i)^2) / T, that of a ratio estimate (Cochran, 1977,
-            equation 6.9): of the choice of sequences and of what was drawn for them in one;
-        loss_monte_carlo_standard_error = sqrt(sum_i s_i^2 / n) / T, of the draws alone for these very sequences, from
-            the variance s_i^2 of the n > 1 estimates of each as if they were independent, which evenly spread times
-            only improve on;
-        perplexity = exp(loss), with standard error perplexity x loss_standard_error (delta method);
-        bits_per_character = sum_i x_i / (ln 2 x characters).
-
-    Of a bound they bound the perplexity and the bits from above.
-
-    Args:
-        nats: (N, n).
-        tokens: (N,).
-        num_characters: of all sequences; None leaves out perplexity and bits, as for what is no text.
-    """
-    num_sequences, num_draws = nats.shape
-    means, num_tokens = nats.mean(axis=1), tokens.sum()
-    loss = means.sum() / num_tokens
-    metrics = {}
-    if num_sequences > 1:
-        squares = np.square(means - loss * tokens).sum() * num_sequences / (num_sequences - 1)
-        metrics["loss_standard_error"] = math.sqrt(squares) / num_tokens
-    if num_draws > 1:
-        metrics["loss_monte_carlo_standard_error"] = math.sqrt(nats.var(axis=1, ddof=1).sum() / num_draws) / num_tokens
-    if num_characters is not None:
-        metrics["perplexity"] = np.exp(loss)
-        if num_sequences > 1:
-            metrics["perplexity_standard_error"] = metrics["perplexity"] * metrics["loss_standard_error"]
-        metrics["bits_per_character"] = means.sum() / (math.log(2) * num_characters)
-    return {name: float(value) for name, value in metrics.items()}
-
-
-def _num_characters(evaluation_set: EvaluationSet, tokenizer) -> int:
-    """Characters of this rank's texts: the column `num_characters`, or else those of the decoded ids."""
-    rows = evaluation_set.dataset.select(_own_indices(evaluation_set))
-    if "num_characters" in rows.column_names:
-        return sum(rows["num_characters"])
-    return sum(len(tokenizer.decode(ids, skip_special_tokens=True)) for ids in rows["input_ids"])
 
 
 def content_places(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:

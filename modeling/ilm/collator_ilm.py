@@ -28,6 +28,10 @@ class ILMCollator(Collator):
         segment_ids, position_ids (B, L): document and position of each token, where a row holds several documents.
         cls_index (D,): `[CLS]` of each document, as an index into the flattened (B x L) tokens.
         num_dropped (D,): n of each document.
+        ends (D,): True for a document with an end; False for one that goes on in another example (`continues`).
+        weights (D,): float32, 1 / P(n) under the law above, the weight of the document's losses in the bound; L + 1
+            with drop_beta = 1.
+        sequence_tokens (D,): L, and 1 for the end where there is one.
         slot_index (S,): the slots of the documents with n > 0, as indices into the flattened (B x L) tokens.
         slot_documents (S,): their documents, in ascending order.
         target_slots (T,): for each dropped token, where its slot stands in `slot_index`; in ascending order.
@@ -40,6 +44,9 @@ class ILMCollator(Collator):
         **Collator.entries,
         "cls_index": Entry("document", index_of="position"),
         "num_dropped": Entry("document"),
+        "ends": Entry("document"),
+        "weights": Entry("document"),
+        "sequence_tokens": Entry("document"),
         "slot_index": Entry("slot", index_of="position"),
         # Slots that fill up a list are a group of their own, so that no softmax runs over them.
         "slot_documents": Entry("slot", index_of="document", padding="next"),
@@ -67,6 +74,11 @@ class ILMCollator(Collator):
         target_lengths = documents.target_lengths
         num_specials = len(self.specials)
         self.check_lengths(documents.prompt_lengths + num_specials + target_lengths, "sequence", self.specials)
+        if (documents.target_ids == self.eos_token_id).any():
+            raise ValueError(
+                "A text holds the end-of-sequence token, which this model never writes, since its stopping head ends a "
+                "text: keep documents apart by task.document_masks=true."
+            )
 
         # The number n, evenly spread over the epoch; then the n tokens with the smallest random keys go.
         share = documents.low_discrepancy_draws(self.seed) ** (1 / self.drop_beta)
@@ -83,9 +95,14 @@ class ILMCollator(Collator):
         # Slots of documents that lack something, one after the other: [BOS], then every kept token.
         num_slots = np.where(num_dropped > 0, num_kept + 1, 0)
         kept_before = dropped - np.arange(len(dropped))
+        slots, beta = target_lengths + 1, self.drop_beta
+        probabilities = ((num_dropped + 1) / slots) ** beta - (num_dropped / slots) ** beta
         return rows.batch(
             cls_index=rows.first,
             num_dropped=num_dropped,
+            ends=documents.ends > 0,
+            weights=(1 / probabilities).astype(np.float32),
+            sequence_tokens=target_lengths + documents.ends,
             slot_index=rows.index(starts - 1, num_slots),
             slot_documents=segment_numbers(num_slots),
             target_slots=kept_before + np.repeat(segment_starts(num_slots) - segment_starts(num_kept), num_dropped),

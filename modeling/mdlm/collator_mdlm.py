@@ -47,6 +47,8 @@ class MDLMCollator(CanvasCollator):
         weights (D,): float32, weight of the cross-entropy of each masked token of the document in the bound.
         loss_weights (D,): float32, the same in the loss, where `mask_beta` makes it another one.
         canvas_lengths (D,): L of each document, the tokens that could have been masked.
+        sequence_tokens (D,): tokens of the text, and 1 for its end where it has one; in infilling the blanks.
+        given_length (D,): True where the canvas tells the length of a text that ends, for want of padding.
         example_id: of the examples, as given.
 
     Raises:
@@ -62,6 +64,8 @@ class MDLMCollator(CanvasCollator):
         "weights": Entry("document"),
         "loss_weights": Entry("document"),
         "canvas_lengths": Entry("document"),
+        "sequence_tokens": Entry("document"),
+        "given_length": Entry("document"),
     }
 
     def __init__(
@@ -93,6 +97,8 @@ class MDLMCollator(CanvasCollator):
         if documents.blank is not None:
             index, bits = index[documents.blank], bits[documents.blank]
             lengths = np.bincount(segment_numbers(lengths)[documents.blank], minlength=len(lengths))
+        tokens = documents.target_lengths + documents.ends if documents.blank is None else lengths
+        is_told = documents.blank is None and self.canvas_length is None
         content = rows.input_ids[index]
         self.check_content(content)
         draws, beta = documents.low_discrepancy_draws(self.seed), self.mask_beta or 1.0
@@ -112,5 +118,7 @@ class MDLMCollator(CanvasCollator):
             alpha=rows.shared(alpha.astype(np.float32)),
             weights=weights.astype(np.float32),
             canvas_lengths=lengths,
+            sequence_tokens=tokens,
+            given_length=(documents.ends > 0) & is_told,
             **even,
         )

@@ -48,5 +48,6 @@ class MDLMLoss:
                 "sequence_nelbo": (nelbo.sum(), len(weights)),
             },
             sequence_nats=nelbo,
-            sequence_tokens=batch["canvas_lengths"],
+            sequence_tokens=batch["sequence_tokens"],
+            sequence_given={"length": batch["given_length"]},
         )

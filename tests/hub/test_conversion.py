@@ -94,6 +94,7 @@ def test_the_recorded_stopping_loss_is_met():
             **{"input_ids": ids, "attention_mask": mask, "slot_index": slots},
             **{"cls_index": tensors["in.cls_position"][row, None], "num_dropped": torch.zeros(1, dtype=torch.int64)},
             **{"slot_documents": torch.zeros_like(slots), "target_slots": empty, "target_ids": empty},
+            **{"ends": torch.tensor([True]), "weights": torch.ones(1), "sequence_tokens": mask.sum(-1)},
         },
     )
     close(output.loss_sum, tensors["out.batch_loss"][row])
@@ -167,6 +168,7 @@ def test_masked_diffusion_is_converted(features, conditioning, activation):
     chosen, rows = torch.tensor([1, 12, 20]), torch.tensor([0, 1, 2])
     targets = ids.flatten()[chosen]
     items = {"logits_index": chosen, "target_ids": targets, "target_documents": rows, "canvas_lengths": mask.sum(-1)}
+    items |= {"sequence_tokens": mask.sum(-1), "given_length": torch.zeros(3, dtype=torch.bool)}
     inputs = {"input_ids": ids, "attention_mask": mask, "alpha": 1 - t, "weights": 1 / t}
     published = (cross_entropy(expected.flatten(0, 1)[chosen], targets, reduction="none") / t).mean()
     close(MDLMLoss()(model, inputs | items).loss_sum / 3, published, rtol=1e-4, atol=1e-4)

@@ -17,7 +17,8 @@ PAD, CLS, BOS, FIRST_WORD = 0, 1, 4, 7
 class SpecialIds:
     """What the collators read of a tokenizer."""
 
-    pad_token_id, cls_token_id, bos_token_id, eos_token_id, mask_token_id = PAD, CLS, BOS, None, None
+    pad_token_id, cls_token_id, bos_token_id = PAD, CLS, BOS
+    eos_token_id, mask_token_id, unk_token_id = None, None, None
 
     def __init__(self, vocab_size: int):
         self.vocab_size = vocab_size

@@ -1,3 +1,4 @@
+import math
 import random
 
 import numpy as np
@@ -84,6 +85,9 @@ def test_documents_draw_apart_and_evenly():
     assert np.array_equal(documents.key[::4], single.key)
     assert np.array_equal(documents.low_discrepancy_draws(1)[::4], single.low_discrepancy_draws(1))
     assert len(set(documents.key.tolist())) == 4 * num
+    # Each further document of an example by one step of sqrt(2), so that those of one example are spread as well.
+    steps = np.diff(documents.low_discrepancy_draws(1).reshape(num, 4)) - math.sqrt(2)
+    assert np.abs(steps - steps.round()).max() < 1e-9
     for draws in (documents.low_discrepancy_draws(1), documents.low_discrepancy_draws(1)[3::4]):
         gap = np.abs(np.sort(draws) - (np.arange(len(draws)) + 0.5) / len(draws)).max()
         assert gap < 6 / len(draws)

@@ -88,7 +88,8 @@ def test_the_best_checkpoint_by_any_metric_stays_and_can_be_named(tmp_path, metr
 
 
 def test_a_metric_says_by_its_name_which_direction_is_better(tmp_path):
-    for metric, greater in (("a/loss", False), ("a/perplexity", False), ("a/nfe", False), ("a/exact_match", True)):
+    names = ("loss", "perplexity", "perplexity_given_length", "nats_per_token", "bits_per_character", "nfe")
+    for metric, greater in (*((f"a/{name}", False) for name in names), ("a/exact_match", True)):
         arguments = XLMTrainingArguments(str(tmp_path), use_cpu=True, metric_for_best_model=metric)
         assert arguments.greater_is_better is greater
 

@@ -66,7 +66,7 @@ def test_two_ranks_of_four_equal_one_of_eight(tmp_path):
     for measured, expected in ((two["likelihood"], one["likelihood"]), (two["samples"][0], one["samples"][0])):
         measured, expected = ({n: v for n, v in m.items() if n != "seconds"} for m in (measured, expected))
         assert measured == pytest.approx(expected, rel=1e-5)
-    assert {"perplexity", "loss_monte_carlo_standard_error", "bits_per_character"} <= one["likelihood"].keys()
+    assert {"perplexity", "nats_per_token_monte_carlo_standard_error", "bits_per_character"} <= one["likelihood"].keys()
     checkpoints = list_checkpoints(tmp_path / "two")
     assert [folder.name for folder in checkpoints] == ["checkpoint-4", "checkpoint-5"]
     for checkpoint in checkpoints:

@@ -71,9 +71,9 @@ def text_corpus(
 
     The splits have `example_id`, `input_ids`, `continues` - whether the last document goes on in another example, and
     so has no end in this one -, `num_characters` of the text that the ids stand for, and, for chunks with
-    `document_masks`, `segment_ids`; a chunk without them is a piece of one text that never ends. With a `mixture` the training set is that of its entries, options of this function with a
-    `weight`; the path itself gives the tokenizer and what is evaluated on. With `streaming` the training set is read in
-    the order of its files, shuffled in a buffer.
+    `document_masks`, `segment_ids`; a chunk without them is a piece of one text that never ends. With a `mixture` the
+    training set is that of its entries, options of this function with a `weight`; the path itself gives the tokenizer
+    and what is evaluated on. With `streaming` the training set is read in the order of its files, shuffled in a buffer.
 
     Raises:
         ValueError: for an unknown choice, a source that is not there, or a split that cannot be made.
@@ -150,11 +150,7 @@ def _prepare(
         of_batch = texts(batch)
         # A special token's name in a text is text.
         encoded = tokenizer(
-            of_batch,
-            add_special_tokens=False,
-            split_special_tokens=True,
-            return_attention_mask=False,
-            verbose=False,
+            of_batch, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
         )
         ids = [[*ids, *end_of_text] for ids in encoded["input_ids"]]
         offsets = [encoding.offsets for encoding in encoded.encodings]

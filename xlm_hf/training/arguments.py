@@ -6,8 +6,11 @@ from dataclasses import dataclass, field
 import torch
 from transformers import TrainingArguments
 
-# A metric whose name ends in one of these is better when it is lower.
-_LOWER_IS_BETTER = ("loss", "perplexity", "entropy", "nelbo", "nfe", "seconds")
+# Metrics whose names end so, up to a condition as in `perplexity_given_length`, are better when lower.
+_LOWER_IS_BETTER = (
+    *("loss", "perplexity", "nats_per_token", "bits_per_character", "unknown_rate", "nelbo", "nll"),
+    *("entropy", "nfe", "seconds"),
+)
 
 
 @dataclass
@@ -64,7 +67,7 @@ class XLMTrainingArguments(TrainingArguments):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be a positive number of {unit} and is {getattr(self, name)}.")
         if self.metric_for_best_model is not None and self.greater_is_better is None:
-            self.greater_is_better = not self.metric_for_best_model.endswith(_LOWER_IS_BETTER)
+            self.greater_is_better = not self.metric_for_best_model.split("_given_")[0].endswith(_LOWER_IS_BETTER)
         if self.global_batch_size is not None:
             # Before the parent hands the accumulation on to accelerate and DeepSpeed.
             self._accumulate_to(self.global_batch_size, int(os.environ.get("WORLD_SIZE", 1)))
