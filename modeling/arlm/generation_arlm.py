@@ -17,6 +17,7 @@ from transformers.generation import (
 )
 
 from xlm_hf.modules.counter_random import random_bits, uniform
+from xlm_hf.modules.edits import INSERT, EditLog
 from xlm_hf.modules.generation import GenerationOptionsMixin, left_align_padding, row_seeds
 from xlm_hf.modules.generation_output import NonAutoregressiveGenerationOutput
 from xlm_hf.modules.messages import did_you_mean
@@ -30,7 +31,7 @@ class ARLMGenerationConfig(GenerationConfig):
     `top_k` keeps all tokens by default, and `return_dict_in_generate` is True.
 
     Attributes:
-        return_history: also return the step that wrote each token.
+        return_history: also return the step that wrote each token, and every edit.
 
     Raises:
         ValueError: for an option that does not exist, naming the closest one, and for a value out of its range.
@@ -193,9 +194,8 @@ class ARLMGenerationMixin(GenerationOptionsMixin, GenerationMixin):  # type: ign
             )
         if draw and config.output_scores:
             output["scores"] = tuple(draw[0].scores)
-        result = self._output(
-            output, prompt.repeat_interleave(returned, 0), capacity.repeat_interleave(returned), config
-        )
+        rows = torch.arange(len(prompt), device=prompt.device).repeat_interleave(returned)
+        result = self._output(output, prompt[rows], mask[rows], capacity[rows], config)
         return result if return_dict else result.sequences
 
     def new_cache(self) -> Cache:
@@ -248,8 +248,8 @@ class ARLMGenerationMixin(GenerationOptionsMixin, GenerationMixin):  # type: ign
         processors.sort(key=lambda processor: isinstance(processor, _SeededDraw))
         return processors
 
-    def _output(self, output, prompt, capacity, config: ARLMGenerationConfig) -> ARLMGenerationOutput:
-        """Count what each row wrote and blank what stands behind it; `prompt` and `capacity` are one row a sequence."""
+    def _output(self, output, prompt, mask, capacity, config: ARLMGenerationConfig) -> ARLMGenerationOutput:
+        """Count what each row wrote and blank what stands behind it; what is given is one row a sequence."""
         pad_id = self.config.pad_token_id
         written = output.sequences[:, prompt.shape[1] :]
         columns = torch.arange(written.shape[1], device=written.device)
@@ -263,6 +263,8 @@ class ARLMGenerationMixin(GenerationOptionsMixin, GenerationMixin):  # type: ign
             exists = output.beam_indices >= 0
         lengths = exists.sum(dim=-1)
         stopped = (is_eos & exists).any(dim=-1) | (lengths < capacity)
+        log, rows = EditLog(), torch.arange(len(written), device=written.device)[:, None]
+        log.add(INSERT, exists, row=rows, step=columns, position=mask.sum(dim=-1)[:, None] + columns, token=written)
         history = torch.cat((torch.full_like(prompt, -1), torch.where(exists, columns, -1)), dim=1)
         return ARLMGenerationOutput(
             **{
@@ -272,5 +274,6 @@ class ARLMGenerationMixin(GenerationOptionsMixin, GenerationMixin):  # type: ign
                 "nfe": lengths,
                 "finish_reason": ["stop" if row else "length" for row in stopped.tolist()],
                 "history": history if config.return_history else None,
+                "edits": log.events() if config.return_history else None,
             }
         )

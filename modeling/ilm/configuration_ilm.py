@@ -20,7 +20,7 @@ class ILMConfig(RotaryTransformerConfig):
         suppress_tokens: ids that are never inserted; their logits are -inf in training and in generation.
         num_missing_classes: classes of the stopping head: class n says that n tokens are missing, the last one that so
             many or more are. 2 is the paper's (complete, something is missing); 0 means no such head, and sequences
-            that end only where their room does.
+            that end only where their capacity does.
     """
 
     model_type = "ilm"

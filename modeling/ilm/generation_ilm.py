@@ -16,7 +16,7 @@ from xlm_hf.modules.generation import (
 from xlm_hf.modules.token_sampling import filter_logits, sample_categorical
 from xlm_hf.modules.vocabulary_head import LogitsOnDemand
 
-_SLOT, _TOKEN, _STOP = 0, 1, 2  # last counter of a random number: what it decides
+_SLOT, _TOKEN = 0, 1  # last counter of a random number: what it decides
 
 
 class ILMGenerationConfig(NonAutoregressiveGenerationConfig):
@@ -88,7 +88,7 @@ class ILMGenerationMixin(NonAutoregressiveGenerationMixin):
         if outputs.stop_logits is not None:
             complete = outputs.stop_logits.float().softmax(dim=-1)[:, 0]
             if config.stopping == "sample":
-                state.finish(rows, uniform(seeds, step, 0, _STOP) < complete)
+                state.finish(rows, uniform(seeds, *b"stop", step) < complete)
             elif config.stopping_threshold is not None:
                 state.finish(rows, complete >= config.stopping_threshold)
         slots, tokens, drawn = outputs.head_output

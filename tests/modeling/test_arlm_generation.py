@@ -190,6 +190,9 @@ def test_what_stands_behind_the_end_is_padding():
             assert EOS not in ids[: nfe - 1]
             assert set(ids[nfe:]) <= {PAD}
             assert steps == [-1] * 7 + list(range(nfe)) + [-1] * (len(ids) - nfe)
+            start = len(PROMPTS[row]) + 1
+            edits = [[row, step, 0, start + step, token] for step, token in enumerate(ids[:nfe])]
+            assert output.edits[output.edits[:, 0] == row].tolist() == edits
     assert model.generate(batch_of(PROMPTS)).history is None
 
 

@@ -276,8 +276,8 @@ OPTIONS = {
 def test_a_row_decodes_alike_in_any_batch_and_the_prompt_stays(backbone, name):
     model = make_model(backbone=backbone)
     # Without max_new_tokens every row has a canvas of its own length.
-    for room in ({"max_new_tokens": 9}, {"max_length": 14}):
-        options = {"do_sample": True, "return_history": True, **OPTIONS[name], **room}
+    for limit in ({"max_new_tokens": 9}, {"max_length": 14}):
+        options = {"do_sample": True, "return_history": True, **OPTIONS[name], **limit}
         seeds = [3, 1, 4, 1]
         together = model.generate(batch_of(PROMPTS), seed=seeds, **options)
         width = batch_of(PROMPTS).shape[1]

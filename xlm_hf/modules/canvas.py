@@ -30,6 +30,7 @@ class MaskedCanvas:
         masked: (B, L) bool, what is still to be written; a position behind an end-of-sequence token no longer is.
         positions: (B, L) int64, the position of each token in its own row.
         nfe: (B,) int64, forward passes that each row took part in.
+        stopped: (B,) bool, rows that a criterion ended as they stand.
         is_padded: whether the attention mask says anything.
     """
 
@@ -83,16 +84,6 @@ class MaskedCanvas:
     def prompt(self) -> torch.Tensor:
         """The prompts (B, P)."""
         return self.ids[:, : self.prompt_width]
-
-    def whole(self) -> torch.Tensor:
-        """The rows so far, prompts included."""
-        return self.ids
-
-    def finish(self, rows: torch.Tensor, ended: torch.Tensor) -> None:
-        """End those of `rows` (R,) that have `ended` (R,) and are open as they stand, masks included."""
-        ended = ended & self.masked[rows].any(dim=-1)
-        self.stopped[rows] |= ended
-        self.masked[rows] &= ~ended[:, None]
 
     def written(self) -> torch.Tensor:
         """What stands after the prompts, mask tokens included; the whole rows where nothing was appended to any."""
