@@ -10,15 +10,16 @@ from xlm_hf.objectives.loss_output import LossOutput, model_inputs
 
 
 class MDLMLoss:
-    """Weighted cross-entropy of the masked tokens, whose mean per canvas token is a bound in nats.
+    """Weighted cross-entropy of the masked tokens, an estimate of a bound on the negative log-likelihood.
 
     For a canvas x of L tokens (arXiv 2406.07524, equation 10),
 
         -log p(x | prompt) <= NELBO = E_t[ -alpha'_t / (1 - alpha_t) x sum over masked l of -log p(x_l | x_t, prompt) ].
 
     The collator draws t and the masks and gives the weight of each document, so that the sum here is an unbiased
-    estimate of the NELBO of the batch; divided by the number of all canvas tokens, masked or not, it is nats per token.
-    With its `mask_beta` the sum weighs every masked token alike and is no bound; `sequence_nelbo` still is the bound.
+    estimate of the NELBO of the batch. Training divides it by all canvas tokens, masked or not. A likelihood is per token
+    of the text and its end (`sequence_tokens`): the padding of the canvas adds nats and no tokens. With its `mask_beta`
+    the sum weighs every masked token alike and is no bound; `sequence_nats` still is the bound.
     """
 
     def num_items(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
