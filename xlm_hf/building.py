@@ -30,7 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from xlm_hf.evaluation import RECORD_FIELDS, EvaluationSet
-from xlm_hf.hub.pretrained_backbones import add_lora, backbone_options, check_sees_both_ways, load_backbone
+from xlm_hf.hub.pretrained_backbones import add_lora, backbone_options, check_directions, load_backbone
 from xlm_hf.metrics import load_metric
 from xlm_hf.modules.messages import check_arguments, check_options, did_you_mean
 from xlm_hf.objectives.collators import Collator
@@ -157,7 +157,7 @@ def build_model(
     model = AutoModel.from_config(config_class(**{**vocabulary, **options, **adopted}))
     known_ids = load_backbone(model, source, tokenizer) if adopted else 0
     if is_adopted:
-        check_sees_both_ways(model)
+        check_directions(model)
     if lora:
         add_lora(model, lora, known_ids)
     ids = {name: token_options(tokenizer).get(name) for name in ("bos_token_id", "pad_token_id", "eos_token_id")}

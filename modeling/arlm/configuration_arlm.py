@@ -2,7 +2,7 @@
 
 from transformers.configuration_utils import strict
 
-from xlm_hf.modules.rotary_transformer import RotaryTransformerConfig
+from xlm_hf.modules.backbone_config import RotaryTransformerConfig
 
 
 @strict
@@ -15,8 +15,11 @@ class ARLMConfig(RotaryTransformerConfig):
         pad_token_id: fills ragged rows; never seen.
         bos_token_id: stands between the prompt and the sequence that is written.
         eos_token_id: ends the sequence that is written; learnt as every other token.
-        suppress_tokens: ids that are never written; their logits are -inf in training and in generation. The
-            end-of-sequence token is taken off the list.
+        suppress_tokens: ids that no sequence gets; their logits are -inf in training and in generation. `[EOS]` is
+            exempt.
+
+    Raises:
+        ValueError: with `shift_logits`, since such a model always tells what comes next.
     """
 
     model_type = "arlm"
@@ -27,8 +30,11 @@ class ARLMConfig(RotaryTransformerConfig):
     suppress_tokens: list[int] | None = None
 
     def __post_init__(self, **kwargs):
-        if self.backbone_config is not None:
-            raise ValueError("A left-to-right model has the rotary backbone alone: leave backbone_config out.")
-        if self.suppress_tokens:
-            self.suppress_tokens = [token for token in self.suppress_tokens if token != self.eos_token_id]
         super().__post_init__(**kwargs)
+        if self.shift_logits:
+            raise ValueError("A left-to-right model always tells what comes next: leave shift_logits out.")
+
+    @property
+    def suppressed_ids(self) -> list[int]:
+        """The ids that no sequence gets."""
+        return sorted({*(self.suppress_tokens or ())} - {self.eos_token_id})

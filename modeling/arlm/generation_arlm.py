@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionAndFullAttentionLayer
+from transformers.cache_utils import Cache
 from transformers.generation import (
     GenerationConfig,
     GenerationMixin,
@@ -198,12 +198,7 @@ class ARLMGenerationMixin(GenerationOptionsMixin, GenerationMixin):  # type: ign
         result = self._output(output, prompt[rows], mask[rows], capacity[rows], config)
         return result if return_dict else result.sequences
 
-    def new_cache(self) -> Cache:
-        """An empty cache of keys and values and, where the model has a short convolution, of its inputs."""
-        layer = LinearAttentionAndFullAttentionLayer if self.config.conv_kernel_size else DynamicLayer
-        return Cache(layers=[layer() for _ in range(self.config.num_hidden_layers)])
-
-    def _convolution_cache(self, config: ARLMGenerationConfig) -> dict[str, Any]:
+    def _convolution_cache(self: Any, config: ARLMGenerationConfig) -> dict[str, Any]:
         """The cache to pass on where there is a short convolution, which no other of transformers holds."""
         if not self.config.conv_kernel_size or config.use_cache is False:
             return {}

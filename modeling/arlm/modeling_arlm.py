@@ -10,8 +10,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 
-from xlm_hf.modules.rotary_transformer import RotaryTransformer, RotaryTransformerPreTrainedModel
-from xlm_hf.modules.vocabulary_head import HeadFunction, head_fields
+from xlm_hf.modules.rotary_transformer import RotaryTransformerPreTrainedModel
+from xlm_hf.modules.transformer_backbone import build_backbone
+from xlm_hf.modules.vocabulary_head import HeadFunction
 
 from .configuration_arlm import ARLMConfig
 from .generation_arlm import ARLMGenerationConfig, ARLMGenerationMixin
@@ -43,15 +44,15 @@ class ARLMForCausalLM(ARLMPreTrainedModel, ARLMGenerationMixin):  # type: ignore
 
     def __init__(self, config: ARLMConfig):
         super().__init__(config)
-        self.model = RotaryTransformer(config, is_causal=True)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.model = build_backbone(config, is_causal=True)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
 
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         cache: Cache | None = None,
@@ -59,6 +60,7 @@ class ARLMForCausalLM(ARLMPreTrainedModel, ARLMGenerationMixin):  # type: ignore
         logits_index: torch.Tensor | None = None,
         logits_to_keep: int = 0,
         head_function: HeadFunction | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         **kwargs,
     ) -> ARLMOutput:
         """Score the next token after every token.
@@ -74,10 +76,11 @@ class ARLMForCausalLM(ARLMPreTrainedModel, ARLMGenerationMixin):  # type: ignore
             logits_to_keep: last tokens of each row whose logits are wanted; 0 means all. What `generate` of
                 transformers uses.
             head_function: what is made of the selected hidden states instead of logits (see `head_fields`).
+            inputs_embeds: (B, L, hidden_size) vectors in place of the embeddings of `input_ids`.
 
         Returns:
             `ARLMOutput` with `logits` (B, L, V), or (S, V) with `logits_index`; those at a token score the token after
-            it, and those of `config.suppress_tokens` are -inf.
+            it, and those of `config.suppressed_ids` are -inf.
         """
         if use_cache and cache is None:
             cache = self.new_cache()
@@ -86,6 +89,7 @@ class ARLMForCausalLM(ARLMPreTrainedModel, ARLMGenerationMixin):  # type: ignore
             attention_mask=attention_mask,
             position_ids=position_ids,
             cache=cache,
+            inputs_embeds=inputs_embeds,
             output_index=logits_index,
             **kwargs,
         )
@@ -93,7 +97,7 @@ class ARLMForCausalLM(ARLMPreTrainedModel, ARLMGenerationMixin):  # type: ignore
         if logits_index is None and logits_to_keep:
             hidden_states = hidden_states[:, -logits_to_keep:]
         return ARLMOutput(
-            **head_fields(hidden_states, self.lm_head, self.config.outside_softmax, head_function),
+            **self.apply_head(hidden_states, head_function),
             cache=cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,

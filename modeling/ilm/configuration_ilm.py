@@ -2,7 +2,7 @@
 
 from transformers.configuration_utils import strict
 
-from xlm_hf.modules.rotary_transformer import RotaryTransformerConfig
+from xlm_hf.modules.backbone_config import RotaryTransformerConfig
 
 
 @strict
@@ -17,7 +17,7 @@ class ILMConfig(RotaryTransformerConfig):
         cls_token_id: first token of a sequence; the stopping head reads its hidden state.
         bos_token_id: stands between the prompt and the sequence that is written.
         eos_token_id: end of a text for the tokenizer; an insertion model ends by its stopping head instead.
-        suppress_tokens: ids that are never inserted; their logits are -inf in training and in generation.
+        suppress_tokens: ids that no sequence gets; their logits are -inf in training and in generation.
         num_missing_classes: classes of the stopping head: class n says that n tokens are missing, the last one that so
             many or more are. 2 is the paper's (complete, something is missing); 0 means no such head, and sequences
             that end only where their capacity does.

@@ -1,14 +1,15 @@
 """The insertion language model (ILM, arXiv 2505.05755): where to insert, what to insert, and when to stop."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from transformers.utils.generic import can_return_tuple
 
-from xlm_hf.modules.rotary_transformer import RotaryTransformer, RotaryTransformerPreTrainedModel, take
-from xlm_hf.modules.transformer_backbone import TransformerBackbone
-from xlm_hf.modules.vocabulary_head import HeadFunction, LanguageModelOutput, head_fields
+from xlm_hf.modules.rotary_transformer import RotaryTransformerPreTrainedModel, take
+from xlm_hf.modules.transformer_backbone import build_backbone
+from xlm_hf.modules.vocabulary_head import HeadFunction, LanguageModelOutput
 
 from .configuration_ilm import ILMConfig
 from .generation_ilm import ILMGenerationConfig, ILMGenerationMixin
@@ -58,7 +59,7 @@ class ILMForInsertionLM(ILMPreTrainedModel, ILMGenerationMixin):
 
     def __init__(self, config: ILMConfig):
         super().__init__(config)
-        self.model = TransformerBackbone(config) if config.backbone_config else RotaryTransformer(config)
+        self.model = build_backbone(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.stop_head = ILMStoppingHead(config) if config.num_missing_classes else None
         self.post_init()
@@ -66,12 +67,13 @@ class ILMForInsertionLM(ILMPreTrainedModel, ILMGenerationMixin):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         slot_index: torch.Tensor | None = None,
         cls_index: torch.Tensor | None = None,
         head_function: HeadFunction | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         **kwargs,
     ) -> ILMOutput:
         """Score every insertion.
@@ -84,25 +86,33 @@ class ILMForInsertionLM(ILMPreTrainedModel, ILMGenerationMixin):
                 vocabulary head is the largest product of a small model, and few of its rows matter.
             cls_index: (D,) likewise `[CLS]` of each document of packed rows; by default each row's first token.
             head_function: what is made of the selected hidden states instead of logits (see `head_fields`).
-            **kwargs: `segment_ids` of packed rows, `output_hidden_states`, `output_attentions`.
+            inputs_embeds: (B, L, hidden_size) vectors in place of the embeddings of `input_ids`.
+            **kwargs: `segment_ids` of packed rows, what else the backbone takes, `output_hidden_states`,
+                `output_attentions`.
 
         Returns:
-            `ILMOutput`; the logits of `config.suppress_tokens` are -inf.
+            `ILMOutput`; the logits of `config.suppressed_ids` are -inf.
         """
         if cls_index is None:
-            cls_index = torch.arange(len(input_ids), device=input_ids.device) * input_ids.shape[1]
+            tokens: Any = input_ids if inputs_embeds is None else inputs_embeds
+            cls_index = torch.arange(len(tokens), device=tokens.device) * tokens.shape[1]
             if attention_mask is not None:
                 cls_index = cls_index + attention_mask.long().argmax(dim=-1)
         index = None if slot_index is None else torch.cat((slot_index, cls_index))
         outputs = self.model(
-            input_ids, attention_mask=attention_mask, position_ids=position_ids, output_index=index, **kwargs
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            output_index=index,
+            **kwargs,
         )
         if slot_index is None:
             of_slots, of_cls = outputs.last_hidden_state, take(outputs.last_hidden_state, cls_index)
         else:
             of_slots, of_cls = outputs.last_hidden_state.split((len(slot_index), len(cls_index)))
         return ILMOutput(
-            **head_fields(of_slots, self.lm_head, self.config.outside_softmax, head_function),
+            **self.apply_head(of_slots, head_function),
             stop_logits=None if self.stop_head is None else self.stop_head(of_cls),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,

@@ -1,41 +1,33 @@
 """Configuration of the masked diffusion language model (MDLM)."""
 
-from typing import ClassVar
-
 from transformers.configuration_utils import strict
 
-from xlm_hf.modules.diffusion_transformer import DiffusionTransformerConfig
+from xlm_hf.modules.backbone_config import RotaryTransformerConfig
 
 
 @strict
-class MDLMConfig(DiffusionTransformerConfig):
+class MDLMConfig(RotaryTransformerConfig):
     """Architecture of a masked diffusion language model: a bidirectional backbone and a vocabulary head.
 
     A sequence reads `prompt [BOS] canvas`, the canvas being what is masked and written: the text, `[EOS]`, and then
     `[PAD]` up to its end. A canvas has a fixed number of places, so where the text ends is itself something to write.
 
     Attributes:
-        backbone: "rotary", the shared transformer, which is not told the time (the masks say it); "dit", the
-            transformer conditioned on the total noise sigma, as in the published code; "transformers", which is not
-            told the time either.
-        time_conditioning: whether "dit" is told that noise; otherwise it is told sigma = 0 at all times, as the
-            published models of the paper are.
-        noise_eps: the time-conditioned backbone is told sigma = -log(noise_eps + (1 - noise_eps) alpha_t).
+        conditioning: "none" by default, since the masks say the time. With "adaln", as in the published code, or
+            "token" the backbone is told the total noise sigma.
+        time_conditioning: whether a conditioned backbone is told that noise; otherwise it is told sigma = 0 at all
+            times, as the published models of the paper are.
+        noise_eps: the backbone is told sigma = -log(noise_eps + (1 - noise_eps) alpha_t).
         pad_token_id: fills the canvas after the text, where it is content like any other; and fills ragged rows,
             where it is never seen.
         mask_token_id: stands for what is to be written.
         bos_token_id: stands between the prompt and the canvas.
         eos_token_id: ends the text on the canvas.
-        suppress_tokens: ids that are never written; their logits are -inf in training and in generation. `[EOS]` and
+        suppress_tokens: ids that no sequence gets; their logits are -inf in training and in generation. `[EOS]` and
             `[PAD]` are exempt, since a canvas holds them, and `[MASK]` is added.
-
-    Raises:
-        ValueError: for an unknown backbone.
     """
 
     model_type = "mdlm"
-
-    own_backbones: ClassVar[tuple[str, ...]] = ("rotary", "dit")
 
     time_conditioning: bool = True
     noise_eps: float = 1e-3
@@ -46,11 +38,11 @@ class MDLMConfig(DiffusionTransformerConfig):
     suppress_tokens: list[int] | None = None
 
     def __post_init__(self, **kwargs):
-        self.time_conditioning = self.time_conditioning and self.backbone == "dit"
         super().__post_init__(**kwargs)
+        self.time_conditioning = self.time_conditioning and self.conditioning != "none"
 
     @property
-    def never_written(self) -> list[int]:
-        """The ids that no sequence gets in generation."""
+    def suppressed_ids(self) -> list[int]:
+        """The ids that no sequence gets."""
         content = {self.eos_token_id, self.pad_token_id}
         return sorted({*(self.suppress_tokens or ()), self.mask_token_id} - content)

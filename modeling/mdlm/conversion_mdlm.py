@@ -40,7 +40,7 @@ def from_xlm_core(weights: Mapping[str, torch.Tensor], arguments: Mapping[str, A
     """Options of `MDLMConfig` and tensors of `MDLMForMaskedDiffusion`; see `xlm_hf.convert_checkpoint`."""
     options = model_options(arguments, weights, d_cond="", frequency_embedding_size="")
     options |= {
-        "backbone": "dit",
+        "conditioning": "adaln",
         "legacy_modulated_residual": True,
         "noise_eps": math.exp(-_SIGMA_MAX),
         "final_layer_norm": True,
@@ -69,7 +69,7 @@ def from_paper(weights: Mapping[str, torch.Tensor], arguments: Mapping[str, Any]
     last = options["vocab_size"] - 1
     options |= {
         **_time_sizes(weights),
-        "backbone": "dit",
+        "conditioning": "adaln",
         "time_conditioning": bool(arguments.get("time_conditioning", False)),
         "hidden_act": "gelu_pytorch_tanh",
         "attention_dropout": 0.0,

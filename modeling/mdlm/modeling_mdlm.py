@@ -4,17 +4,16 @@ import torch
 from torch import nn
 from transformers.utils.generic import can_return_tuple
 
-from xlm_hf.modules.diffusion_transformer import DiffusionTransformer, DiffusionTransformerPreTrainedModel
 from xlm_hf.modules.noise_schedules import total_noise
-from xlm_hf.modules.rotary_transformer import RotaryTransformer
-from xlm_hf.modules.transformer_backbone import TransformerBackbone
-from xlm_hf.modules.vocabulary_head import HeadFunction, LanguageModelOutput, head_fields
+from xlm_hf.modules.rotary_transformer import RotaryTransformerPreTrainedModel
+from xlm_hf.modules.transformer_backbone import build_backbone
+from xlm_hf.modules.vocabulary_head import HeadFunction, LanguageModelOutput
 
 from .configuration_mdlm import MDLMConfig
 from .generation_mdlm import MDLMGenerationConfig, MDLMGenerationMixin
 
 
-class MDLMPreTrainedModel(DiffusionTransformerPreTrainedModel):
+class MDLMPreTrainedModel(RotaryTransformerPreTrainedModel):
     """Ties the family to its configuration."""
 
     config: MDLMConfig
@@ -32,8 +31,7 @@ class MDLMForMaskedDiffusion(MDLMPreTrainedModel, MDLMGenerationMixin):
 
     def __init__(self, config: MDLMConfig):
         super().__init__(config)
-        backbones = {"rotary": RotaryTransformer, "dit": DiffusionTransformer, "transformers": TransformerBackbone}
-        self.model = backbones[config.backbone](config)
+        self.model = build_backbone(config)
         # On the canvas padding is content, so its embedding learns.
         self.model.embed_tokens.padding_idx = None
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
@@ -42,13 +40,14 @@ class MDLMForMaskedDiffusion(MDLMPreTrainedModel, MDLMGenerationMixin):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         alpha: torch.Tensor | None = None,
         sigma: torch.Tensor | None = None,
         logits_index: torch.Tensor | None = None,
         head_function: HeadFunction | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         **kwargs,
     ) -> LanguageModelOutput:
         """Score every token at every position.
@@ -58,32 +57,39 @@ class MDLMForMaskedDiffusion(MDLMPreTrainedModel, MDLMGenerationMixin):
             attention_mask: (B, L), 1 for tokens, those of the canvas included, and 0 for padding on either side.
             position_ids: (B, L) rotary positions; by default each row counts its own tokens.
             alpha: (B,), or (B, L) for packed rows: the share alpha_t of the canvas that is clean at the time of each
-                row or token, 1 meaning all of it; needed by the time-conditioned backbone, ignored by the other.
+                row or token, 1 meaning all of it; needed with `config.time_conditioning`, ignored without.
             sigma: of the same shape, in place of alpha: the total noise that the backbone is told.
             logits_index: (S,) indices into the flattened (B x L) tokens whose logits are wanted; None means all.
             head_function: what is made of the selected hidden states instead of logits (see `head_fields`).
-            **kwargs: `segment_ids` of packed rows, `output_hidden_states`, `output_attentions`.
+            inputs_embeds: (B, L, hidden_size) vectors in place of the embeddings of `input_ids`.
+            **kwargs: `segment_ids` of packed rows, what else the backbone takes, `output_hidden_states`,
+                `output_attentions`.
 
         Returns:
             `LanguageModelOutput` with `logits` (B, L, V), or (S, V) with `logits_index`; those of the ids that are
             never written are -inf.
 
         Raises:
-            ValueError: if the time-conditioned backbone is not told `alpha`.
+            ValueError: if a model with `config.time_conditioning` is not told `alpha`.
         """
         if self.config.time_conditioning:
             if sigma is None and alpha is not None:
                 sigma = total_noise(alpha.float(), self.config.noise_eps)
             if sigma is None:
-                raise ValueError("The backbone 'dit' is conditioned on the time: pass alpha, one number for each row.")
+                raise ValueError("The model is conditioned on the time: pass alpha, one number for each row or token.")
             kwargs["timesteps"] = sigma
-        elif self.config.backbone == "dit":
-            kwargs["timesteps"] = torch.zeros(len(input_ids), device=input_ids.device)
+        elif self.config.conditioning != "none":
+            kwargs["timesteps"] = torch.zeros(1, device=self.device)
         outputs = self.model(
-            input_ids, attention_mask=attention_mask, position_ids=position_ids, output_index=logits_index, **kwargs
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            output_index=logits_index,
+            **kwargs,
         )
         return LanguageModelOutput(
-            **head_fields(outputs.last_hidden_state, self.lm_head, self.config.outside_softmax, head_function),
+            **self.apply_head(outputs.last_hidden_state, head_function),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

@@ -2,7 +2,7 @@
 
 from transformers.configuration_utils import strict
 
-from xlm_hf.modules.rotary_transformer import RotaryTransformerConfig
+from xlm_hf.modules.backbone_config import RotaryTransformerConfig
 
 
 @strict
@@ -16,9 +16,8 @@ class MLMConfig(RotaryTransformerConfig):
         mask_token_id: stands for a token that is to be predicted.
         bos_token_id: stands between the prompt and the sequence that is written.
         eos_token_id: ends the sequence.
-        suppress_tokens: ids that are never written; their logits are -inf in training and in generation. The padding
-            and the end of sequence, by which the model says how long a sequence is, are taken off the list, and the
-            mask token is put on it.
+        suppress_tokens: ids that no sequence gets; their logits are -inf in training and in generation. The padding
+            and the end of sequence, by which the model says how long a sequence is, are exempt, and the mask is added.
     """
 
     model_type = "mlm"
@@ -29,7 +28,7 @@ class MLMConfig(RotaryTransformerConfig):
     bos_token_id: int | None = 4
     suppress_tokens: list[int] | None = None
 
-    def __post_init__(self, **kwargs):
-        suppressed = set(self.suppress_tokens or ()) - {self.pad_token_id, self.eos_token_id}
-        self.suppress_tokens = sorted(suppressed | {self.mask_token_id})
-        super().__post_init__(**kwargs)
+    @property
+    def suppressed_ids(self) -> list[int]:
+        """The ids that no sequence gets."""
+        return sorted({*(self.suppress_tokens or ())} - {self.pad_token_id, self.eos_token_id} | {self.mask_token_id})

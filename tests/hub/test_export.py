@@ -32,6 +32,8 @@ from xlm_hf.modeling.ilm import ILMConfig, ILMForInsertionLM
 ROOT = Path(__file__).parents[2]
 SPECIAL_TOKENS = {f"{name.lower()}_token": f"[{name}]" for name in ("PAD", "CLS", "MASK", "EOS", "BOS", "UNK")}
 CODE_FILES = {
+    "attention_patterns.py",
+    "backbone_config.py",
     "configuration_ilm.py",
     "counter_random.py",
     "devices.py",
@@ -42,6 +44,8 @@ CODE_FILES = {
     "messages.py",
     "modeling_ilm.py",
     "rotary_transformer.py",
+    "short_convolution.py",
+    "time_conditioning.py",
     "vocabulary_head.py",
     "token_sampling.py",
     "transformer_backbone.py",
@@ -668,4 +672,6 @@ def test_families_of_other_packages_register_themselves(tmp_path):
             "modeling_wordy.py",
             "devices.py",
             "rotary_transformer.py",
+            "short_convolution.py",
+            "time_conditioning.py",
         }

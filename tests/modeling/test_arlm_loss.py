@@ -86,7 +86,7 @@ def test_only_positions_with_a_loss_reach_the_vocabulary_head(monkeypatch):
 
 def test_end_of_sequence_is_learnt_even_where_all_special_ids_are_suppressed():
     model = make_model(V, suppress_tokens=[0, 1, 2, EOS, BOS, 5])
-    assert model.config.suppress_tokens == [0, 1, 2, BOS, 5]
+    assert model.config.suppressed_ids == [0, 1, 2, BOS, 5]
     logits = model(torch.tensor([[8, BOS, 9]])).logits
     assert logits.isneginf().any(dim=0).any(dim=0).nonzero().squeeze(-1).tolist() == [0, 1, 2, BOS, 5]
 

@@ -501,6 +501,6 @@ def test_model_and_options_survive_saving(backbone, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = MDLMForMaskedDiffusion.from_pretrained(tmp_path)
     assert loaded.generation_config.to_dict() == model.generation_config.to_dict()
-    assert loaded.config.backbone == backbone
+    assert loaded.config.conditioning == ("adaln" if backbone == "dit" else "none")
     torch.testing.assert_close(loaded.generate(seed=3).sequences, model.generate(seed=3).sequences)
-    assert MDLMConfig.from_pretrained(tmp_path).never_written == [1, 2, 4, 5, 6]
+    assert MDLMConfig.from_pretrained(tmp_path).suppressed_ids == [1, 2, 4, 5, 6]

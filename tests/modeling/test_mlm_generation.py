@@ -243,6 +243,6 @@ def test_model_and_generation_config_survive_saving(tmp_path):
     model.generation_config = MLMGenerationConfig(order="margin", num_steps=5, max_new_tokens=9, pad_token_id=0)
     model.save_pretrained(tmp_path)
     loaded = MLMForMaskedLM.from_pretrained(tmp_path)
-    assert loaded.config.suppress_tokens == model.config.suppress_tokens == [CLS, MASK, BOS, SEP]
+    assert loaded.config.suppressed_ids == model.config.suppressed_ids == [CLS, MASK, BOS, SEP]
     assert loaded.generation_config.to_dict() == model.generation_config.to_dict()
     torch.testing.assert_close(loaded.generate(seed=3).sequences, model.generate(seed=3).sequences)

@@ -67,8 +67,8 @@ def test_a_perfect_model_has_no_loss_and_sees_no_more_positions_than_it_must():
 def test_what_is_never_written_has_no_probability():
     model = make_model()
     logits = model(torch.tensor([[8, MASK, 9]])).logits
-    assert model.config.suppress_tokens == [1, 2, 4, 5]
-    assert MLMConfig().suppress_tokens == [MASK]
+    assert model.config.suppressed_ids == [1, 2, 4, 5]
+    assert MLMConfig().suppressed_ids == [MASK]
     assert logits[..., [CLS, MASK]].isneginf().all()
     assert logits[..., [PAD, EOS, 7]].isfinite().all()
     indexed = model(torch.tensor([[8, MASK, 9], [7, 7, MASK]]), logits_index=torch.tensor([5, 1])).logits

@@ -3,13 +3,7 @@ import math
 import pytest
 import torch
 
-from xlm_hf.modules.rotary_transformer import (
-    RotaryTransformer,
-    RotaryTransformerConfig,
-    ShortConvolution,
-    apply_rotary,
-    rotary_cos_sin,
-)
+from xlm_hf.modules.rotary_transformer import RotaryTransformer, RotaryTransformerConfig, apply_rotary, rotary_cos_sin
 
 
 def make_model(is_causal=False, **kwargs):
@@ -139,27 +133,6 @@ def test_rotary_scores_are_those_of_complex_rotation():
             for j, a in enumerate(f * (m - n) for f in frequencies)
         )
         assert float(rotated[0] @ rotated[1]) == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.parametrize(("kernel_size", "is_causal"), [(3, False), (5, False), (4, True), (1, False)])
-def test_convolution_equals_a_loop(kernel_size, is_causal):
-    generator = torch.Generator().manual_seed(0)
-    conv = ShortConvolution(6, kernel_size, is_causal)
-    conv.weight.data = torch.randn(kernel_size, 6, generator=generator)
-    x = torch.randn(2, 7, 6, generator=generator)
-    documents = torch.tensor([[-1, 0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 0, -1, -1]])
-    for document_ids in (None, documents):
-        output = conv(x, document_ids)
-        for b in range(2):
-            for t in range(7):
-                if document_ids is not None and document_ids[b, t] < 0:
-                    continue
-                expected = x[b, t].clone()
-                for tap in range(kernel_size):
-                    s = t + tap - (kernel_size - 1 if is_causal else kernel_size // 2)
-                    if 0 <= s < 7 and (document_ids is None or document_ids[b, s] == document_ids[b, t]):
-                        expected += conv.weight[tap] * x[b, s]
-                torch.testing.assert_close(output[b, t], expected)
 
 
 def test_loading_restores_everything(variant, tmp_path):

@@ -81,7 +81,7 @@ def _loaded(family: Family, options: dict[str, Any], weights: Mapping[str, torch
             )
     model.load_state_dict(weights)
     ids = {name: getattr(model.config, name) for name in ("bos_token_id", "pad_token_id", "eos_token_id")}
-    model.generation_config = model.generation_config_class(suppress_tokens=model.config.never_written, **ids)
+    model.generation_config = model.generation_config_class(suppress_tokens=model.config.suppressed_ids, **ids)
     return model.eval()
 
 

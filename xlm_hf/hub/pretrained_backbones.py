@@ -78,16 +78,20 @@ def _shares_ids(source: str, tokenizer: PreTrainedTokenizerBase) -> bool:
     return vocabulary.items() <= tokenizer.get_vocab().items()
 
 
-def check_sees_both_ways(model: PreTrainedModel) -> None:
-    """Raise ValueError unless the first state of the backbone depends on the last token, and the last on the first."""
+def check_directions(model: PreTrainedModel) -> None:
+    """Raise ValueError unless the first state of the backbone depends on the last token, and the last on the first.
+
+    Of a left-to-right model the first state must not depend on the last token.
+    """
     ids = torch.zeros(3, 4, dtype=torch.int64)
     ids[1, -1], ids[2, 0] = 1, 1
     with torch.no_grad():
         states = copy.copy(model).eval().model(ids).last_hidden_state
+    kind, is_causal = model.config.backbone_config["model_type"], model.model.is_causal
     last = 1 if model.config.shift_logits else 0
-    if torch.equal(states[0, last], states[1, last]) or torch.equal(states[0, -1], states[2, -1]):
-        kind = model.config.backbone_config["model_type"]
-        raise ValueError(f"A {kind!r} cannot be made to see in both directions: choose another model.backbone.")
+    if torch.equal(states[0, last], states[1, last]) != is_causal or torch.equal(states[0, -1], states[2, -1]):
+        direction = "from left to right" if is_causal else "in both directions"
+        raise ValueError(f"A {kind!r} cannot be made to see {direction}: choose another model.backbone.")
 
 
 def add_lora(model: PreTrainedModel, options: dict[str, Any], known_ids: int) -> None:

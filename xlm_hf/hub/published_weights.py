@@ -104,5 +104,5 @@ def model_options(arguments: Mapping[str, Any], weights: Mapping[str, torch.Tens
         "hidden_dropout_prob": dropout,
         "final_layer_norm": has_final_norm,
         # The published softmax runs over the ids that are never written too.
-        "unrestricted_softmax": True,
+        "softmax_over_suppressed": True,
     }

@@ -1,146 +1,31 @@
-"""The backbone that all families share: a pre-norm transformer with rotary positions, bidirectional or causal.
+"""The backbone that all families share: a pre-norm transformer with rotary positions.
 
-A comparison between families then compares methods, not architectures. Layer layout: Vaswani et al. (2017) with
-normalisation before each block; rotary positions: Su et al. (arXiv 2104.09864), in the rotate-half layout.
+It is bidirectional or causal, and may be conditioned on a time. A comparison between families then compares methods,
+not architectures. Layer layout: Vaswani et al. (2017) with normalisation before each block; rotary positions: Su et al.
+(arXiv 2104.09864), in the rotate-half layout.
 """
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache
-from transformers.configuration_utils import PreTrainedConfig, strict
-from transformers.masking_utils import create_bidirectional_mask, create_causal_mask, packed_sequence_mask_function
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .attention_patterns import attention_pattern, neighbors_in_copies, shifted_neighbors
+from .backbone_config import RotaryTransformerConfig
 from .devices import is_synchronous
-
-
-@strict
-class RotaryTransformerConfig(PreTrainedConfig):
-    """Architecture of the backbone, inherited by the configuration of every family.
-
-    Attributes:
-        vocab_size: number of token embeddings.
-        hidden_size: width of the residual stream.
-        num_hidden_layers: number of layers.
-        num_attention_heads: heads per layer; must divide `hidden_size`.
-        intermediate_size: width inside the feed-forward block; None means 4 x `hidden_size`.
-        hidden_act: activation of the feed-forward block, a name from `transformers.activations.ACT2FN`.
-        max_position_embeddings: longest sequence that the model accepts, in tokens.
-        rope_theta: base of the rotary frequencies.
-        partial_rotary_factor: share of each head's dimensions that are rotated; 0 needs `learned_positions`.
-        learned_positions: whether a learnt embedding of the absolute position is added to the token's, beside the
-            rotation of queries and keys.
-        conv_kernel_size: taps of the short convolution at the start of every layer (see `ShortConvolution`); 0 means
-            none. A bidirectional model takes an odd number.
-        attention_dropout: dropout probability of the attention weights.
-        hidden_dropout_prob: dropout probability after the attention and feed-forward blocks.
-        layer_norm_eps: added to the variance in every layer norm.
-        final_layer_norm: whether a layer norm stands between the last layer and the heads.
-        initialization: "normal" draws linear maps and embeddings from N(0, initializer_range^2); "fan_in" draws linear
-            maps from N(0, 1 / inputs), so that the scale of what they return does not depend on the width, embeddings
-            from N(0, 1), and divides the maps that write into the residual stream by sqrt(2 x num_hidden_layers), so
-            that neither does it grow with the depth (Radford et al., "GPT-2", 2019, section 2.3).
-        initializer_range: standard deviation of the "normal" initialisation.
-        tie_word_embeddings: whether the vocabulary head shares the embedding matrix.
-        suppress_tokens: ids that are never written; their logits are -inf in training and in generation.
-        lm_head_bias: whether the vocabulary head has a bias, as in some published models.
-        backbone: "rotary", the transformer described here; "transformers", the one that `backbone_config` describes.
-            On the command line, `model.backbone` may be the folder or Hub id of the latter.
-        backbone_config: configuration of a language model of transformers, as a dictionary with its `model_type`; the
-            sizes above are then that model's, and what else is said above of the layers has no effect.
-        shift_logits: whether such a backbone tells at a token what stands at the next place, as a left-to-right model
-            does, instead of at the token's own.
-        lora: options of `peft.LoraConfig`, with which such a backbone is adapted; None trains all of it.
-        unrestricted_softmax: whether those logits stay what they are instead, as in published checkpoints; then it is
-            for the generation alone to leave those ids out.
-
-    Raises:
-        ValueError: for an unknown backbone, or if `num_attention_heads` does not divide `hidden_size`, the rotated part
-            of a head is odd, or nothing tells the positions.
-    """
-
-    vocab_size: int = 32000
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int | None = None
-    hidden_act: str = "gelu"
-    max_position_embeddings: int = 1024
-    rope_theta: float | int = 10000.0
-    partial_rotary_factor: float | int = 1.0
-    learned_positions: bool = False
-    conv_kernel_size: int = 0
-    attention_dropout: float | int = 0.0
-    hidden_dropout_prob: float | int = 0.0
-    layer_norm_eps: float = 1e-5
-    final_layer_norm: bool = True
-    initialization: Literal["normal", "fan_in"] = "normal"
-    initializer_range: float | int = 0.02
-    tie_word_embeddings: bool = False
-    suppress_tokens: list[int] | None = None
-    lm_head_bias: bool = False
-    backbone: str = "rotary"
-    backbone_config: dict[str, Any] | None = None
-    shift_logits: bool = False
-    lora: dict[str, Any] | None = None
-    unrestricted_softmax: bool = False
-
-    own_backbones: ClassVar[tuple[str, ...]] = ("rotary",)
-
-    def __post_init__(self, **kwargs):
-        if self.backbone_config is not None:
-            self.backbone = "transformers"
-            inner = AutoConfig.for_model(**self.backbone_config)
-            for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"):
-                setattr(self, name, getattr(inner, name, getattr(self, name)))
-            return super().__post_init__(**kwargs)
-        if self.backbone not in self.own_backbones:
-            raise ValueError(
-                f"backbone must be one of {', '.join(self.own_backbones)} and is {self.backbone!r}; other transformers "
-                "are given by backbone_config."
-            )
-        if self.shift_logits or self.lora:
-            raise ValueError("shift_logits and lora are for a backbone of transformers: unset them or give one.")
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads "
-                f"({self.num_attention_heads}): change one of them."
-            )
-        if self.hidden_act not in ACT2FN:
-            raise ValueError(f"hidden_act {self.hidden_act!r} is not one of {', '.join(sorted(ACT2FN))}.")
-        if self.rotary_dim % 2 or (self.rotary_dim == 0 and not self.learned_positions):
-            raise ValueError(
-                f"The rotated part of a head has {self.rotary_dim} dimensions (hidden_size / num_attention_heads x "
-                "partial_rotary_factor); rotation works on pairs: choose an even number, or learned_positions and 0."
-            )
-        if self.intermediate_size is None:
-            self.intermediate_size = 4 * self.hidden_size
-        super().__post_init__(**kwargs)
-
-    @property
-    def never_written(self) -> list[int] | None:
-        """The ids that no sequence gets in generation."""
-        return self.suppress_tokens
-
-    @property
-    def outside_softmax(self) -> list[int] | None:
-        """The ids whose logits are -inf."""
-        return None if self.unrestricted_softmax else self.never_written
-
-    @property
-    def rotary_dim(self) -> int:
-        """Number of dimensions of each head that are rotated."""
-        return round(self.hidden_size // self.num_attention_heads * self.partial_rotary_factor)
+from .short_convolution import ConvolutionCacheLayer, ShortConvolution, convolution_offsets
+from .time_conditioning import AdaptiveLayerNorm, AdaptiveModulation, TimestepEmbedding, TimeToken
+from .vocabulary_head import HeadFunction, head_fields
 
 
 def rotary_cos_sin(
@@ -174,6 +59,25 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     return torch.cat((*rotated, rest), dim=-1)
 
 
+def default_position_ids(tokens: torch.Tensor, attention_mask: torch.Tensor | None, past: int = 0) -> torch.Tensor:
+    """Positions (B or 1, L) of `tokens` (B, L, ...): each row counts its own tokens, the `past` ones in a cache too.
+
+    Raises:
+        ValueError: if `attention_mask` is one of pairs, which does not say which tokens exist.
+    """
+    L = tokens.shape[1]
+    if attention_mask is not None and attention_mask.dim() == 4:
+        raise ValueError("A mask (B, 1, L, L) does not tell the positions: pass position_ids.")
+    if attention_mask is None:
+        return torch.arange(past, past + L, device=tokens.device)[None]
+    return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -L:]
+
+
+def take_of_rows(x: torch.Tensor, L: int, index: torch.Tensor | None) -> torch.Tensor:
+    """What `index` names of `x` (B, 1 or L, H), which has one entry for all the L tokens of a row or one for each."""
+    return take(x, index if index is None or x.shape[1] == L else index // L)
+
+
 def take(x: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
     """Of `x` (B, L, ...), what `index` (S,) names in the flattened (B x L): (S, ...); all of it without an index."""
     return x if index is None else x.flatten(0, 1).index_select(0, index)
@@ -191,69 +95,19 @@ def eager_attention_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention written out, in the signature of transformers' attention interface.
 
+    `attention_mask` is added to the scores, or, where it is of bools, says which of them count.
+
     Returns:
         the attended values (B, L, heads, head_dim) and the attention weights (B, heads, L, L).
     """
     scores = query @ key.transpose(-1, -2) * scaling
-    if attention_mask is not None:
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    elif attention_mask is not None:
         scores = scores + attention_mask
     weights = scores.softmax(dim=-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
-
-
-class ShortConvolution(nn.Module):
-    """Depthwise convolution along the sequence, added to its input: y_t = x_t + sum_o w_o * x_{t+o}, per channel.
-
-    It shows every token its neighbours before the attention looks, so that "what stands next to a copy of this token"
-    takes one layer instead of two; language models learn such look-ups much earlier with it (So et al., "Primer",
-    arXiv 2109.08668; Allen-Zhu, "Physics of language models 4.1: Canon layers", 2025). The offsets o run over
-    -(k-1)/2 .. (k-1)/2, or over -(k-1) .. 0 in a causal model. Nothing is taken from padding, from beyond the ends, or
-    from another document of a packed row.
-    """
-
-    def __init__(self, hidden_size: int, kernel_size: int, is_causal: bool, layer_idx: int = 0):
-        super().__init__()
-        if not is_causal and kernel_size % 2 == 0:
-            raise ValueError(f"conv_kernel_size is {kernel_size}: a bidirectional model needs an odd number.")
-        first = -(kernel_size - 1) if is_causal else -(kernel_size // 2)
-        self.offsets = range(first, first + kernel_size)
-        self.layer_idx = layer_idx
-        self.weight = nn.Parameter(torch.empty(kernel_size, hidden_size))
-
-    def forward(
-        self, hidden_states: torch.Tensor, document_ids: torch.Tensor | None, cache: Cache | None = None
-    ) -> torch.Tensor:
-        """Map (B, L, hidden_size) to the same shape.
-
-        Args:
-            hidden_states: the residual stream.
-            document_ids: (B, L), equal for tokens that may see each other, negative for padding; None means that all
-                tokens of a row do.
-            cache: in a causal model, holds the last inputs, to which these are added.
-        """
-        L = hidden_states.shape[1]
-        output = hidden_states
-        if cache is not None:
-            inputs = hidden_states if document_ids is None else hidden_states * (document_ids >= 0)[..., None]
-            taken = cache.update_conv_state(inputs.mT, self.layer_idx, conv_kernel_size=len(self.weight)).mT
-            taken = nn.functional.pad(taken, (0, 0, len(self.weight), 0))
-            for offset, weight in zip(self.offsets, self.weight, strict=True):
-                end = taken.shape[1] + offset
-                output = output + taken[:, end - L : end] * weight
-            return output
-        for offset, weight in zip(self.offsets, self.weight, strict=True):
-            if abs(offset) >= L:
-                continue
-            # Target t takes from t + offset: the two slices are the parts of the row where both exist.
-            to = slice(max(0, -offset), L - max(0, offset))
-            source = slice(max(0, offset), L - max(0, -offset))
-            taken = hidden_states[:, source] * weight
-            if document_ids is not None:
-                same = (document_ids[:, to] == document_ids[:, source]) & (document_ids[:, source] >= 0)
-                taken = taken * same[..., None]
-            output = output + nn.functional.pad(taken, (0, 0, to.start, L - to.stop))
-        return output
 
 
 class RotaryAttention(nn.Module):
@@ -313,28 +167,54 @@ class FeedForward(nn.Module):
 
 
 class RotaryTransformerLayer(GradientCheckpointingLayer):
-    """One pre-norm layer: x + Attention(LN(x)), then x + FeedForward(LN(x)), the short convolution before both."""
+    """One pre-norm layer: x + Attention(LN(x)), then x + FeedForward(LN(x)), the short convolution before both.
+
+    With adaptive layer norms it is x + g1 Attention(LN(x) (1 + s1) + b1), then x + g2 FeedForward(LN(x) (1 + s2) + b2),
+    the norms without biases; b, s and g come from the time.
+    """
 
     def __init__(self, config: RotaryTransformerConfig, is_causal: bool, layer_idx: int):
         super().__init__()
+        is_adaptive = config.conditioning == "adaln"
+        self.legacy_modulated_residual = config.legacy_modulated_residual
         self.conv = None
         if config.conv_kernel_size:
             self.conv = ShortConvolution(config.hidden_size, config.conv_kernel_size, is_causal, layer_idx)
-        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=not is_adaptive)
         self.self_attn = RotaryAttention(config, is_causal, layer_idx)
-        self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_attention_layernorm = nn.LayerNorm(
+            config.hidden_size, eps=config.layer_norm_eps, bias=not is_adaptive
+        )
         self.mlp = FeedForward(config)
+        self.modulation = AdaptiveModulation(config, 6) if is_adaptive else None
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, hidden_states, attention_mask=None, cos_sin=None, document_ids=None, output_index=None, **kwargs):
+    def forward(
+        self,
+        hidden_states,
+        attention_mask=None,
+        cos_sin=None,
+        neighbors=(None, None),
+        conditioning=None,
+        output_index=None,
+        **kwargs,
+    ):
         """Map (B, L, hidden_size) to the same shape, or to (S, hidden_size) with `output_index` (S,)."""
         if self.conv is not None:
-            hidden_states = self.conv(hidden_states, document_ids, kwargs.get("cache"))
-        attended, _ = self.self_attn(
-            self.input_layernorm(hidden_states), attention_mask, cos_sin, output_index=output_index, **kwargs
-        )
-        hidden_states = take(hidden_states, output_index) + self.dropout(attended)
-        return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
+            hidden_states = self.conv(hidden_states, *neighbors, cache=kwargs.get("cache"))
+        normalised = self.input_layernorm(hidden_states)
+        if self.modulation is not None:
+            shift_1, scale_1, *of_output = self.modulation(conditioning)
+            normalised = normalised * (1 + scale_1) + shift_1
+        attended, _ = self.self_attn(normalised, attention_mask, cos_sin, output_index=output_index, **kwargs)
+        if self.modulation is None:
+            hidden_states = take(hidden_states, output_index) + self.dropout(attended)
+            return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
+        L, residual = hidden_states.shape[1], normalised if self.legacy_modulated_residual else hidden_states
+        gate_1, shift_2, scale_2, gate_2 = (take_of_rows(x, L, output_index) for x in of_output)
+        hidden_states = take(residual, output_index) + gate_1 * self.dropout(attended)
+        modulated = self.post_attention_layernorm(hidden_states) * (1 + scale_2) + shift_2
+        return hidden_states + gate_2 * self.dropout(self.mlp(modulated))
 
 
 class RotaryTransformerPreTrainedModel(PreTrainedModel):
@@ -350,6 +230,16 @@ class RotaryTransformerPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": RotaryTransformerLayer, "attentions": RotaryAttention}
 
+    def new_cache(self) -> Cache:
+        """An empty cache for the backbone; `cache.crop(-n)` takes back the n tokens last added."""
+        backbone: Any = self.base_model
+        return backbone.new_cache()
+
+    def apply_head(self, hidden_states: torch.Tensor, head_function: HeadFunction | None) -> dict[str, Any]:
+        """What the vocabulary head makes of hidden states, by name (see `head_fields`)."""
+        suppressed_ids = None if self.config.softmax_over_suppressed else self.config.suppressed_ids
+        return head_fields(hidden_states, self.lm_head, suppressed_ids, head_function)
+
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if self.config.initialization == "fan_in":
@@ -362,6 +252,9 @@ class RotaryTransformerPreTrainedModel(PreTrainedModel):
             # torch's own law for a convolution with this many taps per output.
             bound = len(module.offsets) ** -0.5
             init.uniform_(module.weight, -bound, bound)
+        elif isinstance(module, AdaptiveModulation):
+            init.zeros_(module.weight)
+            init.zeros_(module.bias)
 
 
 class RotaryTransformer(RotaryTransformerPreTrainedModel):
@@ -375,6 +268,7 @@ class RotaryTransformer(RotaryTransformerPreTrainedModel):
     def __init__(self, config: RotaryTransformerConfig, is_causal: bool = False):
         super().__init__(config)
         self.is_causal = is_causal
+        is_adaptive = config.conditioning == "adaln"
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
         self.embed_positions = None
         if config.learned_positions:
@@ -382,12 +276,19 @@ class RotaryTransformer(RotaryTransformerPreTrainedModel):
         self.layers = nn.ModuleList(
             RotaryTransformerLayer(config, is_causal, layer_idx) for layer_idx in range(config.num_hidden_layers)
         )
-        self.norm = (
-            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.final_layer_norm else nn.Identity()
-        )
+        has_norm = config.final_layer_norm and not is_adaptive
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if has_norm else nn.Identity()
+        self.time_embedding = TimestepEmbedding(config) if is_adaptive else None
+        self.final_norm = AdaptiveLayerNorm(config) if is_adaptive else None
+        self.time_token = TimeToken(config) if config.conditioning == "token" else None
         self.post_init()
 
-    def _mask(self, embeddings, attention_mask, segment_ids, cache):
+    def new_cache(self) -> Cache:
+        """An empty cache of keys and values and, where the layers have a short convolution, of its inputs."""
+        layer = ConvolutionCacheLayer if self.config.conv_kernel_size else DynamicLayer
+        return Cache(layers=[layer() for _ in self.layers])
+
+    def _mask(self, embeddings, attention_mask, pattern, cache):
         make_mask = create_causal_mask if self.is_causal else create_bidirectional_mask
         skip = "allow_is_causal_skip" if self.is_causal else "allow_is_bidirectional_skip"
         # A mask of ones may be left out, but whether it is one must be read.
@@ -396,20 +297,39 @@ class RotaryTransformer(RotaryTransformerPreTrainedModel):
             inputs_embeds=embeddings,
             attention_mask=attention_mask,
             cache=cache,
-            and_mask_function=None if segment_ids is None else packed_sequence_mask_function(segment_ids),
+            and_mask_function=pattern,
             **{skip: attention_mask is None or is_synchronous(embeddings.device)},
         )
+
+    def _neighbors(self, embeddings, attention_mask: Any, pattern, past, position_ids, segment_ids, is_noisy):
+        """`allowed` and `source` of the short convolutions, the same in all layers."""
+        if not self.config.conv_kernel_size:
+            return None, None
+        offsets = convolution_offsets(self.config.conv_kernel_size, self.is_causal)
+        if is_noisy is not None:
+            source, allowed = neighbors_in_copies(offsets, pattern, position_ids, is_noisy, segment_ids, attention_mask)
+            return allowed[..., None].to(embeddings.dtype), source
+        if attention_mask is not None and attention_mask.dim() == 4:
+            pairs = attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0
+            attention_mask = None
+            pattern = lambda batch, head, query, key: pairs[batch, head, query - past, key]  # noqa: E731
+        allowed = shifted_neighbors(offsets, pattern, attention_mask, embeddings, past)
+        return None if allowed is None else allowed[..., None].to(embeddings.dtype), None
 
     @merge_with_config_defaults
     @capture_outputs
     def forward(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         segment_ids: torch.Tensor | None = None,
         cache: Cache | None = None,
         output_index: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        block_ids: torch.Tensor | None = None,
+        is_noisy: torch.Tensor | None = None,
+        timesteps: torch.Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutput:
         """Encode a batch.
@@ -417,36 +337,49 @@ class RotaryTransformer(RotaryTransformerPreTrainedModel):
         Args:
             input_ids: (B, L) token ids.
             attention_mask: (B, L), 1 for tokens and 0 for padding on either side; None means no padding. With a cache
-                it covers the tokens in the cache too.
-            position_ids: (B, L) rotary positions; by default each row counts its own tokens, so that padding on the
-                left and on the right give the same result.
+                it covers the tokens in the cache too, (B, cached + L). A mask (B, 1, L, cached + L) of bools says for
+                each pair whether it is seen; then `position_ids` are needed.
+            position_ids: (B, L) positions; by default each row counts its own tokens, so that padding on the left and
+                on the right give the same result.
             segment_ids: (B, L) document of each token in a packed row; no token sees another document.
-            cache: keys and values of the tokens before these, and inputs of the short convolution; those of these are
-                added to it.
+            cache: what `new_cache` made, with the keys and values of the tokens before these and the inputs of their
+                short convolutions; those of these are added to it.
             output_index: (S,) indices into the flattened (B x L) tokens whose last hidden states are wanted; None means
                 all. In the last layer every token is looked at, but only these go on to its feed-forward block.
+            inputs_embeds: (B, L, hidden_size) vectors in place of the embeddings of `input_ids`.
+            block_ids: (B, L), or (B, cached + L), block of each token; no token sees a later one (see `block_pattern`).
+            is_noisy: (B, L) whether a token belongs to the noisy copy of its document, where a row holds a noisy and a
+                clean one; needs `block_ids`, and `position_ids` that are the same for both copies.
+            timesteps: the time or noise of each row (B,), or of each token (B, L) where a row holds several; needed
+                where the model is conditioned on it.
 
         Returns:
             `last_hidden_state` (B, L, hidden_size), or (S, hidden_size) with `output_index`, and `hidden_states` and
             `attentions` where asked for.
         """
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        L, past = hidden_states.shape[1], 0 if cache is None else cache.get_seq_length()
         if position_ids is None:
-            L = input_ids.shape[1]
-            past = 0 if cache is None else cache.get_seq_length()
-            mask = input_ids.new_ones(1, past + L) if attention_mask is None else attention_mask.long()
-            position_ids = (mask.cumsum(dim=-1) - 1).clamp(min=0)[:, -L:]
-        hidden_states = self.embed_tokens(input_ids)
+            position_ids = default_position_ids(hidden_states, attention_mask, past)
+        if self.time_token is not None:
+            hidden_states = self.time_token(hidden_states, input_ids, timesteps)
         if self.embed_positions is not None:
             hidden_states = hidden_states + self.embed_positions(position_ids)
+        conditioning: Any = None if self.time_embedding is None else self.time_embedding(timesteps)
         cos_sin = rotary_cos_sin(position_ids, self.config.rotary_dim, self.config.rope_theta, hidden_states.dtype)
-        mask = self._mask(hidden_states, attention_mask, segment_ids, cache)
-        document_ids = segment_ids
-        if attention_mask is not None and self.config.conv_kernel_size:
-            document_ids = (torch.zeros_like(input_ids) if segment_ids is None else segment_ids).masked_fill(
-                ~attention_mask[:, -input_ids.shape[1] :].bool(), -1
-            )
-        kwargs.update(attention_mask=mask, cos_sin=cos_sin, document_ids=document_ids, cache=cache)
+        pattern = attention_pattern(segment_ids, block_ids, is_noisy)
+        kwargs.update(
+            attention_mask=self._mask(hidden_states, attention_mask, pattern, cache),
+            neighbors=self._neighbors(
+                hidden_states, attention_mask, pattern, past, position_ids, segment_ids, is_noisy
+            ),
+            cos_sin=cos_sin,
+            conditioning=conditioning,
+            cache=cache,
+        )
         for layer in self.layers[:-1]:
             hidden_states = layer(hidden_states, **kwargs)
-        hidden_states = self.layers[-1](hidden_states, output_index=output_index, **kwargs)
-        return BaseModelOutput(last_hidden_state=self.norm(hidden_states))
+        hidden_states = self.norm(self.layers[-1](hidden_states, output_index=output_index, **kwargs))
+        if self.final_norm is not None:
+            hidden_states = self.final_norm(hidden_states, take_of_rows(conditioning, L, output_index))
+        return BaseModelOutput(last_hidden_state=hidden_states)

@@ -1,4 +1,4 @@
-"""Any language model of transformers as a backbone, decoders made bidirectional.
+"""Any language model of transformers as a backbone, left-to-right or in both directions.
 
 The model keeps its layers and what stands between them and its vocabulary head; its embedding and its head become those
 of the family. It is rebuilt from a configuration alone, so that a saved model needs nothing of where it came from.
@@ -10,14 +10,31 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import (
     create_bidirectional_mask,
     create_bidirectional_sliding_window_mask,
-    packed_sequence_mask_function,
+    create_causal_mask,
+    create_sliding_window_causal_mask,
 )
 from transformers.modeling_outputs import BaseModelOutput
 
-from .rotary_transformer import RotaryTransformerConfig, take
+from .attention_patterns import attention_pattern
+from .backbone_config import RotaryTransformerConfig
+from .rotary_transformer import RotaryTransformer, default_position_ids, take
+from .time_conditioning import TimeToken
+
+
+def build_backbone(config: RotaryTransformerConfig, is_causal: bool = False) -> Any:
+    """The backbone that a family's configuration describes.
+
+    Args:
+        config: of the family.
+        is_causal: whether a token sees only itself and what stands before it.
+    """
+    if config.backbone == "transformers":
+        return TransformerBackbone(config, is_causal)
+    return RotaryTransformer(config, is_causal)
 
 
 def language_model_class(config: Any) -> Any:
@@ -43,16 +60,27 @@ def take_embedding_and_head(language_model: Any) -> tuple[nn.Embedding, nn.Linea
 
 
 class TransformerBackbone(nn.Module):
-    """The layers of a language model of transformers, seeing in both directions.
+    """The layers of a language model of transformers.
 
     Args:
         config: of the family; its `backbone_config` says which model.
+        is_causal: whether a token sees only itself and what stands before it; otherwise decoders see both ways.
+
+    Raises:
+        ValueError: if a left-to-right model is to stand on an encoder.
     """
 
-    def __init__(self, config: RotaryTransformerConfig):
+    def __init__(self, config: RotaryTransformerConfig, is_causal: bool = False):
         super().__init__()
+        self.is_causal = is_causal
         inner = AutoConfig.for_model(**config.backbone_config)  # type: ignore[arg-type]
-        for name, value in {"vocab_size": config.vocab_size, "is_causal": False, "use_cache": False}.items():
+        self.is_encoder = language_model_class(inner) is AutoModelForMaskedLM
+        if is_causal and self.is_encoder:
+            raise ValueError(
+                f"A left-to-right model needs a decoder and {inner.model_type!r} is an encoder: choose gpt2, llama or "
+                "the like as model.backbone."
+            )
+        for name, value in {"vocab_size": config.vocab_size, "is_causal": is_causal, "use_cache": False}.items():
             setattr(inner, name, value)
         # Tying is between the family's embedding and head, and the data type is that of the family's model.
         inner.tie_word_embeddings, inner.dtype = False, None
@@ -63,12 +91,13 @@ class TransformerBackbone(nn.Module):
         self.embed_tokens, _ = take_embedding_and_head(self.language_model)
         for module in self.language_model.modules():
             if hasattr(module, "is_causal"):
-                module.is_causal = False
+                module.is_causal = is_causal
         # RoBERTa and its like count positions from behind the id of padding.
         tables = [m for name, m in self.language_model.named_modules() if name.endswith("position_embeddings")]
         self.first_position = next(
             (m.padding_idx + 1 for m in tables if getattr(m, "padding_idx", None) is not None), 0
         )
+        self.time_token = TimeToken(config) if config.conditioning == "token" else None
         if config.lora:
             add_adapters(self.language_model, config.lora)
 
@@ -76,24 +105,38 @@ class TransformerBackbone(nn.Module):
         """The embedding of the tokens."""
         return self.embed_tokens
 
+    def new_cache(self) -> Cache:
+        """An empty cache of keys and values, which can be cropped.
+
+        Raises:
+            ValueError: for an encoder, whose layers take none.
+        """
+        if self.is_encoder:
+            kind = self.language_model.config.model_type
+            raise ValueError(f"The layers of a {kind!r} take no cache: choose a decoder, or do without the cache.")
+        # All keys of all layers: those behind a window are masked, and cropping could not bring back what left it.
+        return DynamicCache()
+
     def forward(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         segment_ids: torch.Tensor | None = None,
+        cache: Cache | None = None,
         output_index: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        block_ids: torch.Tensor | None = None,
+        is_noisy: torch.Tensor | None = None,
+        timesteps: torch.Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
     ) -> BaseModelOutput:
         """Encode a batch.
 
         Args:
-            input_ids: (B, L) token ids.
-            attention_mask: (B, L), 1 for tokens and 0 for padding on either side; None means no padding.
-            position_ids: (B, L); by default each row counts its own tokens.
-            segment_ids: (B, L) document of each token in a packed row; no token sees another document.
-            output_index: (S,) indices into the flattened (B x L) tokens whose states are wanted; None means all.
+            input_ids, attention_mask, position_ids, segment_ids: as for `RotaryTransformer`.
+            cache, output_index, inputs_embeds, block_ids, is_noisy, timesteps: likewise.
             output_hidden_states: return those of all layers too.
             output_attentions: return the attention weights too.
 
@@ -101,17 +144,20 @@ class TransformerBackbone(nn.Module):
             `last_hidden_state` (B, L, hidden_size), or (S, hidden_size) with `output_index`, ready for the head. With
             `shift_logits` that of token l stands at l + 1, since a left-to-right model tells there what comes next.
         """
-        embeddings = self.embed_tokens(input_ids)
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
+        embeddings = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        past = 0 if cache is None else cache.get_seq_length()
         if position_ids is None:
-            position_ids = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
+            position_ids = default_position_ids(embeddings, attention_mask, past)
+        if self.time_token is not None:
+            embeddings = self.time_token(embeddings, input_ids, timesteps)
+        pattern = attention_pattern(segment_ids, block_ids, is_noisy)
         outputs = self.language_model(
             inputs_embeds=embeddings,
-            attention_mask=self._masks(embeddings, attention_mask, segment_ids),
+            attention_mask=self._masks(embeddings, attention_mask, pattern, cache),
             position_ids=position_ids + self.first_position,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
+            **({} if cache is None else {"cache": cache, "use_cache": True}),
         )
         states = outputs.logits
         if self.shift_logits:
@@ -122,24 +168,29 @@ class TransformerBackbone(nn.Module):
             attentions=outputs.attentions,
         )
 
-    def _masks(self, embeddings, attention_mask, segment_ids) -> Any:
+    def _masks(self, embeddings, attention_mask, pattern, cache) -> Any:
         """The mask, ready for the layers; where some see only what is near, one for each kind of layer.
 
         It is always made: without one, attention would fall back on what an architecture does by itself.
         """
         config = self.language_model.config
-        options = {
+        if attention_mask is None:
+            past = 0 if cache is None else cache.get_seq_length()
+            attention_mask = torch.ones(len(embeddings), past + embeddings.shape[1], device=embeddings.device).long()
+        skip = "allow_is_causal_skip" if self.is_causal else "allow_is_bidirectional_skip"
+        options: Any = {
             "config": config,
             "inputs_embeds": embeddings,
             "attention_mask": attention_mask,
-            "and_mask_function": None if segment_ids is None else packed_sequence_mask_function(segment_ids),
-            "allow_is_bidirectional_skip": False,
+            "and_mask_function": pattern,
+            "cache": cache,
+            skip: False,
         }
-        everywhere = create_bidirectional_mask(**options)
+        everywhere = (create_causal_mask if self.is_causal else create_bidirectional_mask)(**options)
         if "sliding_attention" not in (getattr(config, "layer_types", None) or ()):
             return everywhere
-        near = create_bidirectional_sliding_window_mask(**options)
-        return {"full_attention": everywhere, "sliding_attention": near}
+        make_mask = create_sliding_window_causal_mask if self.is_causal else create_bidirectional_sliding_window_mask
+        return {"full_attention": everywhere, "sliding_attention": make_mask(**options)}
 
 
 def add_adapters(language_model: nn.Module, options: dict[str, Any]) -> None:

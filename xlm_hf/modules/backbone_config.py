@@ -1,0 +1,150 @@
+"""The configuration of the backbone, which every family's extends."""
+
+from typing import Any, ClassVar, Literal
+
+from transformers import AutoConfig
+from transformers.activations import ACT2FN
+from transformers.configuration_utils import PreTrainedConfig, strict
+
+
+@strict
+class RotaryTransformerConfig(PreTrainedConfig):
+    """Architecture of the backbone, inherited by the configuration of every family.
+
+    Attributes:
+        vocab_size: number of token embeddings.
+        hidden_size: width of the residual stream.
+        num_hidden_layers: number of layers.
+        num_attention_heads: heads per layer; must divide `hidden_size`.
+        intermediate_size: width inside the feed-forward block; None means 4 x `hidden_size`.
+        hidden_act: activation of the feed-forward block, a name from `transformers.activations.ACT2FN`.
+        max_position_embeddings: longest sequence that the model accepts, in tokens.
+        rope_theta: base of the rotary frequencies.
+        partial_rotary_factor: share of each head's dimensions that are rotated; 0 needs `learned_positions`.
+        learned_positions: whether a learnt embedding of the absolute position is added to the token's, beside the
+            rotation of queries and keys.
+        conv_kernel_size: taps of the short convolution at the start of every layer (see `ShortConvolution`); 0 means
+            none. A bidirectional model takes an odd number.
+        attention_dropout: dropout probability of the attention weights.
+        hidden_dropout_prob: dropout probability after the attention and feed-forward blocks.
+        layer_norm_eps: added to the variance in every layer norm.
+        final_layer_norm: whether a layer norm stands between the last layer and the heads.
+        initialization: "normal" draws linear maps and embeddings from N(0, initializer_range^2); "fan_in" draws linear
+            maps from N(0, 1 / inputs), so that the scale of what they return does not depend on the width, embeddings
+            from N(0, 1), and divides the maps that write into the residual stream by sqrt(2 x num_hidden_layers), so
+            that neither does it grow with the depth (Radford et al., "GPT-2", 2019, section 2.3).
+        initializer_range: standard deviation of the "normal" initialisation.
+        tie_word_embeddings: whether the vocabulary head shares the embedding matrix.
+        suppress_tokens: ids that no sequence gets; their logits are -inf in training and in generation.
+        softmax_over_suppressed: whether those logits stay finite in the softmax, as in published checkpoints. Their
+            generation config then holds `suppressed_ids`, so that `generate` leaves them out all the same.
+        lm_head_bias: whether the vocabulary head has a bias, as in some published models.
+        backbone: "rotary", the transformer described here; "transformers", the one that `backbone_config` describes.
+            On the command line, `model.backbone` may be the folder or Hub id of the latter.
+        backbone_config: configuration of a language model of transformers, as a dictionary with its `model_type`; the
+            sizes above are then that model's, and what else is said above of the layers has no effect.
+        shift_logits: whether such a backbone tells at a token what stands at the next place, as a left-to-right model
+            does, instead of at the token's own.
+        lora: options of `peft.LoraConfig`, with which such a backbone is adapted; None trains all of it.
+        pad_token_id: fills ragged rows; its embedding stays zero unless padding is content.
+        bos_token_id: the token between a prompt and what is written, of which each document has one.
+        conditioning: how the backbone is told a time: "none", not at all; "adaln", by adaptive layer norms, which
+            shift, scale and gate every block (then `final_layer_norm` has no effect); "token", by a feature added to
+            the embedding of each document's `[BOS]`, which works with a backbone of transformers too.
+        conditioning_size: width of the embedding of the time.
+        timestep_frequencies: number of frequencies in that embedding.
+        legacy_modulated_residual: whether, with "adaln", the attention block is added to its normalised and modulated
+            input instead of to the residual stream. Checkpoints of xlm-core need it; the papers' diffusion transformer
+            does not.
+
+    Raises:
+        ValueError: for an unknown backbone, or if `num_attention_heads` does not divide `hidden_size`, the rotated part
+            of a head is odd, nothing tells the positions, or the conditioning does not fit the backbone.
+    """
+
+    vocab_size: int = 32000
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int | None = None
+    hidden_act: str = "gelu"
+    max_position_embeddings: int = 1024
+    rope_theta: float | int = 10000.0
+    partial_rotary_factor: float | int = 1.0
+    learned_positions: bool = False
+    conv_kernel_size: int = 0
+    attention_dropout: float | int = 0.0
+    hidden_dropout_prob: float | int = 0.0
+    layer_norm_eps: float = 1e-5
+    final_layer_norm: bool = True
+    initialization: Literal["normal", "fan_in"] = "normal"
+    initializer_range: float | int = 0.02
+    tie_word_embeddings: bool = False
+    suppress_tokens: list[int] | None = None
+    softmax_over_suppressed: bool = False
+    lm_head_bias: bool = False
+    backbone: str = "rotary"
+    backbone_config: dict[str, Any] | None = None
+    shift_logits: bool = False
+    lora: dict[str, Any] | None = None
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    conditioning: Literal["none", "adaln", "token"] = "none"
+    conditioning_size: int = 128
+    timestep_frequencies: int = 128
+    legacy_modulated_residual: bool = False
+
+    own_backbones: ClassVar[tuple[str, ...]] = ("rotary", "dit")
+
+    def __post_init__(self, **kwargs):
+        # What older configurations say in other words.
+        self.softmax_over_suppressed |= kwargs.pop("unrestricted_softmax", False)
+        if self.backbone == "dit":
+            self.backbone, self.conditioning = "rotary", "adaln"
+        if self.conditioning == "token" and self.bos_token_id is None:
+            raise ValueError("conditioning='token' adds the time to [BOS] and bos_token_id is None: set it.")
+        if self.backbone_config is None:
+            self._check_sizes()
+        else:
+            self._take_sizes(AutoConfig.for_model(**self.backbone_config))
+        super().__post_init__(**kwargs)
+
+    def _take_sizes(self, inner: PreTrainedConfig) -> None:
+        if self.conditioning == "adaln":
+            raise ValueError("conditioning='adaln' needs the rotary backbone: choose 'token' with backbone_config.")
+        self.backbone = "transformers"
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"):
+            setattr(self, name, getattr(inner, name, getattr(self, name)))
+
+    def _check_sizes(self) -> None:
+        if self.backbone != "rotary":
+            raise ValueError(
+                f"backbone must be one of {', '.join(self.own_backbones)} and is {self.backbone!r}; other transformers "
+                "are given by backbone_config."
+            )
+        if self.shift_logits or self.lora:
+            raise ValueError("shift_logits and lora are for a backbone of transformers: unset them or give one.")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads "
+                f"({self.num_attention_heads}): change one of them."
+            )
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act {self.hidden_act!r} is not one of {', '.join(sorted(ACT2FN))}.")
+        if self.rotary_dim % 2 or (self.rotary_dim == 0 and not self.learned_positions):
+            raise ValueError(
+                f"The rotated part of a head has {self.rotary_dim} dimensions (hidden_size / num_attention_heads x "
+                "partial_rotary_factor); rotation works on pairs: choose an even number, or learned_positions and 0."
+            )
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+
+    @property
+    def suppressed_ids(self) -> list[int] | None:
+        """The ids that no sequence gets."""
+        return self.suppress_tokens
+
+    @property
+    def rotary_dim(self) -> int:
+        """Number of dimensions of each head that are rotated."""
+        return round(self.hidden_size // self.num_attention_heads * self.partial_rotary_factor)
