@@ -47,8 +47,9 @@ BACKBONES = {
     "bert": {**SIZES, "max_position_embeddings": 64, "initializer_range": 0.3, **IDS},
     "roberta": {**SIZES, "max_position_embeddings": 64, "initializer_range": 0.3, **IDS},
 }
-CONFIGS = {"mdlm": MDLMConfig, "mlm": MLMConfig, "ilm": ILMConfig}
-GRID = [(family, kind) for family in CONFIGS for kind in BACKBONES]
+CONFIGS = {"mdlm": MDLMConfig, "mlm": MLMConfig, "ilm": ILMConfig, "arlm": ARLMConfig}
+DECODERS = ("llama", "qwen3", "gpt2")
+GRID = [(family, kind) for family in CONFIGS for kind in BACKBONES if family != "arlm" or kind in DECODERS]
 
 
 def family_model(family, kind, **options):
@@ -135,6 +136,41 @@ def test_shifted_logits_stand_one_place_later(family):
     assert torch.equal(shifted(ids).logits[:, 1:], model(ids).logits[:, :-1])
 
 
+def left_to_right(kind):
+    """An ARLM and the language model of transformers whose weights it has."""
+    torch.manual_seed(1)
+    original = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **BACKBONES[kind])).eval()
+    return adopt(original, "arlm", kind), original
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("kind", DECODERS)
+def test_a_left_to_right_model_is_the_language_model(kind, attention):
+    """Logits with padding, and greedy decoding with the cache; packed documents are seen apart."""
+    model, original = left_to_right(kind)
+    model.set_attn_implementation(attention)
+    ids, mask = some_ids(2, 7), torch.tensor([[1] * 7, [0] * 2 + [1] * 5])
+    position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
+    expected = original(ids, attention_mask=mask, position_ids=position_ids).logits
+    logits = model(ids, attention_mask=mask).logits
+    torch.testing.assert_close(logits[mask.bool()], expected[mask.bool()], rtol=1e-4, atol=1e-4)
+    ids[:, 3] = model.config.bos_token_id
+    options = {"max_new_tokens": 6, "do_sample": False}
+    written = model.generate(ids, attention_mask=mask, **options)
+    reference = original.generate(ids, attention_mask=mask, **options, pad_token_id=0, eos_token_id=3)
+    assert written.sequences.tolist() == reference.tolist()
+    without = model.generate(ids, attention_mask=mask, **options, use_cache=False)
+    assert torch.equal(without.sequences, written.sequences)
+    documents = [some_ids(1, 4, seed=5), some_ids(1, 3, seed=6)]
+    packed = model(
+        torch.cat(documents, 1),
+        segment_ids=torch.tensor([[0] * 4 + [1] * 3]),
+        position_ids=torch.tensor([[*range(4), *range(3)]]),
+    ).logits
+    alone = torch.cat([original(document).logits for document in documents], dim=1)
+    torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["bert", "roberta", "modernbert"])
 def test_the_output_is_that_of_the_language_model(kind):
     torch.manual_seed(1)
@@ -209,6 +245,9 @@ def test_pretrained_weights_are_taken_over_and_new_ids_start_at_the_mean(family,
     # Made causal again, it is the language model that it was.
     ids = some_ids(1, 6)
     causal = torch.ones(1, 1, 6, 6).tril().bool()
+    if family == "arlm":
+        written = [i for i in range(V) if i not in model.config.suppressed_ids]
+        torch.testing.assert_close(model(ids).logits[..., written], original(ids).logits[..., written])
     states = model.model.language_model(inputs_embeds=model.model.embed_tokens(ids), attention_mask=causal).logits
     torch.testing.assert_close(model.lm_head(states)[..., :V], original(ids).logits, rtol=1e-4, atol=1e-4)
 
@@ -222,7 +261,9 @@ def test_another_vocabulary_is_new(pretrained):
     assert torch.equal(model.model.language_model.state_dict()[name], original.state_dict()[name])
 
 
-@pytest.mark.parametrize(("family", "lora"), [("mdlm", False), ("mdlm", True), ("mlm", True), ("ilm", True)])
+@pytest.mark.parametrize(
+    ("family", "lora"), [("mdlm", False), ("mdlm", True), ("mlm", True), ("ilm", True), ("arlm", True)]
+)
 def test_training_and_the_exported_folder(family, lora, pretrained, corpus, tmp_path):
     options = ["model.lora={r: 4, target_modules: [q_proj, up_proj]}"] if lora else []
     cfg = composed(family, pretrained, *text(corpus, pretrained), *options, f"output_dir={tmp_path}/run")
@@ -275,7 +316,7 @@ def test_the_exported_folder_needs_torch_and_transformers_alone(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["model.backbone=rotray"], "must be one of rotary, or a folder or Hub id of a language model"),
+        (["model.backbone=rotray"], "must be one of rotary, dit, or a folder or Hub id of a language model"),
         (["model.backbone=rotary", "model.lora={r: 4}"], "for a backbone of transformers"),
         (["model.lora={rank: 4}"], "model.lora does not fit: .*rank"),
         (["model.lora={target_modules: [nothing]}"], "model.lora does not fit"),
@@ -295,5 +336,14 @@ def test_what_cannot_see_both_ways_is_refused(monkeypatch):
     monkeypatch.setattr(TransformerBackbone, "_masks", lambda *arguments: causal)
     with pytest.raises(ValueError, match="A 'llama' cannot be made to see in both directions"):
         build_model(cfg.model, number_tokenizer(20))
-    with pytest.raises(ValueError, match="left-to-right model has the rotary backbone alone"):
-        ARLMConfig(backbone_config={"model_type": "llama"})
+    cfg = composed("arlm", "rotary", "task=star_easy")
+    OmegaConf.update(cfg, "model.backbone_config", {"model_type": "llama", **BACKBONES["llama"]}, force_add=True)
+    monkeypatch.setattr(TransformerBackbone, "_masks", lambda *arguments: torch.ones(1, 1, 4, 4).bool())
+    with pytest.raises(ValueError, match="A 'llama' cannot be made to see from left to right"):
+        build_model(cfg.model, number_tokenizer(20))
+    with pytest.raises(ValueError, match="needs a decoder and 'bert' is an encoder: choose gpt2"):
+        left_to_right("bert")
+    with pytest.raises(ValueError, match="layers of a 'bert' take no cache"):
+        family_model("mlm", "bert").new_cache()
+    with pytest.raises(ValueError, match="always tells what comes next: leave shift_logits out"):
+        ARLMConfig(backbone_config={"model_type": "llama"}, shift_logits=True)

@@ -180,7 +180,7 @@ def test_the_time_matters_to_one_backbone_alone_and_is_asked_for():
         model = make_model(V, 32, backbone=backbone)
         logits = [model(ids, alpha=torch.tensor([alpha])).logits[..., FIRST_WORD:] for alpha in (0.1, 0.8)]
         assert torch.equal(*logits) != matters
-    with pytest.raises(ValueError, match="'dit' is conditioned on the time: pass alpha"):
+    with pytest.raises(ValueError, match="The model is conditioned on the time: pass alpha"):
         model(ids)
     with pytest.raises(ValueError, match="backbone must be one of rotary, dit and is 'dti'"):
         MDLMConfig(backbone="dti")

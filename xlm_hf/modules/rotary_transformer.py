@@ -313,8 +313,8 @@ class RotaryTransformer(RotaryTransformerPreTrainedModel):
             pairs = attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0
             attention_mask = None
             pattern = lambda batch, head, query, key: pairs[batch, head, query - past, key]  # noqa: E731
-        allowed = shifted_neighbors(offsets, pattern, attention_mask, embeddings, past)
-        return None if allowed is None else allowed[..., None].to(embeddings.dtype), None
+        exists = shifted_neighbors(offsets, pattern, attention_mask, embeddings, past)
+        return None if exists is None else exists[..., None].to(embeddings.dtype), None
 
     @merge_with_config_defaults
     @capture_outputs
