@@ -368,15 +368,9 @@ class RotaryTransformer(RotaryTransformerPreTrainedModel):
         conditioning: Any = None if self.time_embedding is None else self.time_embedding(timesteps)
         cos_sin = rotary_cos_sin(position_ids, self.config.rotary_dim, self.config.rope_theta, hidden_states.dtype)
         pattern = attention_pattern(segment_ids, block_ids, is_noisy)
-        kwargs.update(
-            attention_mask=self._mask(hidden_states, attention_mask, pattern, cache),
-            neighbors=self._neighbors(
-                hidden_states, attention_mask, pattern, past, position_ids, segment_ids, is_noisy
-            ),
-            cos_sin=cos_sin,
-            conditioning=conditioning,
-            cache=cache,
-        )
+        kwargs["attention_mask"] = self._mask(hidden_states, attention_mask, pattern, cache)
+        neighbors = self._neighbors(hidden_states, attention_mask, pattern, past, position_ids, segment_ids, is_noisy)
+        kwargs.update(neighbors=neighbors, cos_sin=cos_sin, conditioning=conditioning, cache=cache)
         for layer in self.layers[:-1]:
             hidden_states = layer(hidden_states, **kwargs)
         hidden_states = self.norm(self.layers[-1](hidden_states, output_index=output_index, **kwargs))
