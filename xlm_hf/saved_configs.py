@@ -9,7 +9,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 _OPTIONS: dict[str, str] = {r"collators\.\w+\.": "collator."}
 # Values by option and old value, and the options of the same node that say the same today.
 _VALUES: dict[tuple[str, str], dict[str, dict[str, str]]] = {
-    ("generation", "sampler"): {"rule": {"sampler": "confidence"}, "remask": {"sampler": "remdm"}}
+    ("generation", "sampler"): {"rule": {"sampler": "confidence"}, "remask": {"sampler": "remdm"}},
+    ("model", "backbone"): {"dit": {"backbone": "rotary", "conditioning": "adaln"}},
 }
 # Modules that `_target_` names.
 _MODULES = {"xlm_hf.sweeps.": "xlm_hf.reports.sweeps."}
