@@ -17,9 +17,9 @@ class MDLMLoss:
         -log p(x | prompt) <= NELBO = E_t[ -alpha'_t / (1 - alpha_t) x sum over masked l of -log p(x_l | x_t, prompt) ].
 
     The collator draws t and the masks and gives the weight of each document, so that the sum here is an unbiased
-    estimate of the NELBO of the batch. Training divides it by all canvas tokens, masked or not. A likelihood is per token
-    of the text and its end (`sequence_tokens`): the padding of the canvas adds nats and no tokens. With its `mask_beta`
-    the sum weighs every masked token alike and is no bound; `sequence_nats` still is the bound.
+    estimate of the NELBO of the batch. Training divides it by all canvas tokens, masked or not. A likelihood is per
+    token of the text and its end (`sequence_tokens`): the padding of the canvas adds nats and no tokens. With its
+    `mask_beta` the sum weighs every masked token alike and is no bound; `sequence_nats` still is the bound.
     """
 
     def num_items(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
