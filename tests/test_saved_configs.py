@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from xlm_hf.building import compose
+from xlm_hf.building import compose, open_override
 from xlm_hf.commands._run import check_same_run
 from xlm_hf.saved_configs import load_config, translate_config
 
@@ -50,3 +50,10 @@ def test_what_is_in_the_terms_of_today_stays(name):
 def test_a_target_that_moved_is_found():
     config = translate_config(OmegaConf.create({"a": {"b": {"_target_": "xlm_hf.sweeps.SweepSummary"}}}))
     assert config.a.b._target_ == "xlm_hf.reports.sweeps.SweepSummary"
+
+
+def test_a_renamed_option_has_its_new_name_in_a_config_and_on_the_command_line():
+    config = translate_config(OmegaConf.create({"model": {"unrestricted_softmax": True, "backbone": "dit"}}))
+    assert config == {"model": {"softmax_over_suppressed": True, "backbone": "rotary", "conditioning": "adaln"}}
+    assert open_override("model.unrestricted_softmax=true") == "++model.softmax_over_suppressed=true"
+    assert compose("config", ["family=mdlm", "task=star_easy", "model.backbone=dit"]).model.conditioning == "adaln"

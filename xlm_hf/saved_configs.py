@@ -5,12 +5,12 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-# Options by what they were called; a pattern that the beginning of a full name matches.
-_OPTIONS: dict[str, str] = {r"collators\.\w+\.": "collator."}
+# Options by node and old name.
+_OPTIONS = {("model", "unrestricted_softmax"): "softmax_over_suppressed"}
 # Values by option and old value, and the options of the same node that say the same today.
 _VALUES: dict[tuple[str, str], dict[str, dict[str, str]]] = {
-    ("generation", "sampler"): {"rule": {"sampler": "confidence"}, "remask": {"sampler": "remdm"}},
     ("model", "backbone"): {"dit": {"backbone": "rotary", "conditioning": "adaln"}},
+    ("generation", "sampler"): {"rule": {"sampler": "confidence"}, "remask": {"sampler": "remdm"}},
 }
 # Modules that `_target_` names.
 _MODULES = {"xlm_hf.sweeps.": "xlm_hf.reports.sweeps."}
@@ -26,6 +26,9 @@ def load_config(file: Path) -> DictConfig:
 def translate_config(config: DictConfig) -> DictConfig:
     """Put a composed or saved config into today's terms, in place; what is in them already stays."""
     with open_dict(config):
+        for (name, old), new in _OPTIONS.items():
+            if old in (config.get(name) or {}):
+                config[name][new] = config[name].pop(old)
         for (name, option), values in _VALUES.items():
             node = config.get(name) or {}
             node.update(values.get(str(node.get(option)), {}))
@@ -53,6 +56,6 @@ def _join_collators(config: DictConfig) -> None:
 
 def translate_override(override: str) -> str:
     """An override of the command line with today's name of its option."""
-    for old, new in _OPTIONS.items():
-        override = re.sub(rf"^(\+*){old}", rf"\g<1>{new}", override)
-    return override
+    for (node, old), new in _OPTIONS.items():
+        override = re.sub(rf"^(\+*){node}\.{old}=", rf"\g<1>{node}.{new}=", override)
+    return re.sub(r"^(\+*)collators\.\w+\.", r"\g<1>collator.", override)
