@@ -15,7 +15,7 @@ COMMANDS = {
     "arlm": ("arlm_star", []),
     "ilm": ("ilm_star", []),
     "mdlm": ("mdlm_star", []),
-    "mdlm_paper": ("paper/mdlm_lm1b", []),
+    "mdlm_paper": ("paper/mdlm_star_hard", []),
     "mlm": ("config", ["family=mlm", "task=text", "task.path=corpus.txt", "experiment=mlm_text"]),
 }
 
