@@ -165,6 +165,12 @@ def test_correct_is_no_other_id_higher(name):
     assert 0 < output.correct.sum() < S
 
 
+def test_an_ignored_row_is_not_correct():
+    logits = torch.zeros(2, V).scatter_(1, torch.zeros(2, 1, dtype=torch.int64), 5.0)
+    output = head_losses(logits, nn.Identity(), None, CrossEntropy(torch.tensor([IGNORED_ID, 0]), torch.ones(2)))
+    assert output.correct.tolist() == [False, True]
+
+
 def test_uniform_bound_in_single_precision_at_a_large_vocabulary():
     size, noises = 50_257, [1e-3, 0.01, 0.1, 0.5, 0.9, 0.999]
     generator = torch.Generator().manual_seed(0)
