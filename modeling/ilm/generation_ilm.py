@@ -5,7 +5,6 @@ from typing import Any
 import torch
 
 from xlm_hf.modules.counter_random import uniform
-from xlm_hf.modules.devices import true_indices
 from xlm_hf.modules.edits import EditBuffer
 from xlm_hf.modules.generation import (
     GenerationCall,
@@ -74,9 +73,7 @@ class ILMGenerationMixin(NonAutoregressiveGenerationMixin):
             return False
         config, seeds = call.config, call.seeds[rows]
         sequences, mask, slot_exists = state.view(rows, width)
-        is_slot = torch.nn.functional.pad(slot_exists, (sequences.shape[1] - width - 1, 0))
-        slot_index = true_indices(is_slot, num_slots)
-        slots = (slot_exists.flatten().cumsum(dim=0) - 1).view_as(slot_exists).masked_fill(~slot_exists, -1)
+        slot_index, slots = state.slots(slot_exists, num_slots)
 
         def draw(hidden_states, head, suppressed_ids) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             logits = LogitsOnDemand(hidden_states, head, suppressed_ids)
@@ -107,12 +104,7 @@ class ILMGenerationMixin(NonAutoregressiveGenerationMixin):
     def _prepare_prompt(self, input_ids, attention_mask):
         """Check prompts, wrap bare ones in `[CLS] ... [BOS]`, and move the padding to the left."""
         cls_id, bos_id = self.config.cls_token_id, self.config.bos_token_id
-        if input_ids is None:
-            input_ids = torch.tensor([[cls_id, bos_id]], device=self.device)
-        self.check_token_ids(input_ids)
-        if attention_mask is None:
-            attention_mask = input_ids != self._pad_token_id
-        input_ids, mask = left_align_padding(input_ids, attention_mask)
+        input_ids, mask = self.aligned_prompts(input_ids, attention_mask, [cls_id, bos_id])
         starts = input_ids.gather(-1, mask.int().argmax(dim=-1, keepdim=True)).squeeze(-1) == cls_id
         wrapped = starts & (input_ids[:, -1] == bos_id) & mask[:, -1]
         if wrapped.all():

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .devices import rounded_up, shape_of_call
+from .devices import rounded_up, shape_of_call, true_indices
 from .generation_output import NonAutoregressiveGenerationOutput
 
 EDIT_KINDS = ("insert", "delete", "substitute", "unmask", "remask")
@@ -132,6 +132,21 @@ class EditBuffer:
         sequences = torch.cat((self.prompt[rows], self.tokens[rows, :width]), dim=1)
         mask = torch.cat((self.prompt_mask[rows], columns[:-1] < self.lengths[rows, None]), dim=1)
         return sequences, mask, (columns <= self.lengths[rows, None]) & ~self.finished[rows, None]
+
+    def slots(self, exists: torch.Tensor, num_slots: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where the slots of a `view` are: slot i of a row is scored at the token left of it.
+
+        Args:
+            exists: (R, W + 1) bool, of `view`.
+            num_slots: of `shape_of_step`.
+
+        Returns:
+            indices (S,) of those tokens in the flattened ids; and (R, W + 1), which of the S each slot is, -1 where
+            there is none.
+        """
+        ahead = self.prompt.shape[1] - 1
+        index = true_indices(torch.nn.functional.pad(exists, (ahead, 0)), num_slots)
+        return index, (exists.flatten().cumsum(dim=0) - 1).view_as(exists).masked_fill(~exists, -1)
 
     def written(self) -> torch.Tensor:
         """What stands after the prompts so far, (B, longest), padded on the right."""

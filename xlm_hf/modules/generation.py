@@ -294,6 +294,27 @@ class GenerationOptionsMixin:
         max_length = min(positions, generation_config.max_length or positions)
         return (max_length - prompt_lengths).clamp(max=generation_config.max_new_tokens or max_length)
 
+    def aligned_prompts(
+        self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, empty: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Prompts (B, P) and their mask (bool) with the padding on the left.
+
+        Args:
+            input_ids: (B, P), padded on either side; None is one prompt that reads `empty`.
+            attention_mask: (B, P), 1 for tokens; by default everything but `pad_token_id`.
+            empty: ids of an empty prompt.
+
+        Raises:
+            ValueError: for an id outside the vocabulary.
+        """
+        if input_ids is None:
+            input_ids = torch.tensor([empty], device=self.device)
+            # Some vocabularies have one id for everything special.
+            attention_mask = torch.ones_like(input_ids)
+        self.check_token_ids(input_ids)
+        mask = input_ids != self.config.pad_token_id if attention_mask is None else attention_mask.bool()
+        return left_align_padding(input_ids, mask)
+
     def check_token_ids(self, input_ids: torch.Tensor) -> None:
         """Raise ValueError if an id lies outside the model's vocabulary."""
         vocab_size = self.config.vocab_size

@@ -79,13 +79,7 @@ class MaskedGenerationMixin(NonAutoregressiveGenerationMixin):
                 position.
         """
         config = self.config
-        if input_ids is None:
-            input_ids = torch.tensor([[config.bos_token_id]], device=self.device)
-            # Some vocabularies have one id for everything special.
-            attention_mask = torch.ones_like(input_ids)
-        self.check_token_ids(input_ids)
-        mask = input_ids != config.pad_token_id if attention_mask is None else attention_mask.bool()
-        input_ids, mask = left_align_padding(input_ids, mask)
+        input_ids, mask = self.aligned_prompts(input_ids, attention_mask, [config.bos_token_id])
         if canvas_lengths is None:
             extended = ~((input_ids == config.mask_token_id) & mask).any(dim=-1)
         else:
