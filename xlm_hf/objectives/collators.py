@@ -129,9 +129,9 @@ class Collator:
             ValueError: for an id outside the vocabulary, a document that is too long, or an entry that is not declared.
         """
         batch = self.prediction_batch(examples) if self.prediction else self.training_batch(self.documents(examples))
-        if undeclared := batch.keys() - self.entries.keys():
-            name = type(self).__name__
-            raise ValueError(f"{name}.entries does not declare {min(undeclared)!r} of its batches: add an Entry.")
+        if not batch.keys() <= self.entries.keys():
+            name, undeclared = type(self).__name__, min(batch.keys() - self.entries.keys())
+            raise ValueError(f"{name}.entries does not declare {undeclared!r} of its batches: add an Entry.")
         return batch
 
     def training_batch(self, documents: Documents) -> dict[str, torch.Tensor]:
