@@ -145,6 +145,7 @@ def _prepare(
     """Tokenise the documents of a split and make examples of them, in Arrow files beside `file`."""
     is_packed, masks = options["protocol"] == "packed", options["document_masks"]
     end_of_text = [tokenizer.eos_token_id] if is_packed and not masks else []
+    whole = 0 if is_packed else options["max_length"]
 
     def tokenize(batch: Mapping[str, list]) -> dict[str, list]:
         of_batch = texts(batch)
@@ -153,8 +154,12 @@ def _prepare(
             of_batch, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
         )
         ids = [[*ids, *end_of_text] for ids in encoded["input_ids"]]
-        offsets = [encoding.offsets for encoding in encoded.encodings]
-        return {"input_ids": ids, "character_ends": list(map(_character_ends, of_batch, offsets, map(len, ids)))}
+        # Of a document that stays whole only the sum counts, and reading the offsets of its tokens takes time.
+        ends = [
+            _character_ends(text, encoding.offsets, len(tokens)) if len(tokens) > whole else [len(text)] * len(tokens)
+            for text, encoding, tokens in zip(of_batch, encoded.encodings, ids, strict=True)
+        ]
+        return {"input_ids": ids, "character_ends": ends}
 
     features = {"input_ids": List(Value("int32")), "character_ends": List(Value("int32"))}
     tokenized = documents.map(
