@@ -497,8 +497,8 @@ def test_weights_from_elsewhere_keep_their_licence(folder, tmp_path):
     card = ModelCard(render_card(families()["ilm"], {"base_model": source}))
     assert card.data.license is None
     assert card.data.base_model == (None if folder else source)
-    assert f"taken from `{'theirs' if folder else source}`, whose licence" in card.text
-    assert "code and weights alike" not in card.text
+    assert f"come from `{'theirs' if folder else source}` and are under its licence" in card.text.replace("\n", " ")
+    assert "for code and weights" not in card.text
     assert str(tmp_path) not in card.content
 
 
