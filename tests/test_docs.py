@@ -100,7 +100,7 @@ def test_ci_runs_the_test_command_of_the_readme():
 
 def test_the_site_is_built_without_a_warning(tmp_path):
     pytest.importorskip("mkdocs")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path / "site"]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"]
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     reference = (tmp_path / "site" / "reference" / "core" / "index.html").read_text()

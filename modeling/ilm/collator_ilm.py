@@ -17,10 +17,11 @@ class ILMCollator(Collator):
     which fewer tokens can be copied from their neighbours. It changes how often each n is trained, not what is optimal
     at it. All draws are functions of (seed, epoch, example_id, position) and the document's number alone.
 
+    Further arguments are those of `Collator`.
+
     Args:
-        tokenizer, max_length, kind, prediction, seed: of `Collator`.
         drop_beta: skews the share of dropped tokens, as above.
-        packing: of `Collator`; rows hold at most `max_length` tokens after the dropping.
+        packing: as in `Collator`; rows hold at most `max_length` tokens after the dropping.
 
     A training batch holds, for D documents in B rows of at most L tokens, with S slots and T dropped tokens in all:
         input_ids (B, L): what is left of the documents, padded on the right.

@@ -74,7 +74,7 @@ class ILMForInsertionLM(ILMPreTrainedModel, ILMGenerationMixin):
         cls_index: torch.Tensor | None = None,
         head_function: HeadFunction | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> ILMOutput:
         """Score every insertion.
 

@@ -24,9 +24,9 @@ class MDLMCollator(CanvasCollator):
     example_id), so neither depends on the rest of the batch. In infilling the blanks are the canvas, and what is masked
     and learnt.
 
+    Further arguments are those of `CanvasCollator`.
+
     Args:
-        tokenizer, max_length, kind, prediction, seed, packing: of `Collator`.
-        canvas_length: of `CanvasCollator`.
         masking: "bernoulli" draws t ~ U(0, 1] and masks each of the L canvas tokens with probability 1 - alpha_t, for a
             weight of -alpha'_t / (1 - alpha_t). "exact" draws k ~ U{1..L}, masks exactly k and tells the network a time
             from the law of t given k, for a weight of L / k. Both are unbiased for the same bound, and only the second

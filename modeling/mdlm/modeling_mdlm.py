@@ -1,5 +1,7 @@
 """The masked diffusion language model (MDLM, arXiv 2406.07524): what stands behind each mask."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers.utils.generic import can_return_tuple
@@ -48,7 +50,7 @@ class MDLMForMaskedDiffusion(MDLMPreTrainedModel, MDLMGenerationMixin):
         logits_index: torch.Tensor | None = None,
         head_function: HeadFunction | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> LanguageModelOutput:
         """Score every token at every position.
 

@@ -19,10 +19,10 @@ class MLMCollator(CanvasCollator):
     what is optimal at it. All draws are functions of (seed, epoch, example_id, position) and the document's number
     alone. In infilling only what the input leaves open is masked; the row shows `target_ids` everywhere else.
 
+    Further arguments are those of `CanvasCollator`. With a number as `canvas_length` the model learns to write `[EOS]
+    [PAD] ...` after a sequence. With None, `generate` must be given the length.
+
     Args:
-        tokenizer, max_length, kind, prediction, seed, packing: of `Collator`.
-        canvas_length: of `CanvasCollator`. With a number the model learns to write `[EOS] [PAD] ...` after a sequence;
-            with None, what decodes it must name its length.
         mask_beta: skews the masking rate, as above.
 
     A training batch holds, for B rows of at most L tokens, of which S are masked in all:

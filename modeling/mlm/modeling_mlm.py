@@ -1,5 +1,7 @@
 """The masked language model (MLM): a distribution over tokens at every masked position."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers.utils.generic import can_return_tuple
@@ -39,7 +41,7 @@ class MLMForMaskedLM(MLMPreTrainedModel, MLMGenerationMixin):
         logits_index: torch.Tensor | None = None,
         head_function: HeadFunction | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> LanguageModelOutput:
         """Score every token at every position.
 

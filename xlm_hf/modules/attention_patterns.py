@@ -44,9 +44,10 @@ def attention_pattern(
 ) -> Pattern | None:
     """The pattern of packed documents, blocks and copies; None if all see all.
 
+    `block_ids` and `is_noisy` are those of `block_pattern`.
+
     Args:
         segment_ids: (B, L), equal for the tokens of one document.
-        block_ids, is_noisy: of `block_pattern`.
 
     Raises:
         ValueError: if `is_noisy` comes without `block_ids`.

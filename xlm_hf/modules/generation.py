@@ -356,7 +356,7 @@ class NonAutoregressiveGenerationMixin(GenerationOptionsMixin):
         logits_processor: LogitsProcessorList | None = None,
         stopping_criteria: StoppingCriteriaList | None = None,
         seed: int | Sequence[int] | torch.Tensor | None = None,
-        **overrides,
+        **overrides: Any,
     ) -> NonAutoregressiveGenerationOutput | torch.Tensor | None:
         """Write after each prompt, or fill in what it leaves open.
 

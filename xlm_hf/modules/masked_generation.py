@@ -59,7 +59,11 @@ class MaskedGenerationMixin(NonAutoregressiveGenerationMixin):
         return {}
 
     def open_canvas(
-        self, call: GenerationCall, input_ids, attention_mask, canvas_lengths: torch.Tensor | None = None
+        self,
+        call: GenerationCall,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        canvas_lengths: torch.Tensor | None = None,
     ) -> MaskedCanvas:
         """Check prompts and put a canvas after each.
 

@@ -127,8 +127,7 @@ class RotaryAttention(nn.Module):
     def forward(self, hidden_states, attention_mask, cos_sin, cache=None, output_index=None, **kwargs):
         """Attend within (B, L, hidden_size) `hidden_states`, and to the tokens whose keys and values are cached.
 
-        Returns:
-            the same shape, or (S, hidden_size) with `output_index` (S,), and the attention weights.
+        The result has the same shape, or (S, hidden_size) with `output_index` (S,). The attention weights come second.
         """
         B, L, _ = hidden_states.shape
         projected = self.qkv_proj(hidden_states).view(B, L, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)

@@ -132,11 +132,9 @@ class TransformerBackbone(nn.Module):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
     ) -> BaseModelOutput:
-        """Encode a batch.
+        """Encode a batch; further arguments are those of `RotaryTransformer`.
 
         Args:
-            input_ids, attention_mask, position_ids, segment_ids: as for `RotaryTransformer`.
-            cache, output_index, inputs_embeds, block_ids, is_noisy, timesteps: likewise.
             output_hidden_states: return those of all layers too.
             output_attentions: return the attention weights too.
 

@@ -216,8 +216,9 @@ class CanvasCollator(Collator):
     A canvas holds the target, `[EOS]` if the canvas has a position left for it, and `[PAD]` up to its end. In infilling
     it is the blanks of the sequence, which stays as it is.
 
+    Further arguments are those of `Collator`.
+
     Args:
-        tokenizer, max_length, kind, prediction, seed, packing: of `Collator`.
         canvas_length: how the length of a target is modelled. A number is the length of every canvas: padding up to it
             is content, seen, corrupted and predicted like any other token; a target that fills the canvas has no
             `[EOS]`. None takes lengths as given: a canvas is the target and, where the document ends, `[EOS]`.

@@ -86,8 +86,9 @@ def linear_cross_entropy(
 ) -> HeadLosses:
     """`head_losses` by `CrossEntropy`, or by `JointCrossEntropy` where rows have `groups`.
 
+    `hidden_states`, `head` and `suppressed_ids` are those of `head_losses`.
+
     Args:
-        hidden_states, head, suppressed_ids: see `head_losses`.
         target_ids: (T,); an `IGNORED_ID` is no target, and its loss is 0.
         target_weights: (T,); None means 1.
         target_rows: (T,) row of each target, with `groups`; else the t-th row has the t-th target.

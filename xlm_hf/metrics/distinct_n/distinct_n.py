@@ -9,15 +9,15 @@ PADDING = -100
 class DistinctN(evaluate.Metric):
     """distinct_n = different n-grams / n-grams, over all samples together (Li et al., arXiv 1510.03055).
 
-    `distinct_<n>_within` is the mean of the same quotient within each sample that has an n-gram.
+    `distinct_<n>_within` is the mean of this quotient within each sample that has an n-gram.
 
     Args:
-        predictions: lists of token ids; -100 is padding and is dropped.
-        sizes: the n to report.
+        predictions (list[list[int]]): lists of token ids; -100 is padding and is dropped.
+        sizes (Sequence[int]): the n to report.
 
     Returns:
-        distinct_<n>: number of different n-grams of all samples / number of n-grams; 0 if there are none.
-        distinct_<n>_within: mean over the samples that have an n-gram of the same within the sample; 0 if none has.
+        distinct_N (float): for each n, different n-grams / n-grams of all samples; 0 if there are none.
+        distinct_N_within (float): mean of the same quotient within each sample that has an n-gram; 0 if none has.
     """
 
     def _info(self):

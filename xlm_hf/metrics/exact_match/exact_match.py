@@ -10,11 +10,11 @@ class ExactMatch(evaluate.Metric):
     """exact_match = mean over examples of 1[prediction == reference], without the padding -100 of either.
 
     Args:
-        predictions: lists of token ids; -100 is padding and is dropped.
-        references: lists of token ids; -100 is padding and is dropped.
+        predictions (list[list[int]]): lists of token ids; -100 is padding and is dropped.
+        references (list[list[int]]): lists of token ids; -100 is padding and is dropped.
 
     Returns:
-        exact_match: mean over examples of 1[prediction == reference].
+        exact_match (float): mean over examples of 1[prediction == reference].
     """
 
     def _info(self):

@@ -17,20 +17,21 @@ class GenerativePerplexity(evaluate.Metric):
     the text / its scored tokens); generative_entropy = mean over the texts of the entropy of their scored tokens.
 
     Args:
-        predictions: texts.
-        eval_model: the model that scores them: the folder or Hub id of a causal language model, or such a model.
-        eval_tokenizer: its tokenizer; by default the one of the same folder or Hub id.
-        first_token: "unscored" leaves the first token of each text out; "after_bos" scores it after the tokenizer's
-            beginning-of-sequence token.
-        batch_size: texts in a forward pass; the result does not depend on it.
-        max_length: most tokens of a text, the beginning-of-sequence token included; the rest is cut off.
+        predictions (list[str]): texts.
+        eval_model (str | PreTrainedModel): the judge: the folder or Hub id of a causal language model, or the
+            model itself.
+        eval_tokenizer (str | None): its tokenizer; by default the one of the same folder or Hub id.
+        first_token (str): "unscored" leaves the first token of each text out; "after_bos" scores it after
+            the tokenizer's beginning-of-sequence token.
+        batch_size (int): texts in a forward pass; the result does not depend on it.
+        max_length (int): most tokens of a text, the beginning-of-sequence token included; the rest is cut off.
 
     Returns:
-        generative_tokens: number of scored tokens; if there are none, the next three are left out.
-        generative_nll: nats per scored token of all texts together.
-        generative_perplexity: exp(generative_nll).
-        generative_perplexity_per_sample: mean over texts of exp(nats per scored token of the text).
-        generative_entropy: mean over texts of the entropy in nats of the distribution of the text's scored tokens.
+        generative_tokens (float): number of scored tokens; if there are none, the next three are left out.
+        generative_nll (float): nats per scored token of all texts together.
+        generative_perplexity (float): exp(generative_nll).
+        generative_perplexity_per_sample (float): mean over texts of exp(nats per scored token of the text).
+        generative_entropy (float): mean over texts of the entropy of the text's scored tokens, in nats.
     """
 
     def _info(self):
@@ -38,7 +39,7 @@ class GenerativePerplexity(evaluate.Metric):
         return evaluate.MetricInfo(description=__doc__, citation="", inputs_description=self.__doc__, features=features)
 
     def check(self, eval_model, eval_tokenizer=None, **_):
-        """Raise ValueError if there is no such judge, before anything has been written that it should score."""
+        """Raise ValueError if the judge cannot be loaded, before any sample is written."""
         _load(AutoTokenizer, eval_model if eval_tokenizer is None else eval_tokenizer)
 
     def _compute(

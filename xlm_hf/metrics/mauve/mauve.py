@@ -12,20 +12,21 @@ from transformers import AutoModel, AutoTokenizer
 class Mauve(evaluate.Metric):
     """Area under the curve of divergences between generated and human text (Pillutla et al., arXiv 2102.01454).
 
-    The clustering and the curve are those of the library `mauve-text`; the features are computed here, of any model.
+    The clustering and the curve are those of the library `mauve-text`. The features are
+    computed here, with any model.
 
     Args:
-        predictions: generated texts.
-        references: human texts, as many; which stands beside which does not matter.
-        feature_model: folder or Hub id of the language model whose last hidden state, at the last token, is the
+        predictions (list[str]): generated texts.
+        references (list[str]): as many human texts, in any order.
+        feature_model (str): folder or Hub id of the language model whose last hidden state, at the last token, is the
             feature.
-        max_length: most tokens of a text, at most the positions of the model; the rest is cut off.
-        batch_size: texts in a forward pass; the result does not depend on it.
-        num_buckets: clusters of the quantised features; "auto" is a tenth of the number of texts.
-        seed: of the clustering.
+        max_length (int): most tokens of a text, at most the positions of the model; the rest is cut off.
+        batch_size (int): texts in a forward pass; the result does not depend on it.
+        num_buckets (int | str): clusters of the quantised features; "auto" is a tenth of the number of texts.
+        seed (int): of the clustering.
 
     Returns:
-        mauve: area under the divergence curve, in (0, 1]; 1 for equal distributions.
+        mauve (float): area under the divergence curve, in (0, 1]; 1 for equal distributions.
     """
 
     def _info(self):

@@ -13,10 +13,10 @@ class SampleEntropy(evaluate.Metric):
     """sample_entropy = mean over samples of -sum_v f_v ln f_v, f_v = count of v in the sample / its length; in nats.
 
     Args:
-        predictions: lists of token ids; -100 is padding and is dropped.
+        predictions (list[list[int]]): lists of token ids; -100 is padding and is dropped.
 
     Returns:
-        sample_entropy: mean over samples of -sum_v f_v ln f_v, f_v being the share of the sample's tokens that are v.
+        sample_entropy (float): mean over samples of -sum_v f_v ln f_v, f_v the share of tokens that are v.
     """
 
     def _info(self):

@@ -12,15 +12,15 @@ class StarPath(evaluate.Metric):
     """star_path = share of predictions that follow edges of the prompt's graph from its source to its goal.
 
     In edge form a prediction is `a b b c c d`: each pair is an edge and starts where the one before it ended. In node
-    form it is `a b c d`: each two neighbours are an edge.
+    form it is `a b c d`: every two neighbours are an edge.
 
     Args:
-        predictions: lists of token ids; -100 is padding and is dropped.
-        prompts: lists of token ids `u v` for every edge, then source and goal; -100 is padding and is dropped.
-        path_format: "edges" if a prediction writes the path a-b-c as `a b b c`, "nodes" if as `a b c`.
+        predictions (list[list[int]]): lists of token ids; -100 is padding and is dropped.
+        prompts (list[list[int]]): token ids `u v` for every edge, then source and goal; -100 is padding and is dropped.
+        path_format (str): "edges" if a prediction writes the path a-b-c as `a b b c`, "nodes" if as `a b c`.
 
     Returns:
-        star_path: share of predictions that follow edges of the graph from source to goal.
+        star_path (float): share of predictions that follow edges of the graph from source to goal.
     """
 
     def _info(self):

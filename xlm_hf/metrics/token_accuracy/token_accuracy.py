@@ -9,17 +9,17 @@ PADDING = -100
 class TokenAccuracy(evaluate.Metric):
     """token_accuracy = mean over examples of |{i < n : prediction[i] == reference[i]}| / n, n = len(reference).
 
-    The padding -100 of either is dropped first. Positions that the prediction does not reach are wrong; what it has
-    beyond the reference does not count.
+    The padding -100 of both is dropped first. Positions that the prediction does not reach are wrong. Tokens beyond
+    the reference do not count.
 
     Args:
-        predictions: lists of token ids; -100 is padding and is dropped.
-        references: lists of token ids, none of them empty; -100 is padding and is dropped.
-        blanks: of infilling, where each example was blank: lists of bool as long as its prediction and reference. Only
-            these positions count; by default all do.
+        predictions (list[list[int]]): lists of token ids; -100 is padding and is dropped.
+        references (list[list[int]]): lists of token ids, none of them empty; -100 is padding and is dropped.
+        blanks (list[list[bool]]): for infilling, True where an example was blank, as long as its prediction and
+            reference. Only these positions count; by default all do.
 
     Returns:
-        token_accuracy: mean over examples of the share of the reference's positions where the prediction agrees.
+        token_accuracy (float): mean over examples of the share of positions where the prediction agrees.
     """
 
     def _info(self):
