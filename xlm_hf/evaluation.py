@@ -36,16 +36,16 @@ class EvaluationSet:
         dataset: the examples.
         collator: makes batches: a training collator for `loss`, a prediction collator for `generate`.
         stages: when it runs, e.g. `("validation",)`.
-        loss: the family's loss, to report its value per item of training and its components; of a likelihood or a bound
-            of one also what `likelihood_metrics` makes of it, and `unknown_rate`, the share of `[UNK]` in the texts.
+        loss: the family's loss, to report its value per item of training and its components. A likelihood or a bound of
+            one also gives the `likelihood_metrics`, and `unknown_rate`, the share of `[UNK]` in the texts.
         generate: whether to decode every example and score it.
         metrics: `evaluate` modules for the decoded sequences. Each gets those of `predictions`, `references` and
             `prompts` that its features name: as text where the feature is a string, as token ids otherwise.
-        kind: "lm", "seq2seq" or "infill". In infilling the whole sequence is the prediction, the input with its blanks
-            the prompt, and a metric whose `_compute` takes `blanks` is told where they were.
+        kind: "lm", "seq2seq" or "infill". In infilling the whole sequence is the prediction, and the input with its
+            blanks is the prompt. A metric whose `_compute` takes `blanks` is told where they were.
         num_draws: of a loss, how often each example is corrupted; draw d is the corruption of epoch d.
-        prediction_fields: what is kept of a record beside `example_id` and the metrics of the example, from
-            `RECORD_FIELDS`; None keeps all.
+        prediction_fields: the fields of a record to keep, from `RECORD_FIELDS`; None keeps all. `example_id` and the
+            metrics of the example are always kept.
     """
 
     name: str

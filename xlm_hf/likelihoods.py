@@ -1,4 +1,4 @@
-"""What the nats of sequences amount to: nats per token, perplexity, bits per character."""
+"""Metrics of likelihoods: nats per token, perplexity, bits per character."""
 
 import math
 from collections.abc import Iterable
@@ -11,20 +11,23 @@ from transformers import PreTrainedTokenizerBase
 def likelihood_metrics(
     nats: np.ndarray, tokens: np.ndarray, num_characters: int | None = None, conditions: Iterable[str] = ()
 ) -> dict[str, float]:
-    """What a negative log-likelihood of N sequences, or n estimates each of an upper bound of it, amounts to.
+    """Metrics of the negative log-likelihood of N sequences, or of n estimates each of an upper bound of it.
 
     With x_i the mean of the estimates of sequence i, t_i its tokens and T = sum_i t_i:
 
-        nats_per_token = sum_i x_i / T;
-        nats_per_token_standard_error = sqrt(N / (N - 1) sum_i (x_i - nats_per_token t_i)^2) / T, that of a ratio
-            estimate (Cochran, 1977, equation 6.9): of the choice of sequences and of what was drawn for them in one;
-        nats_per_token_monte_carlo_standard_error = sqrt(sum_i s_i^2 / n) / T, of the draws alone for these very
-            sequences, from the variance s_i^2 of the n > 1 estimates of each as if they were independent, which evenly
-            spread times only improve on;
-        perplexity = exp(nats_per_token), its standard error perplexity x nats_per_token_standard_error (delta method);
-        bits_per_character = sum_i x_i / (ln 2 x characters).
+        nats_per_token = sum_i x_i / T
+        nats_per_token_standard_error = sqrt(N / (N - 1) sum_i (x_i - nats_per_token t_i)^2) / T
+        nats_per_token_monte_carlo_standard_error = sqrt(sum_i s_i^2 / n) / T
+        perplexity = exp(nats_per_token)
+        perplexity_standard_error = perplexity x nats_per_token_standard_error (delta method)
+        bits_per_character = sum_i x_i / (ln 2 x characters)
 
-    Of a bound they bound the perplexity and the bits from above. Nats under a condition have other names:
+    The first standard error is that of a ratio estimate (Cochran, 1977, equation 6.9). It covers the choice of
+    sequences and their draws together. The Monte Carlo error covers the draws alone, for these sequences. s_i^2 is the
+    variance of the n > 1 estimates of sequence i. It treats them as independent; evenly spread times make the true
+    error smaller.
+
+    For a bound, the perplexity and the bits are upper bounds. Nats under a condition have other names:
     `perplexity_given_length` and so on.
 
     Args:

@@ -52,8 +52,8 @@ def run(cfg: DictConfig) -> None:
     """Run what is missing of the comparison, and write `results.csv`, `results.md` and the plots.
 
     Raises:
-        ValueError: before anything runs, if a cell's config is mistaken or differs from the one that its folder was run
-            with; at the end, if a cell failed, the others having run.
+        ValueError: before anything runs, if a cell's config is mistaken or differs from that of its folder; at the end,
+            if a cell failed.
     """
     if "families" not in cfg:
         raise ValueError("This config names no families to compare: use --config-name compare or one made from it.")

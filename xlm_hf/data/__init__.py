@@ -1,4 +1,4 @@
-"""From datasets to examples that know their place in the epoch."""
+"""From datasets to examples that know their position in the epoch."""
 
 import itertools
 import math
@@ -29,10 +29,11 @@ _BLOCK = 65_536
 class Mixture:
     """Training sets that are read in proportion to weights.
 
-    Which of them position p of an epoch is read from is a function of (seed, epoch, p) alone: the one in whose share of
-    [0, 1) the number frac(offset(seed, epoch) + p sqrt(3)) falls. The sequence has low discrepancy, so every stretch of
-    an epoch has the proportions; sqrt(3) is linearly independent over the rationals of 1 and of the steps by which the
-    collators spread their corruption, so what a set is corrupted by does not depend on its weight (Weyl, 1916).
+    Each set has a share of [0, 1). Position p of an epoch is read from the set in whose share the number
+    frac(offset(seed, epoch) + p sqrt(3)) falls: a function of (seed, epoch, p) alone. The sequence has low discrepancy,
+    so every stretch of an epoch has the proportions. Over the rationals, sqrt(3) is linearly independent of 1 and of
+    the steps by which the collators spread their corruption. So the corruption of a set does not depend on its weight
+    (Weyl, 1916).
 
     Attributes:
         sets: all of them map-style, or all of them streams.
@@ -68,8 +69,8 @@ class EpochSampler(Sampler[Key]):
     The order is a pure function of (seed, epoch). The collators draw their corruption from what the key carries, so
     that neither workers, ranks, batch size nor a resume change it.
 
-    An epoch of a mixture is as long as it takes for every set to be read whole. A set of which more is wanted than it
-    has is read again in another order, its indices raised by the size of the whole mixture for each time.
+    An epoch of a mixture ends once every set was read completely. A set that runs out is read again in another order.
+    Each time its indices are raised by the size of the whole mixture.
 
     Args:
         sizes: of the sets, which follow one another in the dataset.
@@ -183,13 +184,13 @@ class KeyedExamples(Dataset[dict[str, Any]]):
 class KeyedStream(IterableDataset[dict[str, Any]]):
     """The twin of `KeyedExamples` for streams: endless, its examples in an order that the seed alone determines.
 
-    Each set is read again and again, its shards and a buffer of examples shuffled anew. An example's `epoch` is the
-    number of times that its set was read before, its `position` the place in the whole stream, its `example_id` the one
-    it was prepared with (in a mixture of K sets, K times that plus the number of its set).
+    Each set is read again and again, its shards and a buffer of examples shuffled anew. An example's `epoch` counts how
+    often its set was read before. Its `position` is that in the whole stream. Its `example_id` is the one from its
+    preparation; in a mixture of K sets it is K times that plus the number of its set.
 
-    Every rank and every worker reads the whole stream and keeps the batches that are its own: so the batches are the
-    same ones, in the same order, for any number of either. Being endless, the stream is one single epoch to the
-    trainer, which resumes by reading over what it has had.
+    Every rank and every worker reads the whole stream and keeps its own batches. So the batches and their order are the
+    same for any number of either. The stream is one endless epoch to the trainer, which resumes by skipping the
+    examples that it has read.
 
     Args:
         data: the stream or streams.

@@ -18,12 +18,12 @@ def collate_without_full_mask(collator: Callable, examples: list[dict[str, Any]]
 
 
 class StaticShapes:
-    """A collator whose batches of as many examples all have the same shapes: those of another one, padded.
+    """Pads the batches of a collator, so that batches of as many examples have the same shapes.
 
-    What each entry of a batch is about says the collator (`Collator.entries`). Rows get padding up to `length` tokens.
-    The lists that a batch holds, such as targets, are filled up to B x `length` values for B rows, by targets that the
-    losses leave out of their sums and counts. So the vocabulary head is computed for every position, which is the
-    price. With packing, and where an example is several documents, the numbers of rows and of documents still vary.
+    The collator declares what each entry of a batch is about (`Collator.entries`). Rows get padding up to `length`
+    tokens. Lists, such as targets, are filled up to B x `length` values for B rows. The losses leave these targets out
+    of their sums and counts. The price is the vocabulary head at every position. With packing, and if an example is
+    several documents, the numbers of rows and of documents still vary.
 
     Args:
         collator: makes training batches, and says in `entries` what is in them.

@@ -1,7 +1,8 @@
 """Self-contained repositories: a family's code, weights, tokenizer and model card in one folder.
 
-Whatever saves a registered configuration - alone, with its model, by a trainer or to the Hub - also writes the Python
-files that the model needs, so that the folder loads by `trust_remote_code=True` where this package is not installed.
+Whenever a registered configuration is saved, the Python files that the model needs are written too. This holds for a
+configuration alone, a model, a trainer and a push. The folder then loads by `trust_remote_code=True` where this package
+is not installed.
 """
 
 import ast
@@ -85,8 +86,8 @@ def export_code(family: Family, directory: str | os.PathLike) -> None:
 def family_code(family: Family) -> dict[str, str]:
     """Collect the files that a family needs where this package is not installed.
 
-    Starts from the files of the two classes and follows their imports, function-local ones included, to files beside
-    them and in `xlm_hf.modules`; the latter imports are made relative.
+    Starts from the files of the two classes. It follows their imports, function-local ones included, to files beside
+    them and in `xlm_hf.modules`. The latter imports are made relative.
 
     Returns:
         file name -> source; the names are flat.

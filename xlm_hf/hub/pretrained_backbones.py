@@ -46,8 +46,8 @@ def _language_model(config: Any) -> Any:
 def load_backbone(model: PreTrainedModel, source: str, tokenizer: PreTrainedTokenizerBase) -> int:
     """Give `model` the weights of the pretrained language model `source`.
 
-    Embedding and head are taken over where the ids of `tokenizer` mean the same to both, ids that are new starting at
-    the mean of the others; otherwise both stay as they are initialised.
+    If the ids of `tokenizer` mean the same to both, embedding and head are copied. New ids start at the mean of the
+    others. Otherwise both keep their initialisation.
 
     Returns:
         how many ids it knows.

@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 
 
 def load_metric(metric: str | Mapping[str, Any], /, **options: Any) -> EvaluationModule:
-    """Load a metric; `metric.features` says which inputs its `compute` wants.
+    """Load a metric; `metric.features` says which inputs its `compute` takes.
 
-    A metric that is a mean over examples may have a method `per_example`, with the arguments of `compute`, that returns
-    the values of each: they are written beside the predictions, and give a standard error. A method `check`, given the
-    options, is called before a run begins, and raises ValueError for what `compute` would fail at.
+    A metric that is a mean over examples may have a method `per_example`, with the arguments of `compute`. It returns
+    the value of each example. The values are written beside the predictions, and give a standard error. A method
+    `check` gets the options before a run begins. It raises ValueError if `compute` would fail.
 
     Args:
-        metric: the name of a shipped metric (a folder of `xlm_hf/metrics`); or the path of a metric's folder or .py
-            file; or a mapping with either of these as `name`, or with the dotted name of an `EvaluationModule` class as
-            `_target_`, and options as its other keys.
+        metric: the name of a shipped metric (a folder of `xlm_hf/metrics`), or the path of a metric's folder or .py
+            file. Or a mapping with either of these as `name`, or the dotted name of an `EvaluationModule` class as
+            `_target_`; its other keys are options.
         options: defaults for the keyword arguments of `compute`; they replace those of a mapping.
 
     Raises:

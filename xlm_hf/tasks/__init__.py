@@ -80,8 +80,8 @@ def load_task(task: str | Mapping[str, Any], /, **overrides: Any) -> Task:
         overrides: arguments that replace those of the config.
 
     Raises:
-        ValueError: for an unknown name, a target that cannot be imported, an argument that the target does not take or
-            lacks (all of these before any work), and whatever the target itself refuses.
+        ValueError: for an unknown name, a target that cannot be imported, or an argument that the target does not take
+            or lacks: before any work. Later, for whatever the target itself refuses.
     """
     options = {**_resolve(_shipped_config(task) if isinstance(task, str) else task), **overrides}
     if "_target_" not in options:

@@ -1,8 +1,8 @@
 """Star graphs: find the path from a source to a goal in a tree of arms that share one centre.
 
 The task of Bachmann and Nagarajan, "The pitfalls of next-token prediction" (ICML 2024), with the asymmetric variants of
-Patel et al., "Insertion language models" (arXiv 2505.05755): arms of different lengths pass *through* the centre, so
-the source need not be the centre, and which arm to follow only shows at its far end.
+Patel et al., "Insertion language models" (arXiv 2505.05755). There arms of different lengths pass *through* the centre.
+So the source need not be the centre, and only the far end of an arm shows whether to follow it.
 """
 
 import os
@@ -51,9 +51,9 @@ def star_graphs(
     edges after it. Source and goal are the ends of arm 0. Labels are drawn without replacement. A classical star, whose
     source is the centre, is the special case min_arm_length = max_arm_length = min_plan_length + 1.
 
-    No two examples of the three splits are the same graph, that is the same set of edges, source and goal. The test
-    split holds the first graphs drawn, validation the next and train the rest: the number of training examples does not
-    change what is tested.
+    No two examples of the three splits are the same graph: the same set of edges, source and goal. The test split holds
+    the first graphs drawn, validation the next and train the rest. So the number of training examples does not change
+    the tests.
 
     Args:
         name: of the task and of its cache folder.

@@ -1,8 +1,8 @@
 """Text corpora for language modelling: local files, data sets of the Hub, or the result of a Python function.
 
-A corpus is read, tokenised and written once, by `num_proc` processes and in little memory, to Arrow files that are
-memory-mapped ever after. An example is made of each document ("sentence"), or the documents are put one after the other
-and the whole is cut into chunks ("packed").
+A corpus is read, tokenised and written once, by `num_proc` processes and in little memory. The result is Arrow files,
+which are memory-mapped from then on. Either each document is an example ("sentence"), or the documents follow one
+another and are cut into chunks ("packed").
 """
 
 import hashlib
@@ -69,11 +69,14 @@ def text_corpus(
 ) -> Task:
     """A text corpus as a task of language modelling; `docs/tasks.md` describes every option.
 
-    The splits have `example_id`, `input_ids`, `continues` - whether the last document goes on in another example, and
-    so has no end in this one -, `num_characters` of the text that the ids stand for, and, for chunks with
-    `document_masks`, `segment_ids`; a chunk without them is a piece of one text that never ends. With a `mixture` the
-    training set is that of its entries, options of this function with a `weight`; the path itself gives the tokenizer
-    and what is evaluated on. With `streaming` the training set is read in the order of its files, shuffled in a buffer.
+    The splits have `example_id`, `input_ids`, `continues` and `num_characters`. `continues` says whether the last
+    document goes on in another example, and so has no end in this one. `num_characters` counts those of the original
+    text. Chunks with `document_masks` also have `segment_ids`. A chunk without them is a piece of one text that never
+    ends.
+
+    With a `mixture` the training set is that of its entries, which are options of this function with a `weight`. The
+    path itself gives the tokenizer and the evaluation data. With `streaming` the training set is read in the order of
+    its files, shuffled in a buffer.
 
     Raises:
         ValueError: for an unknown choice, a source that is not there, or a split that cannot be made.

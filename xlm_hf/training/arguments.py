@@ -28,13 +28,13 @@ class XLMTrainingArguments(TrainingArguments):
         train_sampling_strategy: "random", or "group_by_length": batches of examples of like length.
         global_batch_size: examples of an optimiser step over all devices, from which `gradient_accumulation_steps`
             follows; None leaves that as it is.
-        static_length: pads every training batch to rows of so many tokens and to one shape in all, so that a graph of
-            the step, compiled or captured on the device, serves them all (see `StaticShapes`); None pads to the longest
-            row of a batch.
-        keep_every: checkpoints whose step is a multiple of it stay for good; `save_total_limit` counts the others, of
-            which by default the last and the best stay. None keeps no checkpoint for good.
-        save_on_exception: save a checkpoint when training ends early: after the step during which SIGTERM or SIGINT
-            arrived, on all ranks, or when an error is raised, in a single process.
+        static_length: pads every training batch to rows of this many tokens and to one shape in all. One graph of the
+            step, compiled or captured on the device, then serves every batch (see `StaticShapes`). None pads to the
+            longest row of a batch.
+        keep_every: checkpoints whose step is a multiple of it stay for good. `save_total_limit` counts the others; by
+            default the last and the best stay. None keeps no checkpoint for good.
+        save_on_exception: save a checkpoint when training ends early. On SIGTERM or SIGINT all ranks save after the
+            step. When an error is raised, a single process saves.
         tracked_predictions: how many predictions of an evaluation set Weights & Biases and TensorBoard get as a table.
         shown_predictions: how many of them the console shows.
 

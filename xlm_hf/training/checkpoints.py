@@ -83,8 +83,8 @@ def resolve_checkpoint(checkpoint: str) -> str:
     """Find the model behind what a user names: a run, a checkpoint or model folder, or a Hub id.
 
     Returns:
-        a folder to load from - for a run its `model/`, or else its newest checkpoint; for `RUN/best` and `RUN/last` the
-        checkpoint with the best metric and the newest one - or the Hub id as it is.
+        a folder to load from, or the Hub id as it is. For a run it is its `model/`, or else its newest checkpoint.
+        `RUN/best` is the checkpoint with the best metric and `RUN/last` the newest one.
 
     Raises:
         ValueError: if nothing is there, or what is there is damaged.

@@ -48,8 +48,8 @@ def restore_random_states(states: dict[str, torch.Tensor]) -> None:
 class FiniteGuard:
     """Keeps the last two optimiser steps and whether all losses and gradients so far were finite.
 
-    The answer stays on the device: it is handed to the fused optimiser as its `found_inf`, so that a step that is not
-    finite, and every later one, leaves the weights as they were, and the host may learn of it a step later.
+    The answer stays on the device. The fused optimiser gets it as its `found_inf`. So a step that is not finite, and
+    every later one, leaves the weights as they were. The host may learn of it a step later.
     """
 
     def __init__(self, device: torch.device):

@@ -10,8 +10,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
     """Two optimisers that step, save and load as one.
 
     Muon (Jordan et al., 2024; `torch.optim.Muon`) moves a weight matrix along the orthogonalised momentum of its
-    gradient, so that all directions of the matrix learn at one speed. It is made for matrices between hidden states;
-    embeddings, heads, norms, biases and convolutions keep AdamW.
+    gradient. So all directions of the matrix learn at one speed. It is made for matrices between hidden states.
+    Embeddings, heads, norms, biases and convolutions keep AdamW.
 
     Args:
         matrices: the 2-D weights that Muon trains.

@@ -73,8 +73,8 @@ class _StepHooks(TrainerCallback):
 class XLMTrainer(PushesRepositories):
     """Trains a model by a family's loss object and evaluates it on named evaluation sets.
 
-    The gradient of an optimiser step is that of loss_sum / num_items over all its micro-batches and all ranks: the
-    items are counted before the first backward pass, so 8 x 1, 1 x 8 and 2 ranks x 4 give the same gradient.
+    The gradient of an optimiser step is that of loss_sum / num_items over all its micro-batches and all ranks. The
+    items are counted before the first backward pass. So 8 x 1, 1 x 8 and 2 ranks x 4 give the same gradient.
 
     Args:
         model: the model.
@@ -385,7 +385,7 @@ class XLMTrainer(PushesRepositories):
         return super()._determine_best_metric({f"eval_{name}": value for name, value in metrics.items()}, trial)
 
     def _save_checkpoint(self, model: nn.Module, trial) -> None:
-        """Write a checkpoint beside its place and rename it; only then may an older one go."""
+        """Write a checkpoint under a temporary name and rename it; only then may an older one be deleted."""
         self._can_save = False
         self.store_flos()
         output_dir = Path(str(self.args.output_dir))

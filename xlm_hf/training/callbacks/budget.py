@@ -12,9 +12,9 @@ from transformers.trainer_callback import ExportableState, TrainerState
 class Budget(TrainerCallback, ExportableState):
     """Counts the seconds of training, over resumes, and ends training after the step that spends the budget.
 
-    Seconds are those of training steps with their data; evaluating and saving are not counted. With a budget the
-    learning-rate schedule follows the share that is spent: at share s, as counted one step before, it has the value of
-    step s * max_steps.
+    Seconds are those of training steps with their data; evaluating and saving are not counted. The learning-rate
+    schedule follows the share s of the budget that is spent, as counted one step before. Its value is that of step
+    s * max_steps.
 
     Args:
         tokens: training tokens without padding, over all ranks; None sets no bound.
