@@ -9,8 +9,8 @@ from xlm_hf.modules.backbone_config import RotaryTransformerConfig
 class MDLMConfig(RotaryTransformerConfig):
     """Architecture of a masked diffusion language model: a bidirectional backbone and a vocabulary head.
 
-    A sequence reads `prompt [BOS] canvas`, the canvas being what is masked and written: the text, `[EOS]`, and then
-    `[PAD]` up to its end. A canvas has a fixed number of places, so where the text ends is itself something to write.
+    A sequence is `prompt [BOS] canvas`. The canvas is masked and written: the text, `[EOS]`, and then `[PAD]` up to its
+    end. A canvas has a fixed number of positions, so the model also writes where the text ends.
 
     Attributes:
         conditioning: "none" by default, since the masks say the time. With "adaln", as in the published code, or

@@ -15,11 +15,11 @@ class MDLMGenerationConfig(CanvasGenerationConfig):
     `max_new_tokens` is the size of the canvas.
 
     Attributes:
-        sampler: "ancestral", the reverse process on `num_steps` steps (arXiv 2406.07524); "first_hitting", its limit of
-            infinitely many steps, one token at a time (arXiv 2409.02908); "remdm", the reverse process in which
-            tokens may be masked again (arXiv 2503.00307); "confidence", the unmasking rules. The first three draw from
-            the law of the model's process; a rule other than order "random" seeks its mode. The options of each are
-            those of `AncestralSampler`, `FirstHittingSampler`, `RemdmSampler` and `ConfidenceSampler`.
+        sampler: "ancestral" is the reverse process on `num_steps` steps (arXiv 2406.07524). "first_hitting" is its
+            limit of infinitely many steps, one token at a time (arXiv 2409.02908). In "remdm" tokens may be masked
+            again (arXiv 2503.00307). "confidence" commits by an order of the positions. The first three draw from the
+            law of the model's process; an order other than "random" seeks its mode. The options of each are those of
+            `AncestralSampler`, `FirstHittingSampler`, `RemdmSampler` and `ConfidenceSampler`.
     """
 
     samplers: ClassVar[dict[str, type[Sampler]]] = {

@@ -1,4 +1,4 @@
-"""The masked diffusion language model (MDLM, arXiv 2406.07524): what stands behind each mask."""
+"""The masked diffusion language model (MDLM, arXiv 2406.07524): a distribution over tokens at each mask."""
 
 from typing import Any
 
@@ -24,8 +24,8 @@ class MDLMPreTrainedModel(RotaryTransformerPreTrainedModel):
 class MDLMForMaskedDiffusion(MDLMPreTrainedModel, MDLMGenerationMixin):
     """Masked diffusion: p(x_l | x_t) for every masked l, a bidirectional backbone and a vocabulary head.
 
-    This is the SUBS parameterisation of arXiv 2406.07524, section 3.2.3: a mask has probability 0, and a token that is
-    not masked stays (neither the loss nor the samplers ever ask for its logits).
+    This is the SUBS parameterisation of arXiv 2406.07524, section 3.2.3. A mask has probability 0. A token that is not
+    masked stays; neither the loss nor the samplers use its logits.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -59,8 +59,8 @@ class MDLMForMaskedDiffusion(MDLMPreTrainedModel, MDLMGenerationMixin):
             attention_mask: (B, L), 1 for tokens, those of the canvas included, and 0 for padding on either side.
             position_ids: (B, L) rotary positions; by default each row counts its own tokens.
             alpha: (B,), or (B, L) for packed rows: the share alpha_t of the canvas that is clean at the time of each
-                row or token, 1 meaning all of it; needed with `config.time_conditioning`, ignored without.
-            sigma: of the same shape, in place of alpha: the total noise that the backbone is told.
+                row or token; 1 is all of it. Needed with `config.time_conditioning`, ignored without.
+            sigma: of the same shape, instead of alpha: the total noise that the backbone is told.
             logits_index: (S,) indices into the flattened (B x L) tokens whose logits are wanted; None means all.
             head_function: what is made of the selected hidden states instead of logits (see `head_fields`).
             inputs_embeds: (B, L, hidden_size) vectors in place of the embeddings of `input_ids`.

@@ -17,8 +17,8 @@ Pattern = Callable[[Any, Any, Any, Any], torch.Tensor]
 def block_pattern(block_ids: torch.Tensor, is_noisy: torch.Tensor | None = None) -> Pattern:
     """Attention by blocks: a token sees its own block and the earlier ones, in both directions within a block.
 
-    With `is_noisy` a row holds a noisy and a clean copy of a document (block diffusion, arXiv 2503.09573, section 3.2),
-    and one pass does the work of a pass for each block. With q and k the blocks of query and key,
+    With `is_noisy` a row holds a noisy and a clean copy of a document (block diffusion, arXiv 2503.09573, section 3.2).
+    One pass then does the work of a pass for each block. With q and k the blocks of query and key,
 
         noisy sees noisy iff k = q,    noisy sees clean iff k < q,    clean sees clean iff k <= q,
 
@@ -94,11 +94,11 @@ def neighbors_in_copies(
     segment_ids: torch.Tensor | None = None,
     attention_mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where a token's neighbours stand in rows of noisy and clean copies.
+    """Indices of a token's neighbours in rows of noisy and clean copies.
 
-    The neighbour at offset o is the token of the same document at position + o that the token sees: of its own copy
-    where it sees that, otherwise of the clean one. So a noisy token at the left edge of its block takes from the clean
-    block before, as it does from the cache when the block is sampled by itself.
+    The neighbour at offset o is the token of the same document at position + o. It is that of the token's own copy if
+    the token sees it, otherwise that of the clean copy. So a noisy token at the left edge of its block takes from the
+    clean block before, as it does from the cache when the block is sampled by itself.
 
     Args:
         offsets: k distances to the neighbours, positive to the right.

@@ -29,10 +29,10 @@ class RotaryTransformerConfig(PreTrainedConfig):
         hidden_dropout_prob: dropout probability after the attention and feed-forward blocks.
         layer_norm_eps: added to the variance in every layer norm.
         final_layer_norm: whether a layer norm stands between the last layer and the heads.
-        initialization: "normal" draws linear maps and embeddings from N(0, initializer_range^2); "fan_in" draws linear
-            maps from N(0, 1 / inputs), so that the scale of what they return does not depend on the width, embeddings
-            from N(0, 1), and divides the maps that write into the residual stream by sqrt(2 x num_hidden_layers), so
-            that neither does it grow with the depth (Radford et al., "GPT-2", 2019, section 2.3).
+        initialization: "normal" draws linear maps and embeddings from N(0, initializer_range^2). "fan_in" draws linear
+            maps from N(0, 1 / inputs), so the scale of their outputs does not depend on the width. It draws embeddings
+            from N(0, 1). It divides the maps that write into the residual stream by sqrt(2 x num_hidden_layers), so
+            the scale does not grow with the depth (Radford et al., "GPT-2", 2019, section 2.3).
         initializer_range: standard deviation of the "normal" initialisation.
         tie_word_embeddings: whether the vocabulary head shares the embedding matrix.
         suppress_tokens: ids that no sequence gets; their logits are -inf in training and in generation.
@@ -41,16 +41,16 @@ class RotaryTransformerConfig(PreTrainedConfig):
         lm_head_bias: whether the vocabulary head has a bias, as in some published models.
         backbone: "rotary", the transformer described here; "transformers", the one that `backbone_config` describes.
             On the command line, `model.backbone` may be the folder or Hub id of the latter.
-        backbone_config: configuration of a language model of transformers, as a dictionary with its `model_type`; the
-            sizes above are then that model's, and what else is said above of the layers has no effect.
-        shift_logits: whether such a backbone tells at a token what stands at the next place, as a left-to-right model
-            does, instead of at the token's own.
+        backbone_config: configuration of a language model of transformers, as a dictionary with its `model_type`. It
+            sets the sizes above; the other options of the layers have no effect.
+        shift_logits: whether the state of such a backbone at a token predicts the next position, as in a left-to-right
+            model, instead of the token's own position.
         lora: options of `peft.LoraConfig`, with which such a backbone is adapted; None trains all of it.
         pad_token_id: fills ragged rows; its embedding stays zero unless padding is content.
         bos_token_id: the token between a prompt and what is written, of which each document has one.
-        conditioning: how the backbone is told a time: "none", not at all; "adaln", by adaptive layer norms, which
-            shift, scale and gate every block (then `final_layer_norm` has no effect); "token", by a feature added to
-            the embedding of each document's `[BOS]`, which works with a backbone of transformers too.
+        conditioning: how the backbone is told a time. "none": not at all. "adaln": by adaptive layer norms, which
+            shift, scale and gate every block (`final_layer_norm` then has no effect). "token": by a feature added to
+            the embedding of each document's `[BOS]`, which also works with a backbone of transformers.
         conditioning_size: width of the embedding of the time.
         timestep_frequencies: number of frequencies in that embedding.
         legacy_modulated_residual: whether, with "adaln", the attention block is added to its normalised and modulated
@@ -58,8 +58,8 @@ class RotaryTransformerConfig(PreTrainedConfig):
             does not.
 
     Raises:
-        ValueError: for an unknown backbone, or if `num_attention_heads` does not divide `hidden_size`, the rotated part
-            of a head is odd, nothing tells the positions, or the conditioning does not fit the backbone.
+        ValueError: for an unknown backbone; if `num_attention_heads` does not divide `hidden_size`; if the rotated part
+            of a head is odd; if nothing encodes the positions; or if the conditioning does not fit the backbone.
     """
 
     vocab_size: int = 32000

@@ -1,8 +1,8 @@
 """Sequences that grow and change while they are written, and the log of every edit.
 
-An `EditBuffer` holds what stands after the prompts of a batch. A step may insert several tokens into a gap, delete and
-substitute, in all rows at once: where each token comes to stand follows from cumulative sums, so that the host reads
-nothing from the device.
+An `EditBuffer` holds the tokens after the prompts of a batch. A step may insert several tokens into a gap, delete and
+substitute, in all rows at once. Cumulative sums give the new position of each token, so the host reads nothing from the
+device.
 """
 
 from typing import Any
@@ -19,11 +19,12 @@ INSERT, DELETE, SUBSTITUTE, UNMASK, REMASK = range(5)
 class EditLog:
     """Every edit of a decode.
 
-    An edit is (row, step, kind, position, token): `kind` is an index into `EDIT_KINDS`; `position` counts the row's own
-    tokens, prompt included and padding left out; `token` is the new one, or the one that was deleted. The edits of a
-    row, applied one after the other to what it was at the start (its prompt, and its canvas of masks if it has one),
-    replay the decode. Within a step those that change a token in place come first, then deletions from the right, then
-    insertions from the left, each at its final position.
+    An edit is (row, step, kind, position, token). `kind` is an index into `EDIT_KINDS`. `position` counts the row's own
+    tokens, prompt included and padding left out. `token` is the new one, or the deleted one.
+
+    A row begins as its prompt, with a canvas of masks if it has one. Its edits, applied in their order, replay the
+    decode. Within a step, edits that change a token in place come first, then deletions from the right, then insertions
+    from the left, each at its final position.
     """
 
     def __init__(self) -> None:

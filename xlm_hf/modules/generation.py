@@ -188,8 +188,8 @@ def row_seeds(seed: int | Sequence[int] | torch.Tensor | None, num_rows: int, de
     """One seed for each row of a batch.
 
     Args:
-        seed: an integer, from which row i gets a hash of (seed, i); or one integer a row, taken as they are, so that a
-            row decodes alike in any batch; or None, which draws a seed from torch's global generator.
+        seed: an integer, from which row i gets a hash of (seed, i). Or one integer a row, taken as it is, so a row
+            decodes alike in any batch. None draws a seed from torch's global generator.
         num_rows: rows of the batch.
         device: of the result.
 
@@ -197,7 +197,7 @@ def row_seeds(seed: int | Sequence[int] | torch.Tensor | None, num_rows: int, de
         (num_rows,) int64.
 
     Raises:
-        ValueError: if there are as many seeds as neither one nor the rows.
+        ValueError: if the number of seeds is neither one nor that of the rows.
     """
     if seed is None:
         seed = int(torch.randint(2**62, ()))
@@ -358,9 +358,9 @@ class NonAutoregressiveGenerationMixin(GenerationOptionsMixin):
         seed: int | Sequence[int] | torch.Tensor | None = None,
         **overrides: Any,
     ) -> NonAutoregressiveGenerationOutput | torch.Tensor | None:
-        """Write after each prompt, or fill in what it leaves open.
+        """Write after each prompt, or fill the mask tokens in it.
 
-        A row decodes alike alone and in any batch. Prompts are never changed, but for the mask tokens in them.
+        A row decodes alike alone and in any batch. Prompts never change, except for mask tokens in them.
 
         Args:
             input_ids: (B, P) prompts, padded on either side, in the layout of the family's collators or bare; a bare

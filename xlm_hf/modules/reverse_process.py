@@ -1,11 +1,11 @@
 """Filling a canvas of masks: reverse processes, unmasking rules, and the bookkeeping that they share.
 
-A sampler is an object of options that decides what a step writes. Its forward pass is handed to it as
+A sampler is an object with options that decides what a step writes. It gets the forward pass as
 
     predict(function, rows, wanted, num_wanted, alpha)
 
-which calls the model on `rows` (R,), tells it `alpha` (R,) if it is told a time, and returns what `function` makes of
-the logits at the `wanted` (R, L) positions, in reading order and `num_wanted` of them.
+This calls the model on `rows` (R,), and tells it `alpha` (R,) if the model takes a time. It returns the result of
+`function` on the logits at the `num_wanted` positions in `wanted` (R, L), in reading order.
 """
 
 from collections.abc import Callable
@@ -149,7 +149,7 @@ class CanvasSampler(Sampler):
     """A way of filling a canvas.
 
     Attributes:
-        block_length: positions of a block; a block is finished before the next to its right is begun, and nothing is
+        block_length: positions of a block. A block is finished before the next to its right begins, and nothing is
             written after one that holds `[EOS]`. The steps are spread evenly over the blocks. None means one block.
         writes_behind_the_end: whether the canvas is written whatever ends the text.
         takes_all_steps: whether a block ends after its last step and not before.
@@ -342,9 +342,9 @@ class RemdmSampler(GridSampler):
     """The reverse process in which tokens may be masked again (ReMDM, arXiv 2503.00307).
 
     Attributes:
-        remasking: sigma_t, the probability that a token is masked again: with sigma_max = min(1, (1 - alpha_s) /
-            alpha_t), "cap" is min(eta, sigma_max), "rescale" is eta sigma_max, "conf" is eta sigma_max times the
-            softmax over the written tokens of minus the probability that they had when they were written.
+        remasking: sigma_t, the probability that a token is masked again. Let sigma_max = min(1, (1 - alpha_s) /
+            alpha_t). "cap" is min(eta, sigma_max). "rescale" is eta sigma_max. "conf" is eta sigma_max times a softmax
+            over the written tokens, of minus the probability that each had when it was written.
         eta: strength of the remasking, in (0, 1].
     """
 

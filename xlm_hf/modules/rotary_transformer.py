@@ -168,8 +168,8 @@ class FeedForward(nn.Module):
 class RotaryTransformerLayer(GradientCheckpointingLayer):
     """One pre-norm layer: x + Attention(LN(x)), then x + FeedForward(LN(x)), the short convolution before both.
 
-    With adaptive layer norms it is x + g1 Attention(LN(x) (1 + s1) + b1), then x + g2 FeedForward(LN(x) (1 + s2) + b2),
-    the norms without biases; b, s and g come from the time.
+    With adaptive layer norms it is x + g1 Attention(LN(x) (1 + s1) + b1), then x + g2 FeedForward(LN(x) (1 + s2) + b2).
+    These norms have no biases, and b, s and g come from the time.
     """
 
     def __init__(self, config: RotaryTransformerConfig, is_causal: bool, layer_idx: int):
@@ -341,16 +341,16 @@ class RotaryTransformer(RotaryTransformerPreTrainedModel):
             position_ids: (B, L) positions; by default each row counts its own tokens, so that padding on the left and
                 on the right give the same result.
             segment_ids: (B, L) document of each token in a packed row; no token sees another document.
-            cache: what `new_cache` made, with the keys and values of the tokens before these and the inputs of their
-                short convolutions; those of these are added to it.
+            cache: from `new_cache`. It holds the keys, values and inputs of short convolutions of the earlier tokens;
+                those of these tokens are added.
             output_index: (S,) indices into the flattened (B x L) tokens whose last hidden states are wanted; None means
                 all. In the last layer every token is looked at, but only these go on to its feed-forward block.
             inputs_embeds: (B, L, hidden_size) vectors in place of the embeddings of `input_ids`.
             block_ids: (B, L), or (B, cached + L), block of each token; no token sees a later one (see `block_pattern`).
-            is_noisy: (B, L) whether a token belongs to the noisy copy of its document, where a row holds a noisy and a
-                clean one; needs `block_ids`, and `position_ids` that are the same for both copies.
-            timesteps: the time or noise of each row (B,), or of each token (B, L) where a row holds several; needed
-                where the model is conditioned on it.
+            is_noisy: (B, L) whether a token belongs to the noisy copy of its document, if a row holds a noisy and a
+                clean one. It needs `block_ids`, and `position_ids` that are the same for both copies.
+            timesteps: the time or noise of each row (B,), or of each token (B, L); needed if the model is conditioned
+                on it.
 
         Returns:
             `last_hidden_state` (B, L, hidden_size), or (S, hidden_size) with `output_index`, and `hidden_states` and

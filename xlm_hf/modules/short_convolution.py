@@ -59,11 +59,11 @@ class ConvolutionCacheLayer(DynamicLayer):
 class ShortConvolution(nn.Module):
     """Depthwise convolution along the sequence, added to its input: y_t = x_t + sum_o w_o * x_{t+o}, per channel.
 
-    It shows every token its neighbours before the attention looks, so that "what stands next to a copy of this token"
-    takes one layer instead of two; language models learn such look-ups much earlier with it (So et al., "Primer",
+    It shows every token its neighbours before the attention. The look-up "which token is next to a copy of this one"
+    then takes one layer instead of two. Language models learn such look-ups much earlier with it (So et al., "Primer",
     arXiv 2109.08668; Allen-Zhu, "Physics of language models 4.1: Canon layers", 2025). The offsets o run over
-    -(k-1)/2 .. (k-1)/2, or over -(k-1) .. 0 in a causal model. Nothing is taken from padding, from beyond the ends, or
-    from a token that the attention pattern hides.
+    -(k-1)/2 .. (k-1)/2, or over -(k-1) .. 0 in a causal model. Padding, positions beyond the ends, and tokens that the
+    attention pattern hides contribute nothing.
     """
 
     def __init__(self, hidden_size: int, kernel_size: int, is_causal: bool, layer_idx: int = 0):
@@ -85,10 +85,10 @@ class ShortConvolution(nn.Module):
 
         Args:
             hidden_states: the residual stream.
-            allowed: (k, B, L, 1), for each of the k offsets 1 where a token may take from its neighbour and 0
-                elsewhere; None if all may.
-            source: (k, B, L) where that neighbour stands in the flattened (B x L) tokens; None means at the offset in
-                its row.
+            allowed: (k, B, L, 1), for each of the k offsets 1 if a token may see its neighbour and 0 otherwise; None
+                if all may.
+            source: (k, B, L) index of that neighbour in the flattened (B x L) tokens; None means at the offset in its
+                row.
             cache: holds the inputs before these, to which these are added.
         """
         L, left, right = hidden_states.shape[1], -self.offsets[0], self.offsets[-1]

@@ -43,8 +43,8 @@ def order_scores(
         order: "random", every order of a row's positions alike (first-hitting, arXiv 2409.02908); "confidence", p1
             (MaskGIT, arXiv 2202.04200); "margin", p1 - p2 (arXiv 2502.06768); "entropy", -H.
         statistic: gives the (B, L) values of a statistic by its name, as `statistics_in_place` does.
-        seeds: (B,) for "random". With the same seeds in every step a decode follows one random order; where an order's
-            own positions decide how much of it is committed, what is left is in a random order only with new seeds.
+        seeds: (B,) for "random". With the same seeds in every step a decode follows one random order. If the positions
+            of an order decide how many are committed, the rest is in a random order only with new seeds.
         positions: (B, L) position of each token in its own row, so that padding does not change a draw.
 
     Returns:

@@ -81,10 +81,10 @@ def is_linear(head: nn.Module) -> TypeGuard[nn.Linear]:
 class LogitsOnDemand:
     """Logits (S, V), float32, made from hidden states where they are asked for, and never all at once.
 
-    A step of a sampler needs a statistic of every row, and then the logits of the few rows that it draws from. Made as
-    one tensor, the logits of a large vocabulary go through fresh main memory several times, which takes longer than
-    their product; here a block of them at a time stays in the cache. To be used within the model's forward pass, in a
-    head function (see `head_fields`).
+    A step of a sampler needs a statistic of every row, and then the logits of the few rows that it draws from. As one
+    tensor, the logits of a large vocabulary go through main memory several times, which takes longer than their
+    product. Here one block at a time stays in the cache. Use it within the model's forward pass, in a head function
+    (see `head_fields`).
 
     Args:
         hidden_states: (S, H).

@@ -1,9 +1,9 @@
-"""Documents of a batch of examples, what is drawn for them, and the rows that they stand in.
+"""Documents of a batch of examples, their random draws, and the rows that hold them.
 
-An example holds one document or, with a column `segment_ids`, several. A collator corrupts each document by itself and
-then places what is left of them in rows: an example to a row, or with packing as many as fit. Everything is computed on
-flat arrays, the tokens of all documents one after the other, so nothing depends on how a batch is padded; in NumPy,
-whose small operations take a fraction of torch's time, and made tensors at the end.
+An example holds one document or, with a column `segment_ids`, several. A collator corrupts each document by itself. It
+then puts the remaining tokens into rows: one example per row, or with packing as many as fit. Everything is computed on
+flat arrays, the tokens of all documents one after the other. So nothing depends on how a batch is padded. The arrays
+are NumPy's, whose small operations take a fraction of torch's time. They become tensors at the end.
 """
 
 import math
@@ -123,8 +123,8 @@ class Documents:
     def low_discrepancy_draws(self, seed: int) -> np.ndarray:
         """Draws in [0, 1), float64 (D,), spread evenly over the documents of an epoch.
 
-        `low_discrepancy` for the first document of an example, shifted by sqrt(2) for each further one: both steps and
-        1 are linearly independent over the rationals, so the draws are evenly spread over both counts (Weyl, 1916).
+        The first document of an example has `low_discrepancy`, each further one sqrt(2) more. Both steps and 1 are
+        linearly independent over the rationals. So the draws are evenly spread over both counts (Weyl, 1916).
         """
         first = low_discrepancy(seed, self.column("epoch").view(np.uint64), self.column("position"))
         return (first + self.number * math.sqrt(2)) % 1.0
@@ -169,15 +169,15 @@ class Documents:
 
 
 class Rows:
-    """Where documents stand in the rows of a batch.
+    """The positions of documents in the rows of a batch.
 
-    Each example has a row to itself, padded on the right; with `packing`, it goes into the first row in which it still
-    fits, in the order of the batch ("first fit").
+    Each example has a row of its own, padded on the right. With `packing`, it goes into the first row with enough
+    capacity, in the order of the batch ("first fit").
 
     Args:
-        lengths: (D,) tokens of each document as it is placed.
+        lengths: (D,) tokens of each document in its row.
         documents: to which they belong.
-        pad_token_id: what stands where nothing else is written.
+        pad_token_id: fills the positions where nothing else is written.
         packing: most tokens of a row that holds several examples; None gives each its own.
 
     Attributes:
@@ -199,7 +199,7 @@ class Rows:
         self.input_ids = np.full(self.shape[0] * self.shape[1], pad_token_id)
 
     def index(self, start: np.ndarray | int, lengths: np.ndarray) -> np.ndarray:
-        """Places in the flattened batch of `lengths` (D,) tokens of each document, from its `start`-th on."""
+        """Indices into the flattened batch of `lengths` (D,) tokens of each document, from its `start`-th on."""
         return segment_ranges(self.first + start, lengths)
 
     def shared(self, values: np.ndarray) -> np.ndarray:
@@ -221,9 +221,9 @@ class Rows:
         """The tensors of every batch, and `others`.
 
         Returns:
-            `input_ids` and `attention_mask` (rows, L), `example_id` (examples,) and, where a row holds several
-            documents, `segment_ids`, the number of each token's document in its row, and `position_ids`, which begin
-            anew with each. Padding has the number of the document before it, so that no token sees nothing at all.
+            `input_ids` and `attention_mask` (rows, L) and `example_id` (examples,). If a row holds several documents,
+            also `segment_ids`, the number of each token's document in its row, and `position_ids`, which restart with
+            each document. Padding has the number of the document before it, so every token sees at least one token.
         """
         batch = {
             "input_ids": self.input_ids.reshape(self.shape),

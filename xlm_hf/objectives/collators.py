@@ -17,20 +17,20 @@ AXES = ("position", "row", "document", "example")
 
 @dataclass(frozen=True)
 class Entry:
-    """What one entry of a batch is about, so that anyone can pad it or move its tokens without knowing its family.
+    """What one entry of a batch holds, so that other code can pad or move it without knowing its family.
 
     Attributes:
         of: what the entry has one value for. In a batch of N examples and D documents in B rows of L positions:
             "position": (B, L, ...);
-            "row": what all tokens of a document share, as a network is told it: (B, ...), and (B, L, ...) where a row
-                holds several documents (see `Rows.shared`);
+            "row": what all tokens of a document share: (B, ...), and (B, L, ...) where a row holds several documents
+                (see `Rows.shared`);
             "document": (D, ...), in the order of the rows' examples;
             "example": (N, ...);
             any other name: a list, (S, ...), as long as all other entries of that name, of at most B x L values.
-        index_of: what the values are indices of, if they are: "position" (into the flattened B x L), "document",
+        index_of: if the values are indices, what they point to: "position" (in the flattened B x L), "document",
             "example", or the name of a list.
-        padding: what a longer list or row is filled up with: a value; "last", the last one once more; or "next", one
-            more than the last, for a group of its own behind the others.
+        padding: what fills up a longer list or row: a value; "last", the last value again; or "next", one more than
+            the last, for a group of its own after the others.
     """
 
     of: str

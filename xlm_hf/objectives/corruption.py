@@ -37,9 +37,9 @@ def exact_masks(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mask exactly k of the L tokens of each document, k uniform in 1..L.
 
-    The k smallest of L uniform draws are a uniformly random k-subset, and the k-th is, independently, a Beta(k, L - k +
-    1) draw: the law of the mask probability given that k of L tokens are masked. So the weight of a masked token in the
-    bound is L / k, and its variance is finite.
+    The k smallest of L uniform draws are a uniformly random k-subset. Independently, the k-th smallest is a Beta(k, L -
+    k + 1) draw. This is the law of the mask probability given that k of L tokens are masked. So the weight of a masked
+    token in the bound is L / k, and its variance is finite.
 
     Args:
         bits: (N,) uint64 of the tokens.

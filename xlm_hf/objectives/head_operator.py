@@ -136,9 +136,9 @@ def _chunked_head(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`HeadLosses`, and the gradients of the sum by hidden states and weight where they are wanted.
 
-    Without a weight the hidden states are the logits. Where chunks cut through groups (see `_chunks`), a first pass
-    makes all logits once for the normalisers: the price, one more product with the head, of a device that never waits
-    for the host and may capture the step as a graph.
+    Without a weight the hidden states are the logits. If chunks cut through groups (see `_chunks`), a first pass makes
+    all logits once for the normalisers. This costs one more product with the head. In return the device never waits for
+    the host, and may capture the step as a graph.
     """
     function, num_rows = ROW_FUNCTIONS[row_function](*tensors), len(hidden_states)
     hidden, matrix = hidden_states.to(product_dtype), None if weight is None else weight.to(product_dtype)
