@@ -9,8 +9,8 @@ from xlm_hf.modules.backbone_config import RotaryTransformerConfig
 class ILMConfig(RotaryTransformerConfig):
     """Architecture of an insertion language model: the shared backbone, a vocabulary head and a stopping head.
 
-    A sequence reads `[CLS] prompt [BOS] tokens`. The gap to the right of `[BOS]`, and to the right of every token after
-    it, is a slot into which a token can be inserted.
+    A sequence is `[CLS] prompt [BOS] tokens`. The gap to the right of `[BOS]` is a slot into which a token can be
+    inserted. So is the gap to the right of every later token.
 
     Attributes:
         pad_token_id: fills ragged rows; never seen.
@@ -18,9 +18,9 @@ class ILMConfig(RotaryTransformerConfig):
         bos_token_id: stands between the prompt and the sequence that is written.
         eos_token_id: end of a text for the tokenizer; an insertion model ends by its stopping head instead.
         suppress_tokens: ids that no sequence gets; their logits are -inf in training and in generation.
-        num_missing_classes: classes of the stopping head: class n says that n tokens are missing, the last one that so
-            many or more are. 2 is the paper's (complete, something is missing); 0 means no such head, and sequences
-            that end only where their capacity does.
+        num_missing_classes: classes of the stopping head. Class n says that n tokens are missing, the last class that
+            this many or more are. 2 is the paper's (complete, something is missing). 0 means no stopping head;
+            sequences then end only at their capacity.
     """
 
     model_type = "ilm"

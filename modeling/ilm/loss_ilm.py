@@ -17,19 +17,19 @@ class ILMLoss:
 
         loss = -1/n sum_{i,v} c(i, v) log softmax(logits)_{(i, v)} + stop_loss_weight x CE(stop_logits, 1[n > 0]),
 
-    the softmax running jointly over all slots and tokens of the sequence; with n = 0 the first term is zero. The dense
-    target c is never formed: the first term is one logsumexp over the grid minus the mean logit of the dropped tokens.
-    A whole piece of a text that goes on in another example is not complete, and what is missing is not known: with
+    where the softmax runs jointly over all slots and tokens of the sequence. With n = 0 the first term is zero. The
+    dense target c is never formed: the first term is one logsumexp over the grid minus the mean logit of the dropped
+    tokens. A piece of a text that goes on in another example is never complete, and what it lacks is not known. So with
     n = 0 it has no stopping loss.
 
-    A text of L tokens is written by L insertions and a stop, in any of L! orders, which are in bijection with the
-    paths of the sampler (`stopping="sample"`, one insertion a step). So, by Jensen's inequality over the orders,
+    L insertions and a stop write a text of L tokens, in any of L! orders. The orders are in bijection with the paths of
+    the sampler (`stopping="sample"`, one insertion a step). So, by Jensen's inequality over the orders,
 
         -log p(x) <= (L + 1) E_n[ token loss - 1[n = 0] log P(complete) - 1[n > 0] log P(incomplete) ] - log L!
 
-    over n ~ U{0..L} and n-subsets, with equality at the exact conditionals. This is what `sequence_nats` estimates,
-    whatever is trained. For a piece that goes on it leaves out the stop, and bounds the probability that the sampler's
-    path passes through the piece, as a left-to-right model's probability of a prefix does.
+    over n ~ U{0..L} and n-subsets, with equality at the exact conditionals. `sequence_nats` estimates this bound,
+    whatever is trained. For a piece that goes on it leaves out the stop. It then bounds the probability that the
+    sampler's path passes through the piece, like the probability of a prefix in a left-to-right model.
 
     Args:
         stop_loss_weight: weight of the stopping loss.
@@ -46,7 +46,7 @@ class ILMLoss:
         return len(batch["num_dropped"])
 
     def __call__(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> LossOutput:
-        """Sum the loss over the batch of an `ILMCollator...` (see there for its tensors).
+        """Sum the loss over the batch of an `ILMCollator` (see there for its tensors).
 
         Returns:
             `LossOutput` whose items are sequences. Its metrics:

@@ -9,8 +9,8 @@ _HOST = ("cpu",)
 def is_synchronous(device: torch.device) -> bool:
     """Whether the host has the results of `device` at once, since it computes them itself.
 
-    Any other device works off a queue. To read a result the host waits until all that was queued before is done, and
-    until it has queued anything new the device idles; nor can a graph be captured of what is read in between.
+    Any other device works through a queue. To read a result the host waits until all queued work is done. The device
+    then idles until the host queues something new. Nor can a graph be captured across such a read.
     """
     return device.type in _HOST
 
@@ -18,8 +18,8 @@ def is_synchronous(device: torch.device) -> bool:
 def rounded_up(size: int, most: int, device: torch.device) -> int:
     """`size` where reads are free, as on a CPU; on an accelerator the next power of two, or `most` if that is less.
 
-    So few shapes, and few graphs, compiled or captured, serve all steps of all decodes, at the price of work whose
-    results nobody uses.
+    So few shapes, and few graphs, compiled or captured, serve all steps of all decodes. The price is some work whose
+    results are not used.
     """
     return size if is_synchronous(device) or not size else min(1 << (size - 1).bit_length(), most)
 

@@ -1,9 +1,9 @@
-"""Noise kernels: what corruption makes of a token, and the reverse step of a sampler.
+"""Noise kernels: the corruption of a token, and the reverse step of a sampler.
 
-At time t a token is clean with probability alpha_t, a mask with probability m_t, and with probability U_t an id drawn
-uniformly from the N writable ids, its own included; alpha_t + m_t + U_t = 1. With U = 0 the kernel is absorbing, with
-m = 0 it is uniform, with both it is the hybrid of GIDD (arXiv 2503.04482). Corruption for training draws from the same
-shares in NumPy: `xlm_hf.objectives.corruption`.
+At time t a token is clean with probability alpha_t and a mask with probability m_t. With probability U_t it is an id
+drawn uniformly from the N writable ids, its own included. alpha_t + m_t + U_t = 1. With U = 0 the kernel is absorbing,
+with m = 0 it is uniform, with both it is the hybrid of GIDD (arXiv 2503.04482). Corruption for training draws from the
+same shares in NumPy: `xlm_hf.objectives.corruption`.
 """
 
 from dataclasses import dataclass
@@ -58,10 +58,10 @@ class Kernel:
     ) -> torch.Tensor:
         """The law of the token at time s < t, given the one at t, as a mixture of four parts.
 
-        With a = alpha_t / alpha_s and b the share, beyond a times that of s, that the noise at t gives to the observed
-        id, p(z_s) is proportional to (a [z_s = z_t] + b) p_s(z_s), p_s being x_theta noised to s. So the token is kept,
-        drawn from x_theta, drawn uniformly, or masked; no product over the vocabulary is needed. Everything is in
-        float64, and of x_theta only its value at the observed token comes in.
+        Let a = alpha_t / alpha_s. Let b be the share that the noise at t gives to the observed id, less a times that of
+        s. Let p_s be x_theta noised to s. Then p(z_s) is proportional to (a [z_s = z_t] + b) p_s(z_s). So the token is
+        kept, drawn from x_theta, drawn uniformly, or masked. No product over the vocabulary is needed: of x_theta only
+        its value at the observed token is used. Everything is in float64.
 
         Args:
             ids: (...) the tokens at t.
@@ -120,7 +120,7 @@ class MixedKernel(Kernel):
     """Masks and uniformly drawn tokens (GIDD, arXiv 2503.04482, section 3.2).
 
     With c_t = p / (1 - p) x 2^g (t (1 - t))^(g / 2): alpha_t = (1 - t) / (1 + c_t), m_t = t / (1 + c_t) and U_t =
-    c_t / (1 + c_t), so that the uniform share is p at t = 1/2 and 0 at both ends.
+    c_t / (1 + c_t). So the uniform share is p at t = 1/2 and 0 at both ends.
 
     Attributes:
         uniform_share: p, in [0, 1).
