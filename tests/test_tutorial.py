@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.processes import forked, python
 from tests.test_docs import FEW_GRAPHS, SMALLEST, TUTORIAL, blocks
 
 ROOT = Path(__file__).parent.parent
@@ -28,12 +29,12 @@ def command_of(line):
         options = ["-q", "--no-deps", "--no-build-isolation", "--target", "site"]
         return [sys.executable, "-m", "pip", "install", *options, f"./{words[-1]}"]
     if words[0] == "pytest":
-        return [sys.executable, "-m", "pytest", "-q", *words[1:]]
+        return forked("-m", "pytest", "-q", *words[1:])
     assert words[0] == "xlm-hf", line
-    smaller = SMALLER_COMPARISON if "sorting_families" in words else SMALLER
+    smaller = [*SMALLER_COMPARISON, f"launcher=[{python()}]"] if "sorting_families" in words else SMALLER
     kept = [word for word in words[1:] if word.split("=")[0] not in [option.split("=")[0] for option in smaller]]
     added = [] if words[1] == "scaffold" else smaller
-    return [sys.executable, str(ROOT / "examples" / "run_xlm.py"), *kept, *added]
+    return forked(ROOT / "examples" / "run_xlm.py", *kept, *added)
 
 
 def follow(folder):
@@ -56,7 +57,7 @@ def follow(folder):
                 run(command_of(line))
         elif not_run is None and language == "python":
             # As where nothing of ours is on the path.
-            printed.append(run([sys.executable, "-c", text], {**environment, "PYTHONPATH": ""}))
+            printed.append(run(forked("-c", text), {**environment, "PYTHONPATH": ""}))
     return printed
 
 

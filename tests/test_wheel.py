@@ -48,7 +48,6 @@ def test_the_wheel_runs_from_another_folder(tmp_path):
     assert json.loads((elsewhere / "run" / "metrics.json").read_text())["test/samples"] == 6
     card = (elsewhere / "run" / "model" / "README.md").read_text()
     assert "2505.05755" in card
-    where = subprocess.check_output(
-        [python, "-c", "import xlm_hf; print(xlm_hf.__file__)"], cwd=elsewhere, env=clean, text=True
-    )
+    find = "import importlib.util; print(importlib.util.find_spec('xlm_hf').origin)"
+    where = subprocess.check_output([python, "-c", find], cwd=elsewhere, env=clean, text=True)
     assert str(environment) in where

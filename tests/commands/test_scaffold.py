@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import forked
 from xlm_hf.families import families
 
 ROOT = Path(__file__).parents[2]
@@ -16,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 def xlm_hf(*arguments, site=None, cwd):
     paths = [str(path) for path in (site, ROOT) if path]
     return subprocess.run(
-        [sys.executable, "-c", "from xlm_hf.cli import main; main()", *arguments],
+        forked("-c", "from xlm_hf.cli import main; main()", *arguments),
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
         cwd=cwd,
         capture_output=True,
@@ -45,7 +46,7 @@ def test_it_trains_exports_and_passes_the_suite_as_generated(tmp_path):
     evaluated = xlm_hf(*command, "job=evaluate", "checkpoint=run", "output_dir=again", site=site, cwd=tmp_path)
     assert evaluated.returncode == 0, evaluated.stderr
     suite = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", tmp_path / "my_model"],
+        forked("-m", "pytest", "-q", tmp_path / "my_model"),
         env={**os.environ, "PYTHONPATH": f"{site}{os.pathsep}{ROOT}"},
         cwd=tmp_path / "my_model",
         capture_output=True,

@@ -1,13 +1,10 @@
 """Training on streams and mixtures: exact resume, workers, ranks."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
+from tests.training.test_distributed import launch
 from tests.training.test_trainer import EXACT, Interrupt, assert_same_weights, dataset, make_trainer, weights
 from xlm_hf.data import Mixture, keyed
 from xlm_hf.training.checkpoints import last_sound_checkpoint
@@ -75,17 +72,7 @@ def test_two_ranks_read_the_batches_of_one_in_turn(tmp_path):
         "file = Path(sys.argv[1]) / f'seen_{PartialState().process_index}.json'\n"
         "file.write_text(json.dumps(trainer.loss.seen))\n"
     )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    root = Path(__file__).parents[2]
-    result = subprocess.run(
-        [*launch, str(script), str(tmp_path)],
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
+    launch(2, script, tmp_path)
     ranks = [json.loads((tmp_path / f"seen_{rank}.json").read_text()) for rank in (0, 1)]
     whole = trainer_on("stream", tmp_path / "one", max_steps=7)
     whole.train()

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from huggingface_hub import ModelCard
 
 from tests.clean_environment import clean_python  # noqa: F401 - a fixture
 from tests.loopback_hub import LoopbackHub
+from tests.processes import forked
 from xlm_hf.families import families
 
 ROOT = Path(__file__).parents[2]
@@ -33,10 +33,10 @@ def hub():
 
 
 def python(hub, folder, *arguments, token="hf_loopback"):
-    environment = {name: value for name, value in os.environ.items() if name != "HF_TOKEN"}
+    environment = hub.environment(folder / "home", token)
     return subprocess.run(
-        [sys.executable, *arguments],
-        env={**environment, **hub.environment(folder / "home", token), "PYTHONPATH": str(ROOT)},
+        forked(*arguments, **environment),
+        env={**{name: value for name, value in os.environ.items() if name != "HF_TOKEN"}, **environment},
         cwd=folder,
         capture_output=True,
         text=True,
@@ -137,6 +137,7 @@ PUSH_ALL = (
     EXAMPLES
     + """
 import json, sys, torch
+from tests.processes import forked
 from xlm_hf.families import families
 from xlm_hf.testing import FamilyCase
 

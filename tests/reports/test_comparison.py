@@ -2,9 +2,7 @@
 
 import csv
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -13,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from tests.processes import forked, python, settle
 from xlm_hf.cli import main
 from xlm_hf.reports import comparison
 
@@ -34,7 +33,8 @@ CELLS = ["diffusion_star_0", "diffusion_star_1", "ilm_star_0", "ilm_star_1"]
 
 
 def compare(folder, *overrides):
-    return [SCRIPT, f"--config-dir={folder}", "--config-name=mine", "size=tiny", "output_dir=out", *overrides]
+    options = ["--config-name=mine", "size=tiny", "output_dir=out", f"launcher=[{python()}]"]
+    return [SCRIPT, f"--config-dir={folder}", *options, *overrides]
 
 
 def call(folder, monkeypatch, capsys, *overrides):
@@ -55,15 +55,13 @@ def metrics_of(folder):
 
 def test_a_comparison_is_killed_resumed_changed_and_extended(tmp_path, monkeypatch, capsys):
     (tmp_path / "mine.yaml").write_text(CONFIG)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, *compare(tmp_path)], cwd=tmp_path, env=environment, start_new_session=True
-    )
+    process = subprocess.Popen(forked(*compare(tmp_path)), cwd=tmp_path)
     deadline = time.monotonic() + 120
     while not metrics_of(tmp_path) and time.monotonic() < deadline:
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
     process.wait()
+    settle()
     before = {name: (tmp_path / "out" / name / "metrics.json").stat().st_mtime_ns for name in metrics_of(tmp_path)}
     assert 0 < len(before) < 4
     assert not (tmp_path / "out" / "results.csv").exists()

@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import subprocess
-import sys
 import warnings
 from collections import Counter
 
@@ -16,6 +15,7 @@ from datasets import load_from_disk
 from scipy.stats import chisquare
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from tests.processes import forked
 from xlm_hf.tasks import cache, load_task, star, tokenizers
 
 SPECIALS = ["[PAD]", "[CLS]", "[MASK]", "[EOS]", "[BOS]", "[SEP]", "[UNK]"]
@@ -385,8 +385,7 @@ while len(list(root.glob("ready-*"))) < 2:
 print(star.star_graphs(**{SMALL!r}, cache_dir=root / "cache").splits["train"][:])
 """
     processes = [
-        subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=os.environ)
-        for _ in range(2)
+        subprocess.Popen(forked("-c", script), stdout=subprocess.PIPE, text=True, env=os.environ) for _ in range(2)
     ]
     outputs = [process.communicate(timeout=120)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]

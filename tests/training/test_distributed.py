@@ -1,14 +1,15 @@
 """Two processes for real: the same gradients, each example once, whole checkpoints."""
 
 import json
+import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 from tests.commands.test_cli import TINY
+from tests.processes import forked, python
 from tests.training.test_trainer import assert_same_weights
 from xlm_hf.training.checkpoints import fault, list_checkpoints
 
@@ -16,8 +17,10 @@ ROOT = Path(__file__).parents[2]
 
 
 def launch(processes, *arguments, cwd=ROOT):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    result = subprocess.run([*torchrun, *arguments], cwd=cwd, capture_output=True, text=True, timeout=300)
+    torchrun = forked("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *arguments)
+    # What torchrun starts its ranks by.
+    environment = {**os.environ, "PYTHON_EXEC": python(), "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(torchrun, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-4000:]
     return result
 
