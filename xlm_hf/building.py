@@ -30,6 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from xlm_hf.evaluation import RECORD_FIELDS, EvaluationSet
+from xlm_hf.families import families
 from xlm_hf.hub.pretrained_backbones import add_lora, backbone_options, check_directions, load_backbone
 from xlm_hf.metrics import load_metric
 from xlm_hf.modules.messages import check_arguments, check_options, did_you_mean
@@ -195,7 +196,8 @@ def load_model(
         )
     config_class: Any = hydra.utils.get_class(node._target_)
     found, wanted = model.config.model_type, config_class.model_type
-    if found != wanted:
+    # A type that nobody has registered brings its own code, and the config says which family's prompts it takes.
+    if found != wanted and (found in families() or not trust_remote_code):
         raise ValueError(f"{source} is of family {found!r} and not {wanted!r}: add family={found}.")
     if task is not None and len(task.tokenizer) != model.config.vocab_size:
         raise ValueError(
