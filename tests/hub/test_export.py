@@ -670,8 +670,11 @@ def test_families_of_other_packages_register_themselves(tmp_path):
             "config.json",
             "model.safetensors",
             "modeling_wordy.py",
+            "attention_patterns.py",
+            "backbone_config.py",
             "devices.py",
             "rotary_transformer.py",
             "short_convolution.py",
             "time_conditioning.py",
+            "vocabulary_head.py",
         }
