@@ -251,11 +251,11 @@ SAMPLES = {"name": "samples", "num_samples": 4, "collator": "lm_prediction", "ge
         ),
         (
             {**SAMPLES, "metrics": [{"name": "generative_perplexity", "eval_model": "no/such"}]},
-            "eval_model 'no/such' is no folder or Hub id of a model with its tokenizer",
+            "eval_model 'no/such' is not a folder or Hub id with a model and its tokenizer",
         ),
         (
             {**SAMPLES, "metrics": ["exact_match"]},
-            "needs references and gets predictions, prompts; a split gives references",
+            "needs references and gets predictions, prompts: add a split for references",
         ),
         ({**SAMPLES, "prediction_fields": ["stepps"]}, "prediction_fields has no 'stepps': did you mean 'steps'?"),
         ({**SAMPLES, "num_sample": 4}, "has no option 'num_sample': did you mean 'num_samples'?"),

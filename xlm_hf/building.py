@@ -349,7 +349,7 @@ def _build_metrics(entry: dict[str, Any]) -> list[Any]:
         where = f"The metric {spec if isinstance(spec, str) else next(iter(spec.values()))!r} of {entry['name']!r}"
         for name in metric.features:
             if name not in inputs:
-                raise ValueError(f"{where} needs {name} and gets {', '.join(inputs)}; a split gives references.")
+                raise ValueError(f"{where} needs {name} and gets {', '.join(inputs)}: add a split for references.")
         parameters = inspect.signature(metric._compute).parameters.values()
         required = [p.name for p in parameters if p.default is p.empty and p.name not in metric.features]
         if missing := [name for name in required if isinstance(spec, str) or name not in spec]:

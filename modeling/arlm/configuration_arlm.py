@@ -32,7 +32,7 @@ class ARLMConfig(RotaryTransformerConfig):
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         if self.shift_logits:
-            raise ValueError("A left-to-right model always tells what comes next: leave shift_logits out.")
+            raise ValueError("A left-to-right model always predicts the next token: unset shift_logits.")
 
     @property
     def suppressed_ids(self) -> list[int]:

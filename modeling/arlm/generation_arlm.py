@@ -215,8 +215,8 @@ class ARLMGenerationMixin(GenerationOptionsMixin, GenerationMixin):  # type: ign
         mode = config.get_generation_mode()
         if mode not in modes:
             raise ValueError(
-                f"The options ask for {mode.value}, which is none of {', '.join(mode.value for mode in modes)}: unset "
-                "num_beams, do_sample or the options of assisted decoding."
+                f"The options select {mode.value}, but only {', '.join(mode.value for mode in modes)} are supported: "
+                "unset num_beams, do_sample or the options of assisted decoding."
             )
         return config
 

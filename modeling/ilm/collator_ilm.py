@@ -77,8 +77,8 @@ class ILMCollator(Collator):
         self.check_lengths(documents.prompt_lengths + num_specials + target_lengths, "sequence", self.specials)
         if (documents.target_ids == self.eos_token_id).any():
             raise ValueError(
-                "A text holds the end-of-sequence token, which this model never writes, since its stopping head ends a "
-                "text: keep documents apart by task.document_masks=true."
+                "A text holds the end-of-sequence token, but this model ends a text by its stopping head: keep "
+                "documents apart by task.document_masks=true."
             )
 
         # The number n, evenly spread over the epoch; then the n tokens with the smallest random keys go.

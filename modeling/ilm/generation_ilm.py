@@ -112,8 +112,8 @@ class ILMGenerationMixin(NonAutoregressiveGenerationMixin):
         is_special = mask & ((input_ids == cls_id) | (input_ids == bos_id))
         if is_special.any():
             raise ValueError(
-                f"A prompt reads [CLS] ... [BOS] (ids {cls_id} and {bos_id}) or holds neither, alike in all rows: wrap "
-                "all of them or none, with the tokenizer and the collator of this model's family."
+                f"Either all prompts are [CLS] ... [BOS] (ids {cls_id} and {bos_id}), or none has these tokens: add "
+                "both to every prompt or to none, with the tokenizer and the collator of this family."
             )
         column = torch.ones_like(input_ids[:, :1])
         input_ids = torch.cat((column * cls_id, input_ids, column * bos_id), dim=1)

@@ -84,6 +84,6 @@ class MLMCollator(CanvasCollator):
     def _check_prompts(self, ids: np.ndarray) -> None:
         if (ids == self.mask_token_id).any():
             raise ValueError(
-                f"A prompt holds the special token {self.mask_token_id}, which stands for what is to be written: "
+                f"A prompt holds the mask token (id {self.mask_token_id}), which marks positions to be written: "
                 "tokenize the data without special tokens."
             )

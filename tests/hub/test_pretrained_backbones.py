@@ -345,5 +345,5 @@ def test_what_cannot_see_both_ways_is_refused(monkeypatch):
         left_to_right("bert")
     with pytest.raises(ValueError, match="layers of a 'bert' take no cache"):
         family_model("mlm", "bert").new_cache()
-    with pytest.raises(ValueError, match="always tells what comes next: leave shift_logits out"):
+    with pytest.raises(ValueError, match="always predicts the next token: unset shift_logits"):
         ARLMConfig(backbone_config={"model_type": "llama"}, shift_logits=True)

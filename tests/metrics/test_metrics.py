@@ -351,7 +351,9 @@ def test_an_unknown_first_token_is_refused(judge):
 
 
 def test_an_eval_model_that_is_not_there_is_named():
-    with pytest.raises(ValueError, match="eval_model 'no/such' is no folder or Hub id of a model with its tokenizer"):
+    with pytest.raises(
+        ValueError, match="eval_model 'no/such' is not a folder or Hub id with a model and its tokenizer"
+    ):
         load_metric("generative_perplexity", eval_model="no/such").compute(predictions=["a b"])
 
 

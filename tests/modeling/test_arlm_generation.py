@@ -293,9 +293,9 @@ def test_streamer_processors_and_criteria_are_those_of_transformers():
         ({"seed": [1, 2]}, "seed has 2 entries for 1 rows"),
         (
             {"num_beams": 2, "do_sample": True},
-            "ask for beam_sample, which is none of greedy_search, sample, beam_search",
+            "select beam_sample, but only greedy_search, sample, beam_search are supported",
         ),
-        ({"prompt_lookup_num_tokens": 2}, "The options ask for assisted_generation, which is none of"),
+        ({"prompt_lookup_num_tokens": 2}, "The options select assisted_generation, but only"),
         ({"input_ids": torch.tensor([[20, BOS]])}, "Token id 20 is outside the model's vocabulary of 20"),
         ({"input_ids": torch.full((1, 32), 9)}, "33 tokens and the model has 32 positions"),
         ({"input_ids": torch.tensor([[9, BOS], [8, 9]])}, "Some prompts hold a .BOS. .id 4. and others do not"),

@@ -270,7 +270,7 @@ def test_streamer_and_logits_processor_see_every_step():
         ({"sampling_method": "both"}, "sampling_method must be one of joint, two_stage and is 'both'"),
         ({"stopping": "draw"}, "stopping must be one of threshold, sample and is 'draw'"),
         # The prompt of a family without [CLS].
-        ({"input_ids": torch.tensor([[8, 9, BOS]])}, "holds neither"),
+        ({"input_ids": torch.tensor([[8, 9, BOS]])}, "none has these tokens"),
         ({"insertions_per_step": 0}, "insertions_per_step must be greater than 0"),
         ({"max_new_tokens": 30}, "max_new_tokens is 30, but after a prompt of 5 tokens the model has 19 of its 24"),
         ({"max_length": 5}, "max_length is 5 and a prompt alone has 5 tokens"),

@@ -225,7 +225,7 @@ def test_streamer_and_logits_processor_are_called_as_transformers_does():
         ({"entropy_bound": -1.0}, "entropy_bound must be at least 0 and is -1.0"),
         ({"error_bound": -0.1}, "error_bound must be at least 0 and is -0.1"),
         ({"confidence_threshold": 1.5}, r"confidence_threshold must be in \(0, 1\] and is 1.5"),
-        ({"num_steps": 3, "error_bound": 0.1}, "num_steps and error_bound each say how much a step commits"),
+        ({"num_steps": 3, "error_bound": 0.1}, "num_steps and error_bound each set how much a step commits"),
         ({"max_new_tokens": 30}, "max_new_tokens is 30, but after a prompt of 4 tokens the model has 20 of its 24"),
         ({"seed": [1, 2]}, "seed has 2 entries for 1 rows"),
         ({"input_ids": torch.tensor([[13, BOS]])}, "Token id 13 is outside the model's vocabulary of 13"),

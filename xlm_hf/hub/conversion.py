@@ -111,7 +111,7 @@ def read_checkpoint(source: str, ema: bool = True) -> tuple[dict[str, torch.Tens
     if not weights.is_file():
         raise ValueError(
             f"There is no checkpoint at {source}: name a Lightning .ckpt file, or a folder or Hub id with a "
-            "model.safetensors (a folder of shards of a distributed run is not read: consolidate it first)."
+            "model.safetensors. Consolidate the shards of a distributed run first."
         )
     file = folder / "config.json"
     config = json.loads(file.read_text()) if file.exists() else {}

@@ -76,7 +76,7 @@ def model_options(arguments: Mapping[str, Any], weights: Mapping[str, torch.Tens
     given = {name: value for name, value in arguments.items() if not name.startswith("_") and value is not None}
     for name in given:
         if given[name] and name in _REFUSED:
-            raise ValueError(f"The checkpoint {_REFUSED[name]} ({name}), which no model here does.")
+            raise ValueError(f"The checkpoint {_REFUSED[name]} ({name}), and no family here supports that.")
         if name not in known and name not in _REFUSED:
             raise ValueError(f"A published model has no argument {name!r}: {did_you_mean(name, known)}")
     for name in ("num_embeddings", "d_model", "num_layers", "nhead"):

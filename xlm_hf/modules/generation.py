@@ -278,17 +278,17 @@ class GenerationOptionsMixin:
         left = positions - longest
         if left <= 0:
             raise ValueError(
-                f"The prompt has {longest} tokens and the model has {positions} positions, which leaves none to "
-                "write at: shorten the prompt or train with a larger max_position_embeddings."
+                f"The prompt has {longest} tokens and the model has {positions} positions, so nothing can "
+                "be written: shorten the prompt or train with a larger max_position_embeddings."
             )
         if generation_config.max_new_tokens is not None and generation_config.max_new_tokens > left:
             raise ValueError(
-                f"max_new_tokens is {generation_config.max_new_tokens}, but after a prompt of {longest} tokens the "
-                f"model has {left} of its {positions} positions left: ask for at most {left}."
+                f"max_new_tokens is {generation_config.max_new_tokens}, but a prompt of {longest} tokens leaves {left} "
+                f"of the model's {positions} positions: set at most {left}."
             )
         if generation_config.max_length is not None and generation_config.max_length <= longest:
             raise ValueError(
-                f"max_length is {generation_config.max_length} and a prompt alone has {longest} tokens: raise "
+                f"max_length is {generation_config.max_length} and the prompt has {longest} tokens: raise "
                 "max_length or shorten the prompt."
             )
         max_length = min(positions, generation_config.max_length or positions)

@@ -108,8 +108,8 @@ class MaskedGenerationMixin(NonAutoregressiveGenerationMixin):
         # Some vocabularies have one id for everything special.
         if bos_id not in (config.eos_token_id, config.pad_token_id) and middle.any():
             raise ValueError(
-                f"A prompt holds [BOS] (id {bos_id}) in its middle, but this model reads `prompt [BOS] canvas`: end "
-                "the prompt with it, or leave it out."
+                f"A prompt has [BOS] (id {bos_id}) in its middle, but a sequence is `prompt [BOS] canvas`: move [BOS] "
+                "to the end of the prompt, or remove it."
             )
 
     def _canvas_lengths(self, generation_config, prompt_lengths: torch.Tensor, extended: torch.Tensor) -> torch.Tensor:

@@ -205,7 +205,7 @@ class ConfidenceSampler(CanvasSampler):
         names = ("num_steps", "confidence_threshold", "entropy_bound", "error_bound")
         given = [name for name in names if getattr(self, name) is not None]
         if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} each say how much a step commits: set one of them to None.")
+            raise ValueError(f"{' and '.join(given)} each set how much a step commits: unset all but one.")
 
     def step(self, process: CanvasProcess, predict: Predict, number: int) -> bool:
         """One forward pass over the rows that are not done, after which the rule says what is written."""

@@ -42,7 +42,7 @@ def language_model_class(config: Any) -> Any:
     for auto_class in (AutoModelForMaskedLM, AutoModelForCausalLM):
         if type(config) in auto_class._model_mapping:
             return auto_class
-    raise ValueError(f"{config.model_type!r} is no language model of transformers with a vocabulary head.")
+    raise ValueError(f"{config.model_type!r} is not a language model with a vocabulary head: choose another.")
 
 
 def take_embedding_and_head(language_model: Any) -> tuple[nn.Embedding, nn.Linear]:

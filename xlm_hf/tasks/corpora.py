@@ -102,8 +102,8 @@ def _with_drawn_splits(found: DatasetDict, fractions: Mapping[str, float], seed:
     sizes = {name: max(1, round(share * len(documents))) for name, share in fractions.items() if share > 0}
     if sum(sizes.values()) >= len(documents):
         raise ValueError(
-            f"{len(documents)} documents are too few to draw the sets {', '.join(sizes)} from: bring them, or make "
-            "more documents with sample_by."
+            f"{len(documents)} documents are too few to draw the sets {', '.join(sizes)} from: provide these sets, or "
+            "make more documents with sample_by."
         )
     order, start = uniform(seed, torch.arange(len(documents))).argsort(), 0
     drawn = {}

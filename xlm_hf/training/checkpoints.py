@@ -119,7 +119,7 @@ def _best_checkpoint(newest: Path) -> Path:
     best = newest.with_name(f"checkpoint-{state.get('best_global_step')}")
     if not best.exists():
         raise ValueError(
-            f"{newest.parent} has no best checkpoint any more: name one of "
+            f"{newest.parent} no longer has its best checkpoint: name one of "
             f"{', '.join(folder.name for folder in list_checkpoints(newest.parent))}."
         )
     return best

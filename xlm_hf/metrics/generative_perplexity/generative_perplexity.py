@@ -97,6 +97,6 @@ def _load_once(auto_class, source):
     try:
         loaded = auto_class.from_pretrained(source)
     except OSError:
-        raise ValueError(f"eval_model {source!r} is no folder or Hub id of a model with its tokenizer.") from None
+        raise ValueError(f"eval_model {source!r} is not a folder or Hub id with a model and its tokenizer.") from None
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return loaded if accelerator is None or auto_class is AutoTokenizer else loaded.float().to(accelerator)
