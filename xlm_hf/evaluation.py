@@ -168,10 +168,10 @@ def _loss_metrics(model, evaluation_set: EvaluationSet, tokenizer, batch_size: i
     return metrics
 
 
-def content_places(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Where the content of generated ids stands: before the end-of-sequence token, and not padding."""
+def content_positions(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Positions of the content of generated ids: before the end-of-sequence token, and not padding."""
     end = ids.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in ids else len(ids)
-    return [place for place in range(end) if ids[place] != tokenizer.pad_token_id]
+    return [position for position in range(end) if ids[position] != tokenizer.pad_token_id]
 
 
 def decode_records(
@@ -194,18 +194,18 @@ def decode_records(
     records, width = [], batch["input_ids"].shape[1]
     for row, example in enumerate(examples):
         sequence = output.sequences[row].tolist()
-        places = [width + place for place in content_places(sequence[width:], tokenizer)]
+        positions = [width + position for position in content_positions(sequence[width:], tokenizer)]
         prompt_ids, reference = example.get("prompt_ids", []), "input_ids"
         if kind == "infill":
-            places = batch["attention_mask"][row].nonzero().squeeze(-1).tolist()
+            positions = batch["attention_mask"][row].nonzero().squeeze(-1).tolist()
             prompt_ids, reference = example["input_ids"], "target_ids"
         steps = output.history[row].tolist()
         record = {
             "example_id": example["example_id"],
             "prompt_ids": prompt_ids,
-            "prediction_ids": [sequence[place] for place in places],
+            "prediction_ids": [sequence[position] for position in positions],
             "reference_ids": example.get("reference_ids", example.get("target_ids", example.get(reference, []))),
-            "steps": [steps[place] for place in places],
+            "steps": [steps[position] for position in positions],
             "nfe": int(output.nfe[row]),
             "tokens_per_forward": float(output.tokens_per_forward[row]),
             "finish_reason": output.finish_reason[row],

@@ -272,12 +272,12 @@ def test_streamer_and_logits_processor_see_every_step():
         # The prompt of a family without [CLS].
         ({"input_ids": torch.tensor([[8, 9, BOS]])}, "none has these tokens"),
         ({"insertions_per_step": 0}, "insertions_per_step must be greater than 0"),
-        ({"max_new_tokens": 30}, "max_new_tokens is 30, but after a prompt of 5 tokens the model has 19 of its 24"),
-        ({"max_length": 5}, "max_length is 5 and a prompt alone has 5 tokens"),
+        ({"max_new_tokens": 30}, "max_new_tokens is 30, but a prompt of 5 tokens leaves 19 of the model's 24"),
+        ({"max_length": 5}, "max_length is 5 and the prompt has 5 tokens"),
         ({"seed": [1, 2]}, "seed has 2 entries for 1 rows"),
         ({"input_ids": torch.tensor([[CLS, 20, BOS]])}, "Token id 20 is outside the model's vocabulary of 20"),
         ({"input_ids": torch.full((1, 24), 9)}, "26 tokens and the model has 24 positions"),
-        ({"input_ids": torch.tensor([[CLS, 9, BOS], [8, 9, 10]])}, "wrap all of them or none"),
+        ({"input_ids": torch.tensor([[CLS, 9, BOS], [8, 9, 10]])}, "add both to every prompt or to none"),
     ],
 )
 def test_bad_calls_are_refused_in_one_sentence(call, message):

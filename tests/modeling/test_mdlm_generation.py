@@ -455,7 +455,7 @@ def test_streamer_and_logits_processor_see_every_step_and_suppressed_ids_are_nev
         ),
         ({"sampler": "confidence", "eta": 0.5}, "The sampler 'confidence' has no option 'eta', which remdm has"),
         ({"input_ids": torch.tensor([[8, BOS, 9, 10]])}, r"\[BOS\] \(id 4\) in its middle"),
-        ({"max_new_tokens": 30}, "max_new_tokens is 30, but after a prompt of 4 tokens the model has 20 of its 24"),
+        ({"max_new_tokens": 30}, "max_new_tokens is 30, but a prompt of 4 tokens leaves 20 of the model's 24"),
         ({"seed": [1, 2]}, "seed has 2 entries for 1 rows"),
         ({"input_ids": torch.tensor([[20, BOS]])}, "Token id 20 is outside the model's vocabulary of 20"),
     ],

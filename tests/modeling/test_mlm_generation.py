@@ -226,7 +226,7 @@ def test_streamer_and_logits_processor_are_called_as_transformers_does():
         ({"error_bound": -0.1}, "error_bound must be at least 0 and is -0.1"),
         ({"confidence_threshold": 1.5}, r"confidence_threshold must be in \(0, 1\] and is 1.5"),
         ({"num_steps": 3, "error_bound": 0.1}, "num_steps and error_bound each set how much a step commits"),
-        ({"max_new_tokens": 30}, "max_new_tokens is 30, but after a prompt of 4 tokens the model has 20 of its 24"),
+        ({"max_new_tokens": 30}, "max_new_tokens is 30, but a prompt of 4 tokens leaves 20 of the model's 24"),
         ({"seed": [1, 2]}, "seed has 2 entries for 1 rows"),
         ({"input_ids": torch.tensor([[13, BOS]])}, "Token id 13 is outside the model's vocabulary of 13"),
         ({"input_ids": torch.full((1, 24), 9)}, "25 tokens and the model has 24 positions"),

@@ -131,14 +131,14 @@ class EpochSampler(Sampler[Key]):
         chosen = self.mixture.chosen(self.seed, self.epoch, torch.arange(len(self)))
         order = torch.empty_like(chosen)
         for number, size in enumerate(self.sizes):
-            places = (chosen == number).nonzero().squeeze(-1)
+            positions = (chosen == number).nonzero().squeeze(-1)
             readings = [
                 torch.randperm(size, generator=_generator(self.seed, self.epoch, number, reading))
                 + sum(self.sizes[:number])
                 + reading * sum(self.sizes)
-                for reading in range(math.ceil(len(places) / size))
+                for reading in range(math.ceil(len(positions) / size))
             ]
-            order[places] = torch.cat(readings)[: len(places)] if readings else places
+            order[positions] = torch.cat(readings)[: len(positions)] if readings else positions
         return order
 
 

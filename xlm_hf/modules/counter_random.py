@@ -85,7 +85,7 @@ def low_discrepancy(seed: int, epoch: Any, position: Any) -> Any:
     Args:
         seed: of the run.
         epoch: NumPy array of uint64.
-        position: NumPy array of integers, an example's place in the shuffled epoch.
+        position: NumPy array of integers, an example's position in the shuffled epoch.
 
     Returns:
         float64 array in [0, 1) of the broadcast shape.

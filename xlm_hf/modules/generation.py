@@ -61,7 +61,7 @@ class NonAutoregressiveGenerationConfig(CheckedOptions, GenerationConfig):
         temperature: divides the logits before anything is drawn.
         top_k: number of candidates kept; None keeps all.
         top_p: probability mass of the candidates kept; None keeps all.
-        suppress_tokens: ids that are never written, beside those of the model's config.
+        suppress_tokens: suppressed ids, beside those of the model's config.
         return_dict_in_generate: False returns the sequences alone.
         return_history: also return the step that wrote each token, and every edit.
         bos_token_id: id of the beginning-of-sequence token.

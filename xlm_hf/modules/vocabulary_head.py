@@ -1,4 +1,4 @@
-"""From hidden states to logits over the vocabulary, without those of the ids that are never written."""
+"""From hidden states to logits over the vocabulary, without those of suppressed ids."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

@@ -49,7 +49,7 @@ def segment_ranges(first: np.ndarray | int, lengths: np.ndarray) -> np.ndarray:
 def random_subset(bits: np.ndarray, lengths: np.ndarray, num: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Choose the `num` smallest of the random `bits` of each part: uniformly random subsets of these sizes.
 
-    All parts are sorted at once, each key below the number of its part, for which the last of its 64 bits make room.
+    One sort orders all parts. The number of a part takes the highest of its keys' 64 bits, and the last random bits go.
 
     Args:
         bits: (N,) uint64, of all parts one after the other.
@@ -57,14 +57,14 @@ def random_subset(bits: np.ndarray, lengths: np.ndarray, num: np.ndarray) -> tup
         num: (D,), at most `lengths`.
 
     Returns:
-        (N,) bool, which are chosen; and (D,) uint64, the greatest of those of each part, without meaning where
-        none is.
+        (N,) bool, which are chosen; and (D,) uint64, the greatest chosen key of each part, meaningless if there is
+        none.
     """
-    room = np.uint64((len(lengths) - 1).bit_length())
-    keys = (bits >> room) | np.repeat(np.arange(len(lengths), dtype=np.uint64) << (np.uint64(64) - room), lengths)
+    shift = np.uint64((len(lengths) - 1).bit_length())
+    keys = (bits >> shift) | np.repeat(np.arange(len(lengths), dtype=np.uint64) << (np.uint64(64) - shift), lengths)
     ordered = np.sort(np.append(keys, np.uint64(2**64 - 1)))
     end = segment_starts(lengths) + num
-    return keys < np.repeat(ordered[end], lengths), ordered[end - 1] << room
+    return keys < np.repeat(ordered[end], lengths), ordered[end - 1] << shift
 
 
 def tensors(**arrays: np.ndarray) -> dict[str, torch.Tensor]:

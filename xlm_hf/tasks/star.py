@@ -99,8 +99,8 @@ def with_blanks(task: Task, blank_rate: float, seed: int) -> Task:
     splits = {}
     for split, dataset in task.splits.items():
         columns = dataset[:]
-        places = torch.arange(max(map(len, columns["target_ids"])))
-        keys = uniform(seed, torch.tensor(columns["example_id"])[:, None], places).tolist()
+        positions = torch.arange(max(map(len, columns["target_ids"])))
+        keys = uniform(seed, torch.tensor(columns["example_id"])[:, None], positions).tolist()
         inputs, targets = [], []
         for prompt, path, row in zip(columns["prompt_ids"], columns["target_ids"], keys, strict=True):
             threshold = max(blank_rate, min(row[: len(path)]))

@@ -233,11 +233,11 @@ class _Examples:
             self.ids, self.document, self.characters = ids[end:], document[end:], characters[end:]
             starts = np.arange(0, end, self.max_length)
         else:
-            place = np.arange(len(ids)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+            position = np.arange(len(ids)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
             if self.truncate:
-                kept = place < self.max_length
-                ids, document, characters, place = (values[kept] for values in (ids, document, characters, place))
-            starts, end = np.flatnonzero(place % self.max_length == 0), len(ids)
+                kept = position < self.max_length
+                ids, document, characters, position = (values[kept] for values in (ids, document, characters, position))
+            starts, end = np.flatnonzero(position % self.max_length == 0), len(ids)
         offsets = np.append(starts, end).astype(np.int32)
         # A batch holds whole documents, so what ends with it is complete.
         continues = document[offsets[1:] - 1] == np.append(document, -1)[offsets[1:]]

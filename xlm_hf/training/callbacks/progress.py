@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 
 logger = logging.getLogger(__name__)
 
-# Beside a bar there is room for what changes most.
+# A bar has space for what changes most.
 _NOT_IN_BAR = ("total_flos", "learning_rate", "grad_norm", "epoch")
 
 
