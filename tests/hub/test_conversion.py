@@ -300,7 +300,7 @@ def test_averages_that_do_not_fit_are_refused(tmp_path):
 
 
 def test_folders_without_a_checkpoint_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="distributed run is not read"):
+    with pytest.raises(ValueError, match="Consolidate the shards of a distributed run first"):
         read_checkpoint(str(tmp_path))
 
 

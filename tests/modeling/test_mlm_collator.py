@@ -145,7 +145,7 @@ def test_infilling_prediction_keeps_the_input():
         ({"target_ids": [V]}, f"Token id {V} is outside the vocabulary of {V}"),
         ({"prompt_ids": [-1]}, f"Token id -1 is outside the vocabulary of {V}"),
         ({"prompt_ids": [8] * 40}, "has 42 tokens with .* the model has 24 positions"),
-        ({"prompt_ids": [MASK]}, f"holds the special token {MASK}"),
+        ({"prompt_ids": [MASK]}, rf"holds the mask token \(id {MASK}\)"),
         ({"target_ids": [8, CLS]}, f"holds the special token {CLS}"),
         ({"target_ids": [8] * 13}, "A target has 13 tokens and the canvas 12 positions"),
     ],
