@@ -4,10 +4,9 @@ from collections.abc import Callable, Iterator
 from unittest import mock
 
 from benchmarks import generation, training
-from benchmarks.cases import FAMILIES
+from benchmarks.cases import FAMILIES, TWINS
 from benchmarks.generation import Setting
 from benchmarks.measure import compare
-from benchmarks.reference.sampling import LADDERS
 from xlm_hf.objectives import head_operator
 
 TRAINING = "16 x 128, vocabulary 30,522"
@@ -43,7 +42,7 @@ def measure(repetitions: int) -> Iterator[dict]:
             function()
         yield {"what": "training", "family": family, "setting": TRAINING, **compare(rungs, repetitions)}
     for setting in GENERATION:
-        ladder = LADDERS[setting.family]
+        ladder = TWINS[setting.family].LADDER
         savings = {f"+ {ladder[n - 1]}" if n else "dense": ladder[:n] for n in range(len(ladder) + 1)}
         result = compare(generation.functions(setting, savings), min(repetitions, 3))
         yield {"what": "generation", "family": setting.family, "setting": setting.name, **result}

@@ -1,27 +1,38 @@
-"""What is measured: one small model of each family, and random text of a given length."""
+"""What is measured: one small model of each family, and random text of a given length.
 
+Each family is measured against its slow twin, `tests/modeling/naive_<family>.py`, in two ways: *dense* and *plain*
+(see `tests/modeling/naive.py`). A test holds that all three have the same losses and write the same samples.
+"""
+
+import importlib
 import random
+from importlib.util import find_spec
+from types import ModuleType
 
 import torch
-from hydra.utils import get_class
 
+from xlm_hf.families import families
 from xlm_hf.tasks.tokenizers import number_tokenizer
 
-FAMILIES = ("ilm", "arlm", "mlm", "mdlm")
 NUM_SPECIAL = 7
 SPECIAL_IDS = list(range(NUM_SPECIAL))
 BACKBONE = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 2}
-_MODELS = {
-    "ilm": "ILMForInsertionLM",
-    "arlm": "ARLMForCausalLM",
-    "mlm": "MLMForMaskedLM",
-    "mdlm": "MDLMForMaskedDiffusion",
-}
+
+
+def _twins() -> dict[str, ModuleType]:
+    names = {family: f"tests.modeling.naive_{family}" for family in families()}
+    modules = {family: importlib.import_module(name) for family, name in names.items() if find_spec(name)}
+    return {family: module for family, module in modules.items() if hasattr(module, "slow_sampler")}
+
+
+TWINS = _twins()
+FAMILIES = tuple(TWINS)
 
 
 def family_class(family: str, name: str):
-    """A class of a family, by the name that follows the family's own, e.g. `Config`."""
-    return get_class(f"xlm_hf.modeling.{family}.{family.upper()}{name}")
+    """A class of a family, by the name that follows the family's own, e.g. `Loss`."""
+    prefix = families()[family].config_class.__name__.removesuffix("Config")
+    return getattr(importlib.import_module(f"xlm_hf.modeling.{family}"), prefix + name)
 
 
 def build_model(family: str, vocab_size: int, max_positions: int = 256, **config):
@@ -29,13 +40,19 @@ def build_model(family: str, vocab_size: int, max_positions: int = 256, **config
     torch.manual_seed(0)
     writes = {"suppress_tokens": SPECIAL_IDS, "eos_token_id": None}
     options = {**BACKBONE, "max_position_embeddings": max_positions, **writes, **config}
-    model_class = get_class(f"xlm_hf.modeling.{family}.{_MODELS[family]}")
-    return model_class(family_class(family, "Config")(vocab_size=vocab_size, **options)).eval()
+    registered = families()[family]
+    return registered.model_class(registered.config_class(vocab_size=vocab_size, **options)).eval()
 
 
-def build_collator(family: str, kind: str, vocab_size: int, max_positions: int = 256):
+def build_collator(family: str, kind: str, vocab_size: int, max_positions: int = 256, **options):
     """The family's collator of a kind of task, e.g. "seq2seq"."""
-    return family_class(family, "Collator")(number_tokenizer(vocab_size - NUM_SPECIAL), max_positions, kind)
+    return family_class(family, "Collator")(number_tokenizer(vocab_size - NUM_SPECIAL), max_positions, kind, **options)
+
+
+def build_prompts(family: str, prompts: list[list[int]], vocab_size: int) -> torch.Tensor:
+    """What the family's `generate` is given for prompts of one length."""
+    examples = [{"prompt_ids": ids, "example_id": n} for n, ids in enumerate(prompts)]
+    return build_collator(family, "seq2seq", vocab_size, prediction=True)(examples)["input_ids"]
 
 
 def random_examples(num: int, prompt: int, target: int, vocab_size: int) -> list[dict]:

@@ -6,9 +6,8 @@ text with a vocabulary of 30,522 costs when targets have the size of the logits.
 
 import statistics
 
-from benchmarks.cases import build_collator, random_examples
+from benchmarks.cases import TWINS, build_collator, random_examples
 from benchmarks.measure import cpu_seconds
-from benchmarks.reference.collation import COLLATIONS
 
 BATCH = 64
 # name: prompt, target, vocabulary, batches in a repetition
@@ -25,7 +24,7 @@ def measure(family: str, setting: str, repetitions: int) -> dict:
     for example in examples:
         example["prompt_ids"] = example["prompt_ids"] if prompt else []
     batches = [examples[start : start + BATCH] for start in range(0, len(examples), BATCH)]
-    reference = COLLATIONS[family]
+    reference = TWINS[family].slow_collation
     functions = {
         "ours": lambda: [collator(batch) for batch in batches],
         "plain": lambda: [reference(batch, vocab_size, dense=False) for batch in batches],

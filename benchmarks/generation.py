@@ -5,11 +5,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from benchmarks.cases import NUM_SPECIAL, build_model, end_at_given_lengths
+from benchmarks.cases import NUM_SPECIAL, TWINS, build_model, build_prompts, end_at_given_lengths
 from benchmarks.measure import compare
-from benchmarks.reference.sampling import SAMPLERS
-
-BOS, CLS = 4, 1
 
 
 @dataclass
@@ -32,31 +29,32 @@ class Setting:
 
 
 BIG = "vocabulary 30,522"
+UNTIL_FULL = {"stopping_threshold": None}
 SETTINGS = [
     Setting("1,024 steps", "mdlm", length=64, options={"num_steps": 1024}, repetitions=1),
     Setting("128 steps", "mdlm", options={"num_steps": 128}),
     Setting("32 steps", "mdlm", options={"num_steps": 32}),
     Setting("one insertion a step, rows that end at 2 to 128", "ilm", rows=64, ragged=True, repetitions=1),
-    Setting("one insertion a step", "ilm"),
+    Setting("one insertion a step", "ilm", options=UNTIL_FULL),
     Setting("one token a step, 256 tokens", "arlm", rows=4, length=256),
     Setting("one token a step", "arlm"),
     Setting("128 steps", "mlm", options={"num_steps": 128}),
     Setting("32 steps", "mlm", options={"num_steps": 32}),
-    Setting(f"{BIG}, one insertion a step", "ilm", length=32, vocab_size=30_522, repetitions=1),
+    Setting(f"{BIG}, one insertion a step", "ilm", 16, 32, 30_522, UNTIL_FULL, repetitions=1),
     Setting(f"{BIG}, one token a step", "arlm", length=32, vocab_size=30_522, repetitions=1),
     Setting(f"{BIG}, 32 steps", "mlm", length=64, vocab_size=30_522, options={"num_steps": 32}, repetitions=1),
     Setting(f"{BIG}, 32 steps", "mdlm", length=64, vocab_size=30_522, options={"num_steps": 32}, repetitions=1),
-    Setting("latency of one row", "ilm", rows=1),
+    Setting("latency of one row", "ilm", rows=1, options=UNTIL_FULL),
     Setting("latency of one row", "arlm", rows=1),
     Setting("latency of one row, 32 steps", "mlm", rows=1, options={"num_steps": 32}),
     Setting("latency of one row, 32 steps", "mdlm", rows=1, options={"num_steps": 32}),
     Setting(f"{BIG}, one token a step", "arlm", vocab_size=30_522, references=False, repetitions=1),
     Setting(f"{BIG}, 32 steps", "mlm", vocab_size=30_522, options={"num_steps": 32}, references=False, repetitions=1),
-    Setting(f"{BIG}, one insertion a step", "ilm", vocab_size=30_522, references=False, repetitions=1),
+    Setting(f"{BIG}, one insertion a step", "ilm", 16, 128, 30_522, UNTIL_FULL, references=False, repetitions=1),
     Setting("64 steps", "mlm", 1, 2_048, options={"num_steps": 64}, references=False),
     Setting("64 steps", "mdlm", 1, 2_048, options={"num_steps": 64}, references=False),
     Setting("one token a step", "arlm", 1, 2_048, references=False),
-    Setting("one insertion a step", "ilm", 1, 512, references=False),
+    Setting("one insertion a step", "ilm", 1, 512, options=UNTIL_FULL, references=False),
 ]
 QUICK = [
     Setting("8 rows of 32, ragged", "ilm", rows=8, length=32, ragged=True),
@@ -71,22 +69,19 @@ REFERENCES: dict[str, tuple[str, ...]] = {"dense": (), "plain": ("gather",)}
 
 def functions(setting: Setting, references: dict[str, tuple[str, ...]]) -> dict[str, Callable]:
     """Functions that all write the same sequences: "ours", and the references by name with their savings."""
-    ilm, given = setting.family == "ilm", dict(setting.options)
     model = build_model(setting.family, setting.vocab_size, setting.length + 3)
-    prompts = torch.tensor([[CLS, BOS] if ilm else [BOS]] * setting.rows)
+    prompts: list[list[int]] = [[]] * setting.rows
     if setting.ragged:
         end_at_given_lengths(model)
-        ends = torch.linspace(2, setting.length, setting.rows).long() + NUM_SPECIAL
-        prompts = torch.stack((prompts[:, 0], ends, prompts[:, 1]), dim=1)
-    elif ilm:
-        given["stopping_threshold"] = None
+        prompts = [[int(end) + NUM_SPECIAL] for end in torch.linspace(2, setting.length, setting.rows)]
+    ids = build_prompts(setting.family, prompts, setting.vocab_size)
 
     def ours():
-        return model.generate(prompts, max_new_tokens=setting.length, do_sample=True, seed=0, **given)
+        return model.generate(ids, max_new_tokens=setting.length, do_sample=True, seed=0, **setting.options)
 
     def reference(savings):
-        sampler = SAMPLERS[setting.family]
-        return sampler(model, prompts, setting.length, True, 0, savings, stop=setting.ragged, **setting.options)
+        sampler = TWINS[setting.family].slow_sampler
+        return sampler(model, ids, setting.length, True, 0, savings, **setting.options)
 
     return {"ours": ours} | {name: lambda s=savings: reference(s) for name, savings in references.items()}
 

@@ -16,7 +16,15 @@ from collections.abc import Callable
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from benchmarks.cases import FAMILIES, SPECIAL_IDS, build_collator, build_model, family_class, random_examples
+from benchmarks.cases import (
+    FAMILIES,
+    SPECIAL_IDS,
+    build_collator,
+    build_model,
+    build_prompts,
+    family_class,
+    random_examples,
+)
 from benchmarks.measure import machine
 from benchmarks.operations import executed
 from benchmarks.run import RESULTS
@@ -24,7 +32,6 @@ from xlm_hf.data.static_shapes import collate_without_full_mask
 
 SMALL = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
 OPTIONS = {"ilm": {"stopping_threshold": None}, "mlm": {"num_steps": 32}, "mdlm": {"num_steps": 32}}
-PROMPTS = {"ilm": [1, 4]}
 
 
 def seconds(function: Callable[[], object], device: torch.device, repetitions: int) -> float:
@@ -113,7 +120,7 @@ def measure(
         records[-1]["utilisation"] = operations / records[-1]["seconds"] / rate
     for family in FAMILIES:
         model = cases[family][0].eval().to(torch.bfloat16)
-        prompts = torch.tensor([PROMPTS.get(family, [4])] * rows, device=device)
+        prompts = build_prompts(family, [[]] * rows, vocab_size).to(device)
         given = {"do_sample": True, "seed": 0, "suppress_tokens": SPECIAL_IDS, **OPTIONS.get(family, {})}
         new = min(128, length - 2)
         record(

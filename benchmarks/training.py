@@ -9,9 +9,8 @@ import sys
 
 import torch
 
-from benchmarks.cases import build_collator, build_model, family_class, random_examples
+from benchmarks.cases import TWINS, build_collator, build_model, family_class, random_examples
 from benchmarks.measure import compare, memory, run_child
-from benchmarks.reference.losses import LOSSES
 
 # name: rows, prompt, target, vocabulary
 SETTINGS = {
@@ -38,7 +37,7 @@ def steps(family: str, setting: str, methods: tuple[str, ...] = METHODS) -> dict
             loss_sum = loss(model, batch).loss_sum
         else:
             columns = batch["input_ids"].shape[1] if method == "unpadded" else block
-            loss_sum = LOSSES[family](model, batch, columns, dense=method == "dense")
+            loss_sum = TWINS[family].slow_loss(model, batch, columns, dense=method == "dense")
         (loss_sum / loss.num_items(batch)).backward()
         optimizer.step()
         optimizer.zero_grad()

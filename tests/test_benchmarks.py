@@ -1,18 +1,28 @@
 """The benchmarks compare like with like: all implementations compute the same losses and write the same samples."""
 
+import inspect
+import itertools
 import json
 
 import pytest
 import torch
 
 from benchmarks import gpu, operations, tables, training
-from benchmarks.cases import FAMILIES, build_collator, build_model, end_at_given_lengths, family_class, random_examples
-from benchmarks.reference.losses import LOSSES
-from benchmarks.reference.sampling import LADDERS, SAMPLERS
+from benchmarks.cases import (
+    FAMILIES,
+    TWINS,
+    build_collator,
+    build_model,
+    build_prompts,
+    end_at_given_lengths,
+    family_class,
+    random_examples,
+)
 from xlm_hf.objectives import head_operator
 
 VOCABULARY, BLOCK = 50, 20
-PROMPTS = {"ilm": [1, 20, 4], "arlm": [20, 21, 4], "mlm": [20, 4], "mdlm": [20, 4]}
+# Values of what a slow sampler may be told.
+OPTIONS = {"num_steps": (None, 4, 30), "stopping_threshold": (None,)}
 WIDE = {"initializer_range": 0.3}  # distributions far enough from uniform that a mistake shows
 
 
@@ -31,38 +41,42 @@ def test_dense_plain_and_ours_have_the_same_loss_and_gradients(family, kind):
     ]
     batch = build_collator(family, kind, VOCABULARY)(examples)
     losses = [family_class(family, "Loss")()(model, batch).loss_sum]
-    losses += [LOSSES[family](model, batch, BLOCK, dense) for dense in (True, False)]
+    losses += [TWINS[family].slow_loss(model, batch, BLOCK, dense) for dense in (True, False)]
     gradients = [torch.autograd.grad(loss, model.model.embed_tokens.weight)[0] for loss in losses]
     for loss, gradient in zip(losses[1:], gradients[1:], strict=True):
         torch.testing.assert_close(loss, losses[0], rtol=1e-5, atol=1e-5)
         assert (gradient - gradients[0]).norm() < 1e-4 * gradients[0].norm()
 
 
+def sampler_cases():
+    for family, twin in TWINS.items():
+        names = [name for name in OPTIONS if name in inspect.signature(twin.slow_sampler).parameters]
+        for values in itertools.product(*(OPTIONS[name] for name in names)):
+            yield family, dict(zip(names, values, strict=True))
+
+
 @pytest.mark.parametrize("do_sample", [True, False])
-@pytest.mark.parametrize(
-    ("family", "num_steps"), [(f, n) for f in FAMILIES for n in (None, 4, 30) if n is None or f in ("mlm", "mdlm")]
-)
-def test_every_reference_and_ours_write_the_same(family, num_steps, do_sample):
+@pytest.mark.parametrize(("family", "options"), sampler_cases())
+def test_every_reference_and_ours_write_the_same(family, options, do_sample):
     model = build_model(family, VOCABULARY, **WIDE)
-    prompts = torch.tensor([PROMPTS[family]] * 5)
-    options = {"do_sample": do_sample, **({"num_steps": num_steps} if num_steps else {})}
-    if family == "ilm":
-        options["stopping_threshold"] = None
-    ours = model.generate(prompts, max_new_tokens=12, seed=3, **options).sequences
+    prompts = build_prompts(family, [[20]] * 5, VOCABULARY)
+    ours = model.generate(prompts, max_new_tokens=12, seed=3, do_sample=do_sample, **options).sequences
     assert do_sample == (len(ours.unique(dim=0)) > 1) or family == "mdlm"
-    for rung in range(len(LADDERS[family]) + 1):
-        theirs = SAMPLERS[family](model, prompts, 12, do_sample, 3, LADDERS[family][:rung], num_steps=num_steps)
-        assert torch.equal(theirs, ours), LADDERS[family][:rung]
+    twin = TWINS[family]
+    for rung in range(len(twin.LADDER) + 1):
+        theirs = twin.slow_sampler(model, prompts, 12, do_sample, 3, twin.LADDER[:rung], **options)
+        assert torch.equal(theirs, ours), twin.LADDER[:rung]
 
 
 def test_rows_that_end_early_are_the_same_too():
     model = build_model("ilm", VOCABULARY, **WIDE)
     end_at_given_lengths(model)
-    prompts = torch.tensor([[1, 7 + length, 4] for length in (3, 0, 12, 7)])
+    prompts = build_prompts("ilm", [[7 + length] for length in (3, 0, 12, 7)], VOCABULARY)
     output = model.generate(prompts, max_new_tokens=12, seed=3, do_sample=True)
     assert output.nfe.tolist() == [4, 1, 12, 8]
-    for rung in range(len(LADDERS["ilm"]) + 1):
-        theirs = SAMPLERS["ilm"](model, prompts, 12, True, 3, LADDERS["ilm"][:rung], stop=True)
+    twin = TWINS["ilm"]
+    for rung in range(len(twin.LADDER) + 1):
+        theirs = twin.slow_sampler(model, prompts, 12, True, 3, twin.LADDER[:rung])
         assert torch.equal(theirs, output.sequences)
 
 

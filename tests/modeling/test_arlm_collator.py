@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tests.modeling.arlm_helpers import BOS, EOS, PAD, SpecialIds, make_examples
+from tests.modeling.naive import BOS, EOS, PAD, SpecialIds, make_examples
 from xlm_hf.modeling.arlm import ARLMCollator
 
 V = 40
@@ -16,7 +16,7 @@ def test_rows_are_prompt_bos_target_and_predict_target_eos():
         ids = [*example["prompt_ids"], BOS, *example["target_ids"]]
         assert batch["input_ids"][row].tolist() == ids + [PAD] * (L - len(ids))
         assert batch["attention_mask"][row].tolist() == [True] * len(ids) + [False] * (L - len(ids))
-        index += [row * L + place for place in range(len(example["prompt_ids"]), len(ids))]
+        index += [row * L + position for position in range(len(example["prompt_ids"]), len(ids))]
         targets += [*example["target_ids"], EOS]
     assert batch["logits_index"].tolist() == index
     assert batch["target_ids"].tolist() == targets

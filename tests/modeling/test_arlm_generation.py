@@ -7,7 +7,8 @@ import torch
 from scipy.stats import chisquare
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 
-from tests.modeling.arlm_helpers import BOS, EOS, PAD, TableModel, batch_of, exact_law, make_model, written
+from tests.modeling.naive import BOS, EOS, PAD, batch_of, check_histogram, until_end, written
+from tests.modeling.naive_arlm import TableModel, exact_law, make_model, slow_sampler
 from xlm_hf.modeling.arlm import ARLMForCausalLM, ARLMGenerationConfig
 
 METHODS = {
@@ -36,20 +37,9 @@ def table():
 @pytest.mark.parametrize("max_new_tokens", [2, 4])
 def test_samples_follow_the_exact_law(method, max_new_tokens, table):
     """A table in place of the network: the histogram of whole decodes against every path enumerated."""
-    num = 5000
-    law = exact_law(table, max_new_tokens, **METHODS[method])
-    assert sum(law.values()) == pytest.approx(1.0)
     options = {"do_sample": True, "max_new_tokens": max_new_tokens, "use_cache": False, **METHODS[method]}
-    output = table.generate(torch.tensor([[BOS]] * num), seed=11, **options)
-    counts = Counter(written(output, 1))
-    assert set(counts) <= set(law)
-    # Cells with few expected draws are pooled, as the test asks.
-    common = [w for w, p in law.items() if p * num >= 8]
-    observed = [counts[w] for w in common] + [num - sum(counts[w] for w in common)]
-    expected = [law[w] * num for w in common] + [num * (1 - sum(law[w] for w in common))]
-    if expected[-1] < 5:
-        observed[-2:], expected[-2:] = [sum(observed[-2:])], [sum(expected[-2:])]
-    assert chisquare(observed, expected, sum_check=False).pvalue > 1e-4
+    output = table.generate(torch.tensor([[BOS]] * 5000), seed=11, **options)
+    check_histogram(written(output, 1), exact_law(table, max_new_tokens, **METHODS[method]))
     for sequence, reason, nfe in zip(written(output, 1), output.finish_reason, output.nfe.tolist(), strict=True):
         assert reason == ("stop" if sequence[-1] == EOS else "length")
         assert nfe == len(sequence)
@@ -57,7 +47,7 @@ def test_samples_follow_the_exact_law(method, max_new_tokens, table):
 
 @pytest.mark.parametrize("length_penalty", [0.0, 0.7, 1.0])
 @pytest.mark.parametrize("num_return_sequences", [1, 4])
-def test_beam_search_with_room_for_all_is_exhaustive(length_penalty, num_return_sequences):
+def test_beam_search_over_all_texts_is_exhaustive(length_penalty, num_return_sequences):
     model = TableModel(seed=1)
     law = exact_law(model, 3)
     ranked = sorted(law, key=lambda text: -math.log(law[text]) / len(text) ** length_penalty)
@@ -80,10 +70,8 @@ def test_beam_search_with_room_for_all_is_exhaustive(length_penalty, num_return_
 
 
 def slow_greedy(model, prompt, max_new_tokens):
-    ids = [*prompt, BOS]
-    while len(ids) < len(prompt) + 1 + max_new_tokens and ids[-1] != EOS:
-        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
-    return tuple(ids[len(prompt) + 1 :])
+    ids = slow_sampler(model, batch_of([prompt]), max_new_tokens, do_sample=False, seed=0)
+    return until_end(ids[0, len(prompt) + 1 :].tolist())
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -3,7 +3,8 @@ import math
 import pytest
 import torch
 
-from tests.modeling.arlm_helpers import BOS, EOS, SpecialIds, TableModel, make_examples, make_model
+from tests.modeling.naive import BOS, EOS, SpecialIds, make_examples
+from tests.modeling.naive_arlm import TableModel, make_model
 from xlm_hf.modeling.arlm import ARLMCollator, ARLMLoss
 from xlm_hf.objectives import head_operator
 
@@ -25,11 +26,11 @@ def test_loss_and_gradients_equal_a_double_loop(seed):
     for example in examples:
         before = expected
         row = [*example["prompt_ids"], BOS, *example["target_ids"], EOS]
-        for place in range(len(example["prompt_ids"]), len(row) - 1):
+        for position in range(len(example["prompt_ids"]), len(row) - 1):
             # Only what stands before it: nothing later, no padding, no other row.
-            scores = model(torch.tensor([row[: place + 1]])).logits[0, -1]
-            expected = expected - scores.log_softmax(dim=-1)[row[place + 1]]
-            right += int(scores.argmax()) == row[place + 1]
+            scores = model(torch.tensor([row[: position + 1]])).logits[0, -1]
+            expected = expected - scores.log_softmax(dim=-1)[row[position + 1]]
+            right += int(scores.argmax()) == row[position + 1]
         nats.append(float((expected - before).detach()))
     expected_gradients = torch.autograd.grad(expected, list(model.parameters()))
 

@@ -1,10 +1,11 @@
+import math
 from collections import Counter
 
 import pytest
 import torch
 from scipy.stats import chisquare
 
-from tests.modeling.ilm_helpers import BOS, CLS, PAD, SpecialIds, all_subsets, make_examples
+from tests.modeling.naive import BOS, CLS, PAD, SpecialIds, make_examples
 from xlm_hf.modeling.ilm import ILMCollator
 
 V = 40
@@ -20,7 +21,7 @@ def restore(batch, row):
     ):
         if slot // L == row:
             by_slot.setdefault(slot % L, []).append(token)
-    return [token for place, kept in enumerate(ids) for token in (kept, *by_slot.get(place, []))]
+    return [token for position, kept in enumerate(ids) for token in (kept, *by_slot.get(position, []))]
 
 
 def test_kept_and_dropped_tokens_make_up_the_example():
@@ -41,7 +42,7 @@ def test_slots_are_bos_and_all_kept_tokens_of_rows_that_lack_something():
     for row, example in enumerate(examples):
         if batch["num_dropped"][row]:
             first = len(example["prompt_ids"]) + 1
-            expected += [row * L + place for place in range(first, int(batch["attention_mask"][row].sum()))]
+            expected += [row * L + position for position in range(first, int(batch["attention_mask"][row].sum()))]
     assert batch["slot_index"].tolist() == expected
 
 
@@ -105,7 +106,7 @@ def test_every_subset_of_a_size_is_dropped_alike():
     kept = [tuple(t for t in row if t >= 10) for row in batch["input_ids"].tolist()]
     for size in range(1, length):
         counts = Counter(k for k in kept if len(k) == length - size)
-        assert len(counts) == len(all_subsets(length, size))
+        assert len(counts) == math.comb(length, size)
         assert chisquare(list(counts.values())).pvalue > 1e-4
 
 

@@ -1,14 +1,16 @@
 import itertools
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from scipy.stats import chisquare
 
 from tests.host_reads import as_on_an_accelerator
-from tests.modeling.ilm_helpers import BOS, CLS, PAD, TableModel, exact_law
-from xlm_hf.modeling.ilm import ILMConfig, ILMForInsertionLM, ILMGenerationConfig
+from tests.modeling import naive
+from tests.modeling.naive import BOS, CLS, PAD, check_histogram, written
+from tests.modeling.naive_ilm import TableModel, exact_law, make_model
+from xlm_hf.modeling.ilm import ILMForInsertionLM, ILMGenerationConfig
 
 STOP_AT = [(5,), (6, 7), (7, 6), (5, 5, 6)]
 METHODS = {
@@ -27,25 +29,10 @@ METHODS = {
 }
 
 
-def written(output, prompt_length):
-    return [tuple(t for t in row if t != PAD) for row in output.sequences[:, prompt_length:].tolist()]
-
-
 def check_law(model, config, num=6000):
     """The histogram of whole decodes against every path enumerated."""
-    max_new_tokens = config.max_new_tokens
-    law = exact_law(model, config, max_new_tokens)
-    assert sum(law.values()) == pytest.approx(1.0)
     output = model.generate(torch.tensor([[CLS, BOS]] * num), generation_config=config, seed=11)
-    counts = Counter(written(output, 2))
-    assert set(counts) <= set(law)
-    # Cells with few expected draws are pooled, as the test asks.
-    common = [w for w, p in law.items() if p * num >= 8]
-    observed = [counts[w] for w in common] + [num - sum(counts[w] for w in common)]
-    expected = [law[w] * num for w in common] + [num * (1 - sum(law[w] for w in common))]
-    if expected[-1] < 5:
-        observed[-2:], expected[-2:] = [sum(observed[-2:])], [sum(expected[-2:])]
-    assert chisquare(observed, expected, sum_check=False).pvalue > 1e-4
+    check_histogram(written(output, 2), exact_law(model, config, config.max_new_tokens))
     return output
 
 
@@ -122,29 +109,8 @@ def test_greedy_decoding_takes_the_best_pair():
     assert int(first) == int(model.table(()).argmax()) % 8
 
 
-def make_model(**kwargs):
-    torch.manual_seed(11)
-    config = ILMConfig(
-        vocab_size=20,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=24,
-        suppress_tokens=list(range(7)),
-        initializer_range=0.4,
-        **kwargs,
-    )
-    return ILMForInsertionLM(config).eval()
-
-
 PROMPTS = [[8, 9, 10], [11], [12, 13, 14, 15, 16, 17], []]
-
-
-def batch_of(prompts, side="left"):
-    rows = [[CLS, *prompt, BOS] for prompt in prompts]
-    width = max(map(len, rows))
-    padded = [[PAD] * (width - len(r)) + r if side == "left" else r + [PAD] * (width - len(r)) for r in rows]
-    return torch.tensor(padded)
+batch_of = partial(naive.batch_of, start=(CLS,))
 
 
 @pytest.mark.parametrize(
@@ -154,7 +120,7 @@ def batch_of(prompts, side="left"):
         {"do_sample": True},
         {"do_sample": True, "insertions_per_step": 3},
         {"do_sample": True, "top_p": 0.8},
-        # Room by the prompt: rows that are full stand beside rows that go on.
+        # Capacity by the prompt: rows that are full stand beside rows that go on.
         {"do_sample": True, "max_new_tokens": None, "max_length": 12, "stopping_threshold": None},
     ],
 )

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from tests.modeling.ilm_helpers import BOS, CLS, FIRST_WORD, PAD, SpecialIds
-from xlm_hf.modeling.ilm import ILMCollator, ILMConfig, ILMForInsertionLM, ILMLoss, ILMOutput
+from tests.modeling.naive import BOS, CLS, FIRST_WORD, PAD, SpecialIds
+from tests.modeling.naive_ilm import make_model
+from xlm_hf.modeling.ilm import ILMCollator, ILMLoss, ILMOutput
 
 WORDS = (FIRST_WORD, FIRST_WORD + 1)
 V = FIRST_WORD + 2
@@ -22,8 +23,8 @@ def states(text):
     for n in range(length + 1):
         for dropped in itertools.combinations(range(length), n):
             kept, missing = [], []
-            for place, token in enumerate(text):
-                if place in dropped:
+            for position, token in enumerate(text):
+                if position in dropped:
                     missing.append((len(kept), token))
                 else:
                     kept.append(token)
@@ -103,21 +104,6 @@ def test_the_bound_is_the_likelihood_at_the_exact_conditionals():
         assert bound(model, text) == pytest.approx(-math.log(p), abs=1e-8)
 
 
-def make_model(num_missing_classes=2):
-    torch.manual_seed(0)
-    config = ILMConfig(
-        vocab_size=V,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=16,
-        initializer_range=0.5,
-        suppress_tokens=list(range(FIRST_WORD)),
-        num_missing_classes=num_missing_classes,
-    )
-    return ILMForInsertionLM(config).double().eval()
-
-
 @torch.no_grad()
 def visited(model, text):
     """Probability that the sampler's path passes through a text, and that it stops there, over all paths."""
@@ -142,7 +128,7 @@ def visited(model, text):
 @pytest.mark.parametrize("num_missing_classes", [2, 4])
 def test_the_bound_is_above_the_likelihood_of_any_network(num_missing_classes):
     """Whatever is trained; for a piece that goes on, of the probability that a path passes through it."""
-    model = make_model(num_missing_classes)
+    model = make_model(V, num_missing_classes=num_missing_classes).double()
     losses = [ILMLoss(), ILMLoss(stop_loss_weight=1e-3, stop_class_weights=(0.9, 0.1))]
     for text in ((), (7,), (7, 7), (8, 7, 7), (7, 8, 8, 7)):
         for ends, p in zip((False, True), visited(model, text), strict=True):
@@ -158,7 +144,7 @@ def test_the_bound_is_above_the_likelihood_of_any_network(num_missing_classes):
 @pytest.mark.parametrize("drop_beta", [1.0, 2.0])
 @pytest.mark.parametrize("continues", [False, True])
 def test_what_the_collator_draws_is_an_unbiased_estimate_of_the_bound(drop_beta, continues):
-    model, num = make_model(), 6000
+    model, num = make_model(V).double(), 6000
     collator = ILMCollator(SpecialIds(V), max_length=16, kind="lm", seed=3, drop_beta=drop_beta)
     for text in ((7, 7), (7, 8, 8, 7)):
         examples = [
@@ -176,7 +162,7 @@ def test_what_the_collator_draws_is_an_unbiased_estimate_of_the_bound(drop_beta,
 
 def test_a_whole_piece_of_a_text_that_goes_on_says_nothing_about_the_stop():
     """With nothing dropped there is no loss at all; where something is, there is a stopping loss as for any text."""
-    model, loss = make_model(), ILMLoss()
+    model, loss = make_model(V).double(), ILMLoss()
     whole, broken = (loss(model, {**batch_of_states((7, 8), ends)[0]}) for ends in (True, False))
     complete = -model(torch.tensor([[CLS, BOS, 7, 8]])).stop_logits[0].log_softmax(-1)[0]
     torch.testing.assert_close(whole.loss_sum - broken.loss_sum, complete)

@@ -1,31 +1,17 @@
 import pytest
 import torch
 
-from tests.modeling.ilm_helpers import FIRST_WORD, SpecialIds, dense_loss, make_examples
-from xlm_hf.modeling.ilm import ILMCollator, ILMConfig, ILMForInsertionLM, ILMLoss
+from tests.modeling.naive import SpecialIds, make_examples
+from tests.modeling.naive_ilm import make_model, slow_loss
+from xlm_hf.modeling.ilm import ILMCollator, ILMLoss
 
 V = 13
 
 
-def make_model(**kwargs):
-    torch.manual_seed(0)
-    config = ILMConfig(
-        vocab_size=V,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=32,
-        suppress_tokens=list(range(FIRST_WORD)),
-        initializer_range=0.5,
-        **kwargs,
-    )
-    return ILMForInsertionLM(config).double()
-
-
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("stop_loss_weight", [1.0, 0.25])
-def test_loss_and_gradients_equal_a_double_loop(seed, stop_loss_weight):
-    model = make_model()
+def test_loss_and_gradients_equal_those_of_the_slow_twin(seed, stop_loss_weight):
+    model = make_model(V, 32).double()
     examples = make_examples(7, V, seed=seed)
     # The same word dropped twice from one gap counts twice.
     examples.append({"prompt_ids": [8], "target_ids": [9, 9, 9, 9], "example_id": 1, "epoch": seed, "position": 3})
@@ -33,8 +19,7 @@ def test_loss_and_gradients_equal_a_double_loop(seed, stop_loss_weight):
     output = ILMLoss(stop_loss_weight)(model, batch)
     gradients = torch.autograd.grad(output.loss_sum, list(model.parameters()))
 
-    full = model(batch["input_ids"], attention_mask=batch["attention_mask"])
-    expected = dense_loss(full.logits, full.stop_logits, batch, stop_loss_weight)
+    expected = slow_loss(model, batch, stop_loss_weight=stop_loss_weight)
     expected_gradients = torch.autograd.grad(expected, list(model.parameters()))
 
     assert output.num_items == len(examples)
@@ -46,7 +31,7 @@ def test_loss_and_gradients_equal_a_double_loop(seed, stop_loss_weight):
 
 
 def test_loss_is_a_sum_over_sequences():
-    model = make_model()
+    model = make_model(V, 32).double()
     examples = make_examples(6, V, seed=1)
     collator, loss = ILMCollator(SpecialIds(V), max_length=32, kind="seq2seq"), ILMLoss()
     whole = loss(model, collator(examples))
@@ -92,7 +77,7 @@ def test_perfect_scores_reach_the_entropy_of_the_target():
 
 def test_class_weights_scale_the_two_stopping_classes():
     """The first weight is that of complete sequences, the second that of those that lack something."""
-    model = make_model()
+    model = make_model(V, 32).double()
     batch = ILMCollator(SpecialIds(V), max_length=32, kind="seq2seq")(make_examples(12, V, seed=3))
     is_missing = batch["num_dropped"] > 0
     assert 0 < is_missing.sum() < 12

@@ -4,7 +4,7 @@ import pytest
 import torch
 from scipy.stats import beta, chisquare, kstest
 
-from tests.modeling.mdlm_helpers import BOS, EOS, MASK, PAD, SpecialIds, make_examples
+from tests.modeling.naive import BOS, EOS, MASK, PAD, SpecialIds, make_examples
 from xlm_hf.modeling.mdlm import MDLMCollator
 
 V = 40

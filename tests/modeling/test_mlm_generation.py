@@ -1,26 +1,16 @@
-from collections import Counter
+from functools import partial
 
 import pytest
 import torch
-from scipy.stats import chisquare
 from transformers.generation import LogitsProcessorList
 
 from tests.host_reads import as_on_an_accelerator
-from tests.modeling.mlm_helpers import (
-    BOS,
-    CLS,
-    EOS,
-    MASK,
-    PAD,
-    SEP,
-    TableModel,
-    exact_law,
-    make_model,
-    open_positions,
-    slow_choices,
-)
+from tests.modeling import naive
+from tests.modeling.naive import BOS, CLS, EOS, MASK, PAD, SEP, check_histogram, until_end
+from tests.modeling.naive_mlm import TableModel, exact_law, make_model, open_positions, slow_choices
 from xlm_hf.modeling.mlm import MLMForMaskedLM, MLMGenerationConfig
 
+batch_of = partial(naive.batch_of, end=())
 PROMPTS = [[8, 9, 10, BOS], [7, BOS], [BOS], [11, 12, 7, 8, 9, BOS]]
 METHODS = {
     "random": {"order": "random"},
@@ -42,34 +32,14 @@ METHODS = {
 }
 
 
-def batch_of(rows, side="left"):
-    width = max(map(len, rows))
-    padded = [[PAD] * (width - len(r)) + r if side == "left" else r + [PAD] * (width - len(r)) for r in rows]
-    return torch.tensor(padded)
-
-
-def text_of(ids):
-    return tuple(ids[: ids.index(EOS) + 1] if EOS in ids else ids)
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_samples_follow_the_exact_law(method):
     """A table in place of the network: the histogram of whole decodes against every path enumerated."""
-    model, num = TableModel(), 6000
+    model = TableModel()
     config = MLMGenerationConfig(do_sample=True, max_new_tokens=model.length, **METHODS[method])
-    law = exact_law(model, config)
-    assert sum(law.values()) == pytest.approx(1.0)
-    output = model.generate(torch.full((num, 1), BOS), generation_config=config, seed=11)
-    texts = [text_of(row) for row in output.sequences[:, 1:].tolist()]
-    counts = Counter(texts)
-    assert set(counts) <= set(law)
-    # Cells with few expected draws are pooled, as the test asks.
-    common = [w for w, p in law.items() if p * num >= 8]
-    observed = [counts[w] for w in common] + [num - sum(counts[w] for w in common)]
-    expected = [law[w] * num for w in common] + [num * (1 - sum(law[w] for w in common))]
-    if expected[-1] < 5:
-        observed[-2:], expected[-2:] = [sum(observed[-2:])], [sum(expected[-2:])]
-    assert chisquare(observed, expected, sum_check=False).pvalue > 1e-4
+    output = model.generate(torch.full((6000, 1), BOS), generation_config=config, seed=11)
+    texts = [until_end(row) for row in output.sequences[:, 1:].tolist()]
+    check_histogram(texts, exact_law(model, config))
     assert output.finish_reason == ["stop" if EOS in text else "length" for text in texts]
     assert int(output.nfe.max()) <= min(model.length, config.num_steps or model.length)
 
@@ -80,13 +50,13 @@ def test_greedy_decoding_equals_a_loop(method):
     config = MLMGenerationConfig(max_new_tokens=4, return_history=True, **METHODS[method])
     output = model.generate(torch.tensor([[5, 6, BOS]]), generation_config=config)
     state, history, step = (MASK,) * 4, [-1] * 4, 0
-    while places := open_positions(state):
-        laws = {i: model.distribution(state, i) for i in places}
+    while positions := open_positions(state):
+        laws = {i: model.distribution(state, i) for i in positions}
         ((chosen, _),) = slow_choices(laws, config, step).items()
         state = tuple(max(laws[i], key=laws[i].get) if i in chosen else token for i, token in enumerate(state))
         history = [step if i in chosen else at for i, at in enumerate(history)]
         step += 1
-    text = text_of(list(state))
+    text = until_end(list(state))
     assert output.sequences[0].tolist() == [5, 6, BOS, *text]
     assert output.history[0].tolist() == [-1] * 3 + history[: len(text)]
     assert output.nfe.tolist() == [step]
@@ -104,7 +74,7 @@ def test_greedy_decoding_equals_a_loop(method):
 )
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_row_decodes_alike_in_any_batch(options, side):
-    """Ragged prompts, rooms that differ with the prompt, and inputs to be filled in, all in one batch."""
+    """Ragged prompts, capacities that differ with the prompt, and inputs to be filled in, all in one batch."""
     model, seeds = make_model(), [5, 6, 7, 8, 9]
     rows = [*PROMPTS, [8, MASK, MASK, 9, MASK]]
     call = {"max_length": 12, "return_history": True, **options}

@@ -4,7 +4,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from tests.modeling.ilm_helpers import SpecialIds, make_examples
+from tests.modeling.naive import SpecialIds, make_examples
 from xlm_hf.evaluation import EvaluationSet
 from xlm_hf.modeling.ilm import ILMCollator, ILMConfig, ILMForInsertionLM, ILMLoss
 from xlm_hf.training.arguments import XLMTrainingArguments
@@ -15,8 +15,6 @@ V, NUM_EXAMPLES = 20, 44
 
 
 class Tokenizer(SpecialIds):
-    eos_token_id = 3
-
     def decode(self, ids):
         return " ".join(map(str, ids))
 

@@ -1,59 +1,62 @@
-"""Slow, plain counterparts of the left-to-right language model, for its tests."""
+"""The slow twin of the left-to-right language model."""
 
 import functools
 import itertools
 import math
-import random
 
 import numpy as np
 import torch
 from torch import nn
 
+from tests.modeling.naive import (
+    BOS,
+    EOS,
+    PAD,
+    cross_entropies,
+    draw,
+    filtered,
+    logits_at,
+    make_canvas,
+    small_model,
+    with_targets,
+)
 from xlm_hf.modeling.arlm import ARLMConfig, ARLMForCausalLM
 from xlm_hf.modeling.arlm.modeling_arlm import ARLMOutput
+from xlm_hf.modules.counter_random import uniform
+from xlm_hf.modules.generation import row_seeds
 from xlm_hf.modules.vocabulary_head import head_fields
 
-PAD, EOS, BOS, FIRST_WORD = 0, 3, 4, 7
+LADDER = ("gather", "width", "head")
+make_model = functools.partial(small_model, ARLMForCausalLM, max_position_embeddings=32)
 
 
-class SpecialIds:
-    """What the collators read of a tokenizer."""
-
-    pad_token_id, eos_token_id, bos_token_id, mask_token_id = PAD, EOS, BOS, None
-
-    def __init__(self, vocab_size: int):
-        self.vocab_size = vocab_size
-
-    def __len__(self):
-        return self.vocab_size
+def slow_loss(model, batch, block=None, dense=True):
+    """Sum of the cross-entropies of the next tokens."""
+    return cross_entropies(model, batch, block, dense).sum()
 
 
-def make_examples(num, vocab_size, max_prompt=6, max_target=8, seed=0):
-    rng = random.Random(seed)
-
-    def words(high):
-        return [rng.randrange(FIRST_WORD, vocab_size) for _ in range(rng.randint(0, high))]
-
-    return [
-        {"prompt_ids": words(max_prompt), "target_ids": words(max_target), "example_id": 1000 + i} for i in range(num)
-    ]
+def slow_collation(examples, vocab_size, dense):
+    """Nothing is corrupted."""
+    rows = [[*e["prompt_ids"], BOS, *e["target_ids"]] for e in examples]
+    labels = [[-100] * len(e["prompt_ids"]) + [*e["target_ids"], EOS] for e in examples]
+    return with_targets(rows, labels, vocab_size, dense)
 
 
-def make_model(vocab_size=20, **kwargs):
-    torch.manual_seed(11)
-    config = ARLMConfig(
-        **{
-            "vocab_size": vocab_size,
-            "hidden_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "max_position_embeddings": 32,
-            "suppress_tokens": list(range(FIRST_WORD)),
-            "initializer_range": 0.4,
-            **kwargs,
-        }
-    )
-    return ARLMForCausalLM(config).eval()
+@torch.no_grad()
+def slow_sampler(model, prompts, max_new_tokens, do_sample, seed, savings=()):
+    """One token after the other, every step from the start."""
+    seeds = row_seeds(seed, len(prompts), prompts.device)
+    ids, columns = make_canvas(prompts, max_new_tokens, model.config.pad_token_id)
+    for step in range(max_new_tokens):
+        end = prompts.shape[1] + step
+        seen = ids[:, :end] if "width" in savings else ids
+        last = columns[:, : seen.shape[1]] == end - 1
+        logits = logits_at(model, seen, last if "head" in savings else None)
+        if "gather" not in savings:
+            logits = logits.log_softmax(dim=-1)
+        logits = logits if "head" in savings else logits[:, end - 1]
+        ids[:, end] = draw(logits, uniform(seeds, step) if do_sample else None)
+    return ids
 
 
 class TableModel(ARLMForCausalLM):
@@ -87,14 +90,14 @@ class TableModel(ARLMForCausalLM):
         self, input_ids, attention_mask=None, logits_index=None, logits_to_keep=0, head_function=None, **kwargs
     ):
         rows, L = input_ids.shape
-        places = range(rows * L) if logits_index is None else logits_index.tolist()
+        positions = range(rows * L) if logits_index is None else logits_index.tolist()
         if logits_to_keep:
-            places = [place for place in places if place % L >= L - logits_to_keep]
-        logits = torch.full((len(places), 8), -torch.inf)
+            positions = [position for position in positions if position % L >= L - logits_to_keep]
+        logits = torch.full((len(positions), 8), -torch.inf)
         logits[:, EOS] = 0.0
         ids = input_ids.tolist()
-        for number, place in enumerate(places):
-            row = ids[place // L][: place % L + 1]
+        for number, position in enumerate(positions):
+            row = ids[position // L][: position % L + 1]
             # Behind the end of a text, and before [BOS], anything will do.
             if BOS in row and EOS not in row:
                 for token, p in self.conditional(tuple(row[row.index(BOS) + 1 :])).items():
@@ -104,22 +107,6 @@ class TableModel(ARLMForCausalLM):
         if logits_index is None:
             logits = logits.view(rows, -1, 8)
         return ARLMOutput(**head_fields(logits, nn.Identity(), None, head_function))
-
-
-def filtered(probabilities: dict, temperature=1.0, top_k=None, top_p=None) -> dict:
-    """Temperature, top-k and top-p on a dict of probabilities, by sorting a list."""
-    weights = {key: p ** (1 / temperature) for key, p in probabilities.items() if p > 0}
-    total = sum(weights.values())
-    ranked = sorted(((w / total, key) for key, w in weights.items()), key=lambda item: -item[0])[:top_k]
-    total = sum(p for p, _ in ranked)
-    kept, mass = {}, 0.0
-    for p, key in ranked:
-        if top_p is not None and mass >= top_p:
-            break
-        kept[key] = p / total
-        mass += p / total
-    total = sum(kept.values())
-    return {key: p / total for key, p in kept.items()}
 
 
 def exact_law(model: TableModel, max_new_tokens: int, **filters) -> dict:
@@ -133,15 +120,3 @@ def exact_law(model: TableModel, max_new_tokens: int, **filters) -> dict:
                 (finished if token == EOS else grown)[(*prefix, token)] = p * q
         open_ = grown
     return {**finished, **open_}
-
-
-def batch_of(prompts, side="left"):
-    rows = [[*prompt, BOS] for prompt in prompts]
-    width = max(map(len, rows))
-    padded = [[PAD] * (width - len(r)) + r if side == "left" else r + [PAD] * (width - len(r)) for r in rows]
-    return torch.tensor(padded)
-
-
-def written(output, prompt_width):
-    """What each row wrote, `[EOS]` included."""
-    return [tuple(t for t in row if t != PAD) for row in output.sequences[:, prompt_width:].tolist()]

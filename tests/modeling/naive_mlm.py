@@ -1,75 +1,64 @@
-"""Slow, plain counterparts of the masked language model, for its tests."""
+"""The slow twin of the masked language model."""
 
+import functools
 import itertools
 import math
-import random
 
 import numpy as np
 import torch
 from torch import nn
 
+from tests.modeling.naive import (
+    EOS,
+    MASK,
+    PAD,
+    UNK,
+    commit,
+    cross_entropies,
+    filtered,
+    logits_at,
+    make_canvas,
+    masked_at_random,
+    small_model,
+    until_end,
+)
 from xlm_hf.modeling.mlm import MLMConfig, MLMForMaskedLM
 from xlm_hf.modeling.mlm.generation_mlm import MLMGenerationConfig, MLMGenerationMixin
+from xlm_hf.modules.counter_random import uniform
+from xlm_hf.modules.generation import row_seeds
 from xlm_hf.modules.vocabulary_head import LanguageModelOutput
 
-PAD, CLS, MASK, EOS, BOS, SEP, UNK, FIRST_WORD = range(8)
+LADDER = ("gather", "head")
 V = 13
+make_model = functools.partial(small_model, MLMForMaskedLM, V, suppress_tokens=list(range(UNK)))
+
+slow_collation = masked_at_random
 
 
-class SpecialIds:
-    """What the collators read of a tokenizer."""
-
-    pad_token_id, mask_token_id, bos_token_id, eos_token_id, unk_token_id = PAD, MASK, BOS, EOS, UNK
-    all_special_ids = [PAD, CLS, MASK, EOS, BOS, SEP, UNK]
-
-    def __len__(self):
-        return V
+def slow_loss(model, batch, block=None, dense=True):
+    """Sum of the cross-entropies of the masked tokens."""
+    return cross_entropies(model, batch, block, dense).sum()
 
 
-def make_model(**kwargs):
-    torch.manual_seed(0)
-    config = MLMConfig(
-        vocab_size=V,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=24,
-        suppress_tokens=[PAD, CLS, MASK, EOS, BOS, SEP],
-        initializer_range=0.5,
-        **kwargs,
-    )
-    return MLMForMaskedLM(config).eval()
-
-
-def make_examples(num, max_prompt=6, max_target=8, min_target=0, seed=0):
-    rng = random.Random(seed)
-
-    def words(low, high):
-        return [rng.randrange(FIRST_WORD, V) for _ in range(rng.randint(low, high))]
-
-    return [
-        {
-            "prompt_ids": words(0, max_prompt),
-            "target_ids": words(min_target, max_target),
-            "example_id": 1000 + i,
-            "epoch": 0,
-            "position": i,
-        }
-        for i in range(num)
-    ]
-
-
-def slow_loss(logits, batch):
-    """The objective as written: a loop over sequences and positions, and one over the vocabulary for the softmax."""
-    total = logits.new_zeros(())
-    truth = dict(zip(batch["logits_index"].tolist(), batch["target_ids"].tolist(), strict=True))
-    B, L = batch["input_ids"].shape
-    for b in range(B):
-        for i in range(L):
-            if batch["attention_mask"][b, i] and batch["input_ids"][b, i] == MASK:
-                scores = [logits[b, i, v] for v in range(V) if v not in (CLS, MASK, BOS, SEP)]
-                total = total - (logits[b, i, truth[b * L + i]] - torch.stack(scores).logsumexp(0))
-    return total
+@torch.no_grad()
+def slow_sampler(model, prompts, max_new_tokens, do_sample, seed, savings=(), num_steps=None):
+    """The most confident masks first, evenly over `num_steps`."""
+    seeds = row_seeds(seed, len(prompts), prompts.device)
+    ids, columns = make_canvas(prompts, max_new_tokens, model.config.mask_token_id)
+    num_steps = num_steps or max_new_tokens
+    for step in range(num_steps):
+        masked = ids == model.config.mask_token_id
+        k = -(-int(masked[0].sum()) // (num_steps - step))
+        if k == 0:
+            break
+        seen = masked if "head" in savings else torch.ones_like(masked)
+        logits = logits_at(model, ids, masked if "head" in savings else None)
+        confidence = (logits.softmax(dim=-1) if "gather" in savings else logits.log_softmax(dim=-1).exp()).amax(dim=-1)
+        confidence = torch.zeros(ids.shape).masked_scatter(seen, confidence)
+        order = confidence.masked_fill(~masked, -1.0).argsort(dim=-1, descending=True, stable=True)[:, :k]
+        chosen = torch.zeros_like(masked).scatter(-1, order, True)
+        commit(ids, chosen, seen, logits, uniform(seeds[:, None], columns, 1) if do_sample else None, savings)
+    return ids
 
 
 class TableModel(nn.Module, MLMGenerationMixin):
@@ -98,22 +87,6 @@ class TableModel(nn.Module, MLMGenerationMixin):
         logits = torch.zeros(rows, L, 7)
         logits[:, -self.length :] = self.table[codes]
         return LanguageModelOutput(head_output=head_function(logits.flatten(0, 1)[logits_index], nn.Identity(), None))
-
-
-def filtered(probabilities: dict, temperature=1.0, top_k=None, top_p=None) -> dict:
-    """Temperature, top-k and top-p on a dict of probabilities, by sorting a list."""
-    weights = {key: p ** (1 / temperature) for key, p in probabilities.items()}
-    total = sum(weights.values())
-    ranked = sorted(((w / total, key) for key, w in weights.items()), key=lambda item: -item[0])[:top_k]
-    total = sum(p for p, _ in ranked)
-    kept, mass = {}, 0.0
-    for p, key in ranked:
-        if top_p is not None and mass >= top_p:
-            break
-        kept[key] = p / total
-        mass += p / total
-    total = sum(kept.values())
-    return {key: p / total for key, p in kept.items()}
 
 
 def open_positions(state: tuple[int, ...]) -> list[int]:
@@ -154,12 +127,12 @@ def exact_law(model: TableModel, config: MLMGenerationConfig) -> dict[tuple[int,
     for step in itertools.count():
         after: dict = {}
         for state, p in states.items():
-            places = open_positions(state)
-            if not places:
-                text = state[: state.index(EOS) + 1] if EOS in state else state
+            positions = open_positions(state)
+            if not positions:
+                text = until_end(state)
                 finished[text] = finished.get(text, 0.0) + p
                 continue
-            laws = {i: model.distribution(state, i) for i in places}
+            laws = {i: model.distribution(state, i) for i in positions}
             for chosen, q in slow_choices(laws, config, step).items():
                 options = [filtered(laws[i], config.temperature, config.top_k, config.top_p) for i in chosen]
                 for tokens in itertools.product(*options):

@@ -1,70 +1,69 @@
-"""Slow, plain counterparts of masked diffusion, for its tests: everything is enumerated."""
+"""The slow twin of masked diffusion."""
 
 import itertools
 import math
-import random
 from functools import cache
 
 import numpy as np
 import torch
 from torch import nn
 
+from tests.modeling.naive import (
+    BOS,
+    MASK,
+    commit,
+    cross_entropies,
+    logits_at,
+    make_canvas,
+    masked_at_random,
+    small_model,
+)
 from xlm_hf.modeling.mdlm import MDLMConfig, MDLMForMaskedDiffusion, MDLMGenerationConfig
 from xlm_hf.modeling.mdlm.generation_mdlm import MDLMGenerationMixin
+from xlm_hf.modules.counter_random import uniform
+from xlm_hf.modules.generation import row_seeds
 from xlm_hf.modules.vocabulary_head import LanguageModelOutput, head_fields
 
-PAD, MASK, EOS, BOS, FIRST_WORD = 0, 2, 3, 4, 7
+LADDER = ("gather", "head", "rows")
 WORDS = (7, 8, 9)
 
-
-class SpecialIds:
-    """What the collators read of a tokenizer."""
-
-    pad_token_id, mask_token_id, eos_token_id, bos_token_id, unk_token_id = PAD, MASK, EOS, BOS, 6
-    all_special_ids = list(range(FIRST_WORD))
-
-    def __init__(self, vocab_size: int):
-        self.vocab_size = vocab_size
-
-    def __len__(self):
-        return self.vocab_size
+slow_collation = masked_at_random
 
 
-def make_examples(num, vocab_size, max_prompt=6, max_target=8, min_target=0, seed=0):
-    rng = random.Random(seed)
-
-    def words(low, high):
-        return [rng.randrange(FIRST_WORD, vocab_size) for _ in range(rng.randint(low, high))]
-
-    return [
-        {
-            "prompt_ids": words(0, max_prompt),
-            "target_ids": words(min_target, max_target),
-            "example_id": 1000 + i,
-            "epoch": 0,
-            "position": i,
-        }
-        for i in range(num)
-    ]
-
-
-def make_model(vocab_size=20, max_position_embeddings=24, **kwargs):
-    torch.manual_seed(11)
-    config = MDLMConfig(
-        vocab_size=vocab_size,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=max_position_embeddings,
-        suppress_tokens=list(range(FIRST_WORD)),
-        initializer_range=0.4,
-        **kwargs,
-    )
-    model = MDLMForMaskedDiffusion(config).eval()
+def make_model(*args, **options):
+    model = small_model(MDLMForMaskedDiffusion, *args, **options)
     for name, parameter in model.named_parameters():
         if "modulation" in name:
             parameter.data.normal_(std=0.3)
     return model
+
+
+def slow_loss(model, batch, block=None, dense=True):
+    """Sum of the weighted cross-entropies of the masked tokens (arXiv 2406.07524, equation 10)."""
+    weights = batch.get("loss_weights", batch["weights"])
+    return (weights * cross_entropies(model, batch, block, dense, alpha=batch["alpha"]).sum(dim=-1)).sum()
+
+
+@torch.no_grad()
+def slow_sampler(model, prompts, max_new_tokens, do_sample, seed, savings=(), num_steps=None):
+    """The reverse process of the log-linear schedule: a mask goes at a time t ~ U(0, 1), in the step that passes it."""
+    all_seeds = row_seeds(seed, len(prompts), prompts.device)
+    all_ids, columns = make_canvas(prompts, max_new_tokens, model.config.mask_token_id)
+    num_steps = num_steps or max_new_tokens
+    times = uniform(all_seeds[:, None], columns, 0)
+    for step in range(num_steps):
+        masked = all_ids == model.config.mask_token_id
+        chosen = masked & (times >= (num_steps - step - 1) / num_steps)
+        rows = chosen.any(dim=-1) if "rows" in savings else torch.ones_like(chosen[:, 0])
+        if not rows.any():
+            continue
+        ids, chosen, seeds = all_ids[rows], chosen[rows], all_seeds[rows]
+        seen = chosen if "head" in savings else torch.ones_like(chosen)
+        logits = logits_at(model, ids, chosen if "head" in savings else None)
+        uniforms = uniform(seeds[:, None], step, columns[rows], 1) if do_sample else None
+        commit(ids, chosen, seen, logits, uniforms, savings)
+        all_ids[rows] = ids
+    return all_ids
 
 
 class TableModel(nn.Module, MDLMGenerationMixin):
@@ -86,7 +85,7 @@ class TableModel(nn.Module, MDLMGenerationMixin):
         self.calls = 0
 
     def table(self, canvas, alpha=None) -> np.ndarray:
-        """Probabilities (L, 3) of the words at each place of a canvas, a tuple of ids."""
+        """Probabilities (L, 3) of the words at each position of a canvas, a tuple of ids."""
         if self.joint is not None:
             fits = [
                 (x, p) for x, p in self.joint.items() if all(c in (MASK, t) for c, t in zip(canvas, x, strict=True))
@@ -124,12 +123,12 @@ def subsets(items):
     return itertools.chain.from_iterable(itertools.combinations(items, n) for n in range(len(items) + 1))
 
 
-def fill(canvas, places, table):
-    """All ways of writing words at `places`, each by itself: pairs of the new canvas and its probability."""
-    for words in itertools.product(range(3), repeat=len(places)):
+def fill(canvas, positions, table):
+    """All ways of writing words at `positions`, each by itself: pairs of the new canvas and its probability."""
+    for words in itertools.product(range(3), repeat=len(positions)):
         new, p = list(canvas), 1.0
-        for place, word in zip(places, words, strict=True):
-            new[place], p = WORDS[word], p * table[place, word]
+        for position, word in zip(positions, words, strict=True):
+            new[position], p = WORDS[word], p * table[position, word]
         yield tuple(new), p
 
 
@@ -180,6 +179,26 @@ def random_order_law(model, length):
     return law
 
 
+def rule_law(model, length, sizes, order):
+    """Law of committing by a rule `sizes[i]` positions in step i; the network is told the share that is masked."""
+    law = {(MASK,) * length: 1.0}
+    for block, k in sizes:
+        new: dict = {}
+        for canvas, p in law.items():
+            table = model.table(canvas, 1 - canvas.count(MASK) / length)
+            top = np.sort(table, axis=-1)
+            scores = {
+                "confidence": top[:, -1],
+                "margin": top[:, -1] - top[:, -2],
+                "entropy": (table * np.log(table)).sum(-1),
+            }[order]
+            masked = sorted((i for i in block if canvas[i] == MASK), key=lambda i: -scores[i])
+            for x, q in fill(canvas, masked[:k], table):
+                new[x] = new.get(x, 0.0) + p * q
+        law = new
+    return law
+
+
 def gauss(num, low=0.0, high=1.0):
     nodes, weights = np.polynomial.legendre.leggauss(num)
     return low + (high - low) * (nodes + 1) / 2, weights * (high - low) / 2
@@ -196,16 +215,4 @@ def exact_nelbo(model, x, schedule="log_linear", first_time=0.0):
             table = model.table(canvas, 1 - r)
             nll = -sum(math.log(table[i, WORDS.index(x[i])]) for i in masked)
             total += weight * slope / r * r ** len(masked) * (1 - r) ** (len(x) - len(masked)) * nll
-    return total
-
-
-def slow_loss(logits, batch):
-    """The weighted sum of the cross-entropies by a double loop; `logits` (B, L, V)."""
-    total, targets = 0.0, iter(batch["target_ids"].tolist())
-    weights = batch.get("loss_weights", batch["weights"])
-    for b, row in enumerate(batch["input_ids"].tolist()):
-        for i, token in enumerate(row):
-            if token == MASK:
-                log_probabilities = logits[b, i] - logits[b, i].logsumexp(-1)
-                total = total - weights[b].double() * log_probabilities[next(targets)]
     return total
