@@ -142,7 +142,10 @@ def check_batch_composition(case: FamilyCase, tmp_path: Path) -> None:
 
 
 def check_generation(case: FamilyCase, tmp_path: Path) -> None:
-    """A row decodes alike alone, in a batch and with padding on either side; the prompt stays; so with no prompt."""
+    """A row decodes alike alone, in a batch and with padding on either side, wrapped or bare; its prompt stays.
+
+    A row that is full says that it ended by its length.
+    """
     model = case.model()
     for kind in case.kinds:
         collator, examples = case.collator(f"{kind}_prediction", model), case.examples(kind=kind)
@@ -163,6 +166,30 @@ def check_generation(case: FamilyCase, tmp_path: Path) -> None:
         for number, example in enumerate(examples):
             alone = _written(model, kind, collator([example]), seeds[number : number + 1])
             assert alone == together[number : number + 1]
+        _check_ends_by_length(model, inputs, kind)
+        if kind == "seq2seq":
+            _check_bare_prompts(model, examples, output.sequences, seeds)
+
+
+def _check_ends_by_length(model: Any, inputs: dict[str, torch.Tensor], kind: str) -> None:
+    """Rows that are full, and not with an end-of-sequence token, end with "length"."""
+    if kind == "infill":
+        return
+    output = model.generate(**inputs, seed=0, max_new_tokens=1, return_history=True)
+    end = getattr(model.config, "eos_token_id", None) or -1
+    is_full = (output.history[:, inputs["input_ids"].shape[1] :] >= 0).any(dim=-1)
+    is_cut = is_full & (output.sequences[:, -1] != end)
+    for cut, reason in zip(is_cut.tolist(), output.finish_reason, strict=True):
+        assert not cut or reason == "length", "a full row ends with finish_reason 'length'"
+
+
+def _check_bare_prompts(model: Any, examples: list[dict[str, Any]], sequences: torch.Tensor, seeds: list[int]) -> None:
+    """A prompt without the special tokens of the layout gets them in `generate`, and decodes as with them."""
+    pad = model.config.pad_token_id
+    for example, seed, expected in zip(examples, seeds, sequences.tolist(), strict=True):
+        bare = torch.tensor([example["prompt_ids"]])
+        row = model.generate(bare, seed=torch.tensor([seed]), max_new_tokens=8).sequences[0].tolist()
+        assert [t for t in row if t != pad] == [t for t in expected if t != pad], "a bare prompt is not completed"
 
 
 def _is_part(ids: list[int], row: list[int]) -> bool:
@@ -207,7 +234,7 @@ def check_batch_entries(case: FamilyCase, tmp_path: Path) -> None:
             collator, examples = case.collator(kind, model, packing=packing), case.examples(kind=kind)
             batch = collator(examples)
             check_entries(collator, batch, len(examples))
-            static = StaticShapes(collator, batch["input_ids"].shape[1] + 16)
+            static = StaticShapes(collator, collator.packing or batch["input_ids"].shape[1] + 16)
             padded = static(examples)
             assert_close(loss_and_gradients(model, loss, padded), loss_and_gradients(model, loss, batch))
             if not packing:

@@ -10,7 +10,6 @@ from xlm_hf.modules.generation import (
     GenerationCall,
     NonAutoregressiveGenerationConfig,
     NonAutoregressiveGenerationMixin,
-    left_align_padding,
 )
 from xlm_hf.modules.token_sampling import filter_logits, sample_categorical
 from xlm_hf.modules.vocabulary_head import LogitsOnDemand
@@ -62,7 +61,8 @@ class ILMGenerationMixin(NonAutoregressiveGenerationMixin):
 
     def open_generation(self, call: GenerationCall, input_ids, attention_mask, **inputs) -> EditBuffer:
         """Sequences that hold nothing after their prompts."""
-        prompt, prompt_mask = self._prepare_prompt(input_ids, attention_mask)
+        special = (self.config.cls_token_id, self.config.bos_token_id)
+        prompt, prompt_mask = self.completed_prompts(input_ids, attention_mask, *special)
         capacity = self.capacity_after(call.config, prompt_mask.sum(dim=-1))
         return EditBuffer(prompt, prompt_mask, capacity, self._pad_token_id, call.log)
 
@@ -94,31 +94,11 @@ class ILMGenerationMixin(NonAutoregressiveGenerationMixin):
         # Where a row has less capacity left than draws, the first of them count, wherever they go.
         drawn = drawn & (drawn.cumsum(dim=-1) <= (state.capacity - state.lengths)[rows, None])
         state.apply(rows, step, slots, tokens, drawn)
-        state.finished[rows] |= state.lengths[rows] == state.capacity[rows]
         return True
 
     @property
     def _pad_token_id(self) -> int:
         return self.config.pad_token_id
-
-    def _prepare_prompt(self, input_ids, attention_mask):
-        """Check prompts, wrap bare ones in `[CLS] ... [BOS]`, and move the padding to the left."""
-        cls_id, bos_id = self.config.cls_token_id, self.config.bos_token_id
-        input_ids, mask = self.aligned_prompts(input_ids, attention_mask, [cls_id, bos_id])
-        starts = input_ids.gather(-1, mask.int().argmax(dim=-1, keepdim=True)).squeeze(-1) == cls_id
-        wrapped = starts & (input_ids[:, -1] == bos_id) & mask[:, -1]
-        if wrapped.all():
-            return input_ids, mask
-        is_special = mask & ((input_ids == cls_id) | (input_ids == bos_id))
-        if is_special.any():
-            raise ValueError(
-                f"Either all prompts are [CLS] ... [BOS] (ids {cls_id} and {bos_id}), or none has these tokens: add "
-                "both to every prompt or to none, with the tokenizer and the collator of this family."
-            )
-        column = torch.ones_like(input_ids[:, :1])
-        input_ids = torch.cat((column * cls_id, input_ids, column * bos_id), dim=1)
-        mask = torch.cat((column.bool(), mask, column.bool()), dim=1)
-        return left_align_padding(input_ids, mask)
 
 
 def _draw_insertions(

@@ -243,7 +243,7 @@ def test_streamer_and_logits_processor_see_every_step():
         ({"seed": [1, 2]}, "seed has 2 entries for 1 rows"),
         ({"input_ids": torch.tensor([[CLS, 20, BOS]])}, "Token id 20 is outside the model's vocabulary of 20"),
         ({"input_ids": torch.full((1, 24), 9)}, "26 tokens and the model has 24 positions"),
-        ({"input_ids": torch.tensor([[CLS, 9, BOS], [8, 9, 10]])}, "add both to every prompt or to none"),
+        ({"input_ids": torch.tensor([[CLS, 9, BOS], [8, 9, 10]])}, "add them to every prompt or to none"),
     ],
 )
 def test_bad_calls_are_refused_in_one_sentence(call, message):

@@ -13,21 +13,18 @@ def slow_step(row, capacity, deleted, substitutes, insertions):
     """One step on a list of (token, step) pairs: insertions is a list of (slot, token) in the order given."""
     step = insertions["step"]
     free = capacity - sum(not gone for gone in deleted[: len(row)])
-    made, cut = {}, False
+    made = {}
     for slot in range(len(row) + 1):
         for at, token in insertions["made"]:
-            if at == slot:
-                if free > 0:
-                    made.setdefault(slot, []).append((token, step))
-                    free -= 1
-                else:
-                    cut = True
+            if at == slot and free > 0:
+                made.setdefault(slot, []).append((token, step))
+                free -= 1
     new = []
     for slot in range(len(row) + 1):
         new += made.get(slot, [])
         if slot < len(row) and not deleted[slot]:
             new.append((substitutes[slot], step) if substitutes[slot] >= 0 else row[slot])
-    return new, cut
+    return new
 
 
 def replay(events, rows):
@@ -74,7 +71,7 @@ def test_steps_equal_a_loop_and_the_log_replays_them(seed):
     buffer = EditBuffer(prompt, mask, torch.tensor(capacity), PAD, log, padded, sizes)
     buffer.extra["flag"] = padded.double() * 2
     slow = [[(token, -1) for token in row] for row in start]
-    cut, latest = [False] * B, []
+    latest = []
     for step in range(rng.randint(1, 5)):
         rows = sorted(rng.sample(range(B), rng.randint(1, B)))
         deleted, substitutes, slots, tokens, inserted = random_edits(rng, [len(slow[row]) for row in rows], W)
@@ -84,25 +81,24 @@ def test_steps_equal_a_loop_and_the_log_replays_them(seed):
             {} if rng.random() < 0.3 else {"deleted": torch.tensor(deleted), "substitutes": torch.tensor(substitutes)}
         )
         given = (torch.tensor(x) for x in (slots, tokens, inserted))
+        was_finished = buffer.finished.tolist()
         buffer.apply(torch.tensor(rows), step, *given, **extra)
         for i, row in enumerate(rows):
-            if buffer.finished[row]:
+            if was_finished[row]:
                 continue
             made = [(s, t) for s, t, yes in zip(slots[i], tokens[i], inserted[i], strict=True) if yes]
-            no_change = [False] * W, [-1] * W
-            of_row = (deleted[i], substitutes[i]) if extra else no_change
-            slow[row], was_cut = slow_step(slow[row], capacity[row], *of_row, {"made": made, "step": step})
-            cut[row] |= was_cut
+            of_row = (deleted[i], substitutes[i]) if extra else ([False] * W, [-1] * W)
+            slow[row] = slow_step(slow[row], capacity[row], *of_row, {"made": made, "step": step})
+            was_finished[row] = not extra and len(slow[row]) == capacity[row]
+        assert buffer.finished.tolist() == was_finished
         latest += log.latest().tolist()
-        for row in range(B):
-            n = int(buffer.lengths[row])
+        for row, n in enumerate(buffer.lengths.tolist()):
             assert list(zip(buffer.tokens[row, :n].tolist(), buffer.steps[row, :n].tolist(), strict=True)) == slow[row]
             assert buffer.tokens[row, n:].tolist() == [PAD] * (W - n)
             assert buffer.steps[row, n:].tolist() == [-1] * (W - n)
             kept = buffer.steps[row, :n] < 0
             assert torch.equal(buffer.extra["flag"][row, :n][kept], buffer.tokens[row, :n][kept].double() * 2)
             assert n <= capacity[row]
-    assert buffer.was_cut.tolist() == cut
     at_first = [prompt[row][mask[row]].tolist() + start[row] for row in range(B)]
     at_last = [prompt[row][mask[row]].tolist() + [token for token, _ in slow[row]] for row in range(B)]
     assert replay(log.events().tolist(), [list(row) for row in at_first]) == at_last
@@ -117,14 +113,27 @@ def test_one_position_left_and_two_gaps_fire():
     buffer = EditBuffer(torch.tensor([[9]]), torch.tensor([[True]]), torch.tensor([3]), PAD)
     rows = torch.tensor([0])
     buffer.apply(rows, 0, torch.tensor([[0, 0]]), torch.tensor([[1, 2]]), torch.tensor([[True, True]]))
-    buffer.apply(rows, 1, torch.tensor([[2, 0]]), torch.tensor([[3, 4]]), torch.tensor([[True, True]]))
+    none = torch.zeros(1, 3, dtype=torch.bool)
+    buffer.apply(rows, 1, torch.tensor([[2, 0]]), torch.tensor([[3, 4]]), torch.tensor([[True, True]]), none)
     # The first in reading order gets the position, not the first that was given.
     assert buffer.tokens.tolist() == [[4, 1, 2]]
-    assert buffer.was_cut.tolist() == [True]
+    assert buffer.finished.tolist() == [False]
     # A deletion makes way for an insertion of the same step.
     deleted = torch.tensor([[True, False, False]])
     buffer.apply(rows, 2, torch.tensor([[3]]), torch.tensor([[5]]), torch.tensor([[True]]), deleted)
     assert buffer.tokens.tolist() == [[1, 2, 5]]
+
+
+@pytest.mark.parametrize(("capacity", "reason"), [(2, "length"), (3, "stop")])
+def test_a_full_row_ends_by_its_length(capacity, reason):
+    buffer = EditBuffer(torch.tensor([[9]]), torch.tensor([[True]]), torch.tensor([capacity]), PAD)
+    rows, both = torch.tensor([0]), torch.tensor([[True, True]])
+    buffer.apply(
+        rows, 0, torch.tensor([[0, 0]]), torch.tensor([[1, 2]]), both, substitutes=torch.full((1, capacity), -1)
+    )
+    assert not buffer.finished.any()
+    buffer.finish(rows, torch.tensor([True]))
+    assert buffer.output(return_history=False).finish_reason == [reason]
 
 
 def test_a_step_reads_nothing_from_the_device_but_its_shape():

@@ -100,8 +100,28 @@ def test_a_row_that_is_too_long_is_refused():
         StaticShapes(plain, 12)(case.examples())
 
 
+def test_with_packing_a_length_below_the_positions_is_refused_at_once():
+    case = FamilyCase(min(families()))
+    packed = case.collator("seq2seq", case.model(), packing=True)
+    with pytest.raises(
+        ValueError, match=r"static_length is 12, but .* `model.max_position_embeddings=N trainer.static"
+    ):
+        StaticShapes(packed, 12)
+
+
+def test_with_packing_more_targets_than_positions_fill_a_multiple():
+    batch = {"input_ids": torch.zeros(2, 3, dtype=torch.long), "target_ids": torch.arange(11)}
+    collator = MadeBatch(batch, {"target_ids": Entry("target", padding=-100)})
+    collator.packing = 5
+    padded = StaticShapes(collator, 5)([])
+    assert padded["input_ids"].shape == (2, 5)
+    assert padded["target_ids"].tolist() == [*range(11), *[-100] * 9]
+
+
 class MadeBatch:
     """A collator of one batch."""
+
+    packing = None
 
     def __init__(self, batch, entries):
         self.batch, self.entries = batch, {**Collator.entries, **entries}

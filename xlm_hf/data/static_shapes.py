@@ -23,14 +23,23 @@ class StaticShapes:
     The collator declares what each entry of a batch is about (`Collator.entries`). Rows get padding up to `length`
     tokens. Lists, such as targets, are filled up to B x `length` values for B rows. The losses leave these targets out
     of their sums and counts. The price is the vocabulary head at every position. With packing, and if an example is
-    several documents, the numbers of rows and of documents still vary.
+    several documents, the numbers of rows and of documents still vary. With packing the lists are filled up to a
+    multiple of B x `length`: the documents of a row may have lost more tokens than a row holds.
 
     Args:
         collator: makes training batches, and says in `entries` what is in them.
         length: tokens of every row.
+
+    Raises:
+        ValueError: if packing may fill a row with more tokens.
     """
 
     def __init__(self, collator: Any, length: int):
+        if collator.packing and length < collator.packing:
+            raise ValueError(
+                f"trainer.static_length is {length}, but packing fills rows up to the {collator.packing} positions of "
+                "the model: give both the same number, `model.max_position_embeddings=N trainer.static_length=N`."
+            )
         self.collator, self.length = collator, length
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -38,7 +47,8 @@ class StaticShapes:
         batch, entries = self.collator(examples), self.collator.entries
         (B, L), length = batch["input_ids"].shape, self.length
         # Of what was taken out of a row, a batch may hold more than of what is left in it.
-        longest = max(L, *(-(-len(x) // B) for name, x in batch.items() if entries[name].of not in AXES))
+        lists = [] if self.collator.packing else [x for name, x in batch.items() if entries[name].of not in AXES]
+        longest = max([L, *(-(-len(x) // B) for x in lists)])
         if longest > length:
             raise ValueError(f"trainer.static_length is {length} and a row needs {longest}: raise it to the longest.")
         return {name: self._padded(x, entries[name], B, L, "segment_ids" in batch) for name, x in batch.items()}
@@ -48,7 +58,8 @@ class StaticShapes:
             x = x // L * self.length + x % L
         if entry.of == "position" or (entry.of == "row" and several):
             return _extended(x, 1, self.length, entry.padding)
-        return x if entry.of in AXES else _extended(x, 0, B * self.length, entry.padding)
+        size = B * self.length
+        return x if entry.of in AXES else _extended(x, 0, max(1, -(-len(x) // size)) * size, entry.padding)
 
 
 def _extended(x: torch.Tensor, dim: int, length: int, padding: int | str) -> torch.Tensor:

@@ -91,8 +91,7 @@ class EditBuffer:
         lengths: (B,) tokens of each row.
         nfe: (B,) int64, forward passes that each row took part in.
         finished: (B,) bool, rows that are done.
-        stopped: (B,) bool, those of them that ended by themselves.
-        was_cut: (B,) bool, rows with an insertion that had to be left out.
+        stopped: (B,) bool, those of them that ended by themselves, with capacity left.
     """
 
     def __init__(
@@ -115,7 +114,7 @@ class EditBuffer:
         if start is not None and start_lengths is not None:
             self.tokens[:, : start.shape[1]], self.lengths = start, start_lengths
         self.nfe = torch.zeros(B, dtype=torch.int64, device=device)
-        self.finished, self.stopped, self.was_cut = (torch.zeros(B, dtype=torch.bool, device=device) for _ in range(3))
+        self.finished, self.stopped = (torch.zeros(B, dtype=torch.bool, device=device) for _ in range(2))
 
     def shape_of_step(self, *others: torch.Tensor) -> tuple[torch.Tensor, int, int, list[int]]:
         """The open rows, their slots in all, the longest of them and `others`, by one reading (`shape_of_call`)."""
@@ -158,10 +157,10 @@ class EditBuffer:
         return torch.cat((self.prompt, self.written()), dim=1)
 
     def finish(self, rows: torch.Tensor, ended: torch.Tensor) -> None:
-        """End those of `rows` (R,) that have `ended` (R,) and are open, by themselves."""
+        """End those of `rows` (R,) that have `ended` (R,) and are open: by themselves, or by their length if full."""
         ended = ended & ~self.finished[rows]
         self.finished[rows] |= ended
-        self.stopped[rows] |= ended
+        self.stopped[rows] |= ended & (self.lengths < self.capacity)[rows]
 
     def apply(
         self,
@@ -175,7 +174,9 @@ class EditBuffer:
     ) -> None:
         """Delete, substitute and insert in the open ones of `rows` (R,), all by the positions before the step.
 
-        Insertions that exceed a row's capacity, in reading order and after the deletions, are left out.
+        Insertions that exceed a row's capacity, in reading order and after the deletions, are left out. A step that
+        neither deletes nor substitutes ends the rows that are full after it, by their length. With `deleted` or
+        `substitutes` a full row stays open, since it may still change.
 
         Args:
             rows: indices of rows.
@@ -206,7 +207,6 @@ class EditBuffer:
         slots, tokens = slots.gather(1, order), tokens.gather(1, order)
         free = self.capacity[rows, None] - kept_before[:, -1:]
         fits = (slots <= W) & (torch.arange(slots.shape[1], device=rows.device) < free)
-        self.was_cut[rows] |= ((slots <= W) & ~fits).any(dim=-1)
         target = kept_before.gather(1, slots.clamp(max=W)) + torch.arange(slots.shape[1], device=rows.device)
         added = torch.zeros_like(kept_before).scatter_add_(1, slots.clamp(max=W), fits.long()).cumsum(dim=-1)
         # One spare column takes what is deleted or left out.
@@ -217,6 +217,8 @@ class EditBuffer:
             buffer[rows] = new.scatter_(1, moved, buffer[rows]).scatter_(1, target, values)[:, :W]
         self.lengths[rows] = kept_before[:, -1] + added[:, -1]
         self._note(INSERT, rows, step, target, tokens, fits)
+        if deleted is None and substitutes is None:
+            self.finished[rows] |= (self.lengths == self.capacity)[rows]
 
     def _columns(self, tokens: torch.Tensor, step: int):
         """Each (B, W) tensor, what inserted `tokens` have in it, and what stands where nothing is."""

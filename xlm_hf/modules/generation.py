@@ -315,6 +315,40 @@ class GenerationOptionsMixin:
         mask = input_ids != self.config.pad_token_id if attention_mask is None else attention_mask.bool()
         return left_align_padding(input_ids, mask)
 
+    def completed_prompts(
+        self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, first: int | None, last: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`aligned_prompts` in the layout `first prompt last`, of special tokens that bare prompts get here.
+
+        Args:
+            input_ids: (B, P), padded on either side: all complete, or all bare. None is one prompt of nothing else.
+            attention_mask: (B, P), 1 for tokens; by default everything but `pad_token_id`.
+            first: id before each prompt; None for none.
+            last: id after each prompt.
+
+        Raises:
+            ValueError: for an id outside the vocabulary, or one of the two anywhere else.
+        """
+        ids = [last] if first is None else [first, last]
+        input_ids, mask = self.aligned_prompts(input_ids, attention_mask, ids)
+        is_complete = mask[:, -1] & (input_ids[:, -1] == last)
+        if first is not None:
+            begins = input_ids.gather(-1, mask.int().argmax(dim=-1, keepdim=True)).squeeze(-1)
+            is_complete &= begins == first
+        if is_complete.all():
+            return input_ids, mask
+        if (mask & torch.isin(input_ids, torch.tensor(ids, device=mask.device))).any():
+            layout = f"end with id {last}" if first is None else f"begin with id {first} and end with id {last}"
+            raise ValueError(
+                f"Either all prompts {layout}, or none has these tokens: add them to every prompt or to none, with the "
+                "tokenizer and the collator of this family."
+            )
+        column = torch.ones_like(input_ids[:, :1])
+        before = [] if first is None else [column * first]
+        input_ids = torch.cat((*before, input_ids, column * last), dim=1)
+        mask = torch.cat((*(column.bool() for _ in before), mask, column.bool()), dim=1)
+        return left_align_padding(input_ids, mask)
+
     def check_token_ids(self, input_ids: torch.Tensor) -> None:
         """Raise ValueError if an id lies outside the model's vocabulary."""
         vocab_size = self.config.vocab_size
