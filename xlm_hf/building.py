@@ -271,7 +271,7 @@ def build_collator(
     """
     collator_class: Any = hydra.utils.get_class(node._target_)
     options = {**options_of(node), **options}
-    check_arguments(f"The collator {kind!r}", options, collator_class)
+    check_arguments(f"The collator {kind!r}", options, collator_class, given=("tokenizer", "kind", "prediction"))
     name = kind.removesuffix("_prediction")
     return collator_class(
         tokenizer, **{"max_length": max_length, "seed": seed, **options}, kind=name, prediction=name != kind

@@ -218,13 +218,15 @@ class ARLMGenerationMixin(GenerationOptionsMixin, GenerationMixin):  # type: ign
                 f"The options select {mode.value}, but only {', '.join(mode.value for mode in modes)} are supported: "
                 "unset num_beams, do_sample or the options of assisted decoding."
             )
+        self.check_token_ids(torch.tensor(list(config.suppress_tokens or ())), "suppress_tokens: id")
         return config
 
     def _prepare_prompt(self, input_ids, attention_mask):
         """Check prompts, end bare ones with `[BOS]`, and move the padding to the left."""
         bos_id = self.config.bos_token_id
-        if input_ids is None:
-            input_ids = torch.tensor([[bos_id]], device=self.device)
+        if input_ids is None or input_ids.shape[1] == 0:
+            num_rows = 1 if input_ids is None else len(input_ids)
+            input_ids, attention_mask = torch.full((num_rows, 1), bos_id, device=self.device), None
         self.check_token_ids(input_ids)
         if attention_mask is None:
             attention_mask = input_ids != self.config.pad_token_id

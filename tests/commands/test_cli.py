@@ -242,6 +242,8 @@ def mistake(capsys, monkeypatch, tmp_path, *arguments):
         ([*TINY, "model.max_position_embeddings=20"], "the model has 20 positions"),
         ([*TINY, "job=evaluate"], "job=evaluate needs a model: add checkpoint=DIR"),
         ([*TINY, "job=evaluate", "checkpoint=nowhere"], "There is no checkpoint at nowhere"),
+        ([*TINY, "collator.kind=lm"], "The collator 'seq2seq' has no option 'kind': "),
+        ([*TINY, "seed=abc"], "seed must be an integer and is 'abc'."),
         ([*TINY, "seed=[1"], "no viable alternative at input '[1'"),
     ],
 )

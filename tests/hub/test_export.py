@@ -34,6 +34,7 @@ SPECIAL_TOKENS = {f"{name.lower()}_token": f"[{name}]" for name in ("PAD", "CLS"
 CODE_FILES = {
     "attention_patterns.py",
     "backbone_config.py",
+    "checked_options.py",
     "configuration_ilm.py",
     "counter_random.py",
     "devices.py",

@@ -419,6 +419,20 @@ def test_streamer_and_logits_processor_see_every_step_and_suppressed_ids_are_nev
         ({"input_ids": torch.tensor([[8, BOS, 9, 10]])}, r"\[BOS\] \(id 4\) in its middle"),
         ({"max_new_tokens": 30}, "max_new_tokens is 30, but a prompt of 4 tokens leaves 20 of the model's 24"),
         ({"seed": [1, 2]}, "seed has 2 entries for 1 rows"),
+        ({"seed": "abc"}, "seed must be an integer, or one for each row, and is 'abc'"),
+        ({"sampler": ["remdm"]}, r"sampler must be one of .* and is \['remdm'\]"),
+        ({"noise_schedule": None}, "noise_schedule must be given and is None"),
+        ({"sampler": "remdm", "eta": None}, "eta must be a finite number and is None"),
+        ({"temperature": None, "do_sample": True}, "temperature must be a finite number and is None"),
+        ({"temperature": "abc"}, "temperature must be a finite number and is 'abc'"),
+        ({"temperature": float("nan")}, "temperature must be a finite number and is nan"),
+        ({"num_steps": 2.5}, "num_steps must be an integer or None and is 2.5"),
+        ({"num_steps": True}, "num_steps must be an integer or None and is True"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens must be an integer or None and is 2.5"),
+        ({"do_sample": "no"}, "do_sample must be true or false and is 'no'"),
+        ({"suppress_tokens": [0.5]}, r"suppress_tokens must be a list of integers or None and is \[0.5\]"),
+        ({"suppress_tokens": [-1]}, "suppress_tokens: id -1 is outside the model's vocabulary of 20"),
+        ({"suppress_tokens": [20]}, "suppress_tokens: id 20 is outside the model's vocabulary of 20"),
         ({"input_ids": torch.tensor([[20, BOS]])}, "Token id 20 is outside the model's vocabulary of 20"),
     ],
 )
@@ -454,6 +468,49 @@ def test_saved_options_of_every_sampler_load(saved, options, tmp_path):
     # Another sampler in a call leaves the options of the saved one behind.
     assert config.updated(sampler="confidence", entropy_bound=0.5).entropy_bound == 0.5
     assert not hasattr(config.updated(sampler="confidence"), "noise_schedule")
+
+
+def _assigned(config, _):
+    config.sampler, config.eta = "remdm", 0.2
+    return config
+
+
+def _updated(config, _):
+    assert config.update(eta=0.2, other=1, sampler="remdm") == {"other": 1}
+    return config
+
+
+def _loaded(config, folder):
+    config.save_pretrained(folder)
+    return MDLMGenerationConfig.from_pretrained(folder, sampler="remdm", eta=0.2)
+
+
+@pytest.mark.parametrize("change", [_assigned, _updated, _loaded])
+def test_another_sampler_brings_its_options_and_takes_those_of_the_saved_one(change, tmp_path):
+    config = change(MDLMGenerationConfig(sampler="confidence", order="entropy", max_new_tokens=3), tmp_path)
+    wanted = MDLMGenerationConfig(sampler="remdm", eta=0.2, max_new_tokens=3)
+    assert config.to_dict() == wanted.to_dict()
+    model = make_model()
+    model.generation_config = config
+    output = model.generate(seed=1)
+    torch.testing.assert_close(output.sequences, model.generate(seed=1, generation_config=wanted).sequences)
+
+
+def test_an_option_that_was_set_for_no_sampler_of_the_config_is_refused_by_generate():
+    model = make_model()
+    model.generation_config.eta = 0.1
+    with pytest.raises(ValueError, match="The sampler 'ancestral' has no option 'eta', which remdm has"):
+        model.generate(seed=1)
+    model.generation_config.sampler = "remdm"
+    assert model.generate(seed=1, max_new_tokens=2).nfe
+    assert model.generation_config.eta == 0.1
+
+
+def test_one_number_of_any_kind_is_a_seed_and_a_prompt_of_no_tokens_is_empty():
+    model, options = make_model(), {"do_sample": True, "max_new_tokens": 4, "return_dict_in_generate": False}
+    expected = model.generate(batch_of([[], []]), seed=3, **options)
+    for seed in (np.int64(3), torch.tensor(3)):
+        torch.testing.assert_close(model.generate(torch.zeros(2, 0), seed=seed, **options), expected)
 
 
 @pytest.mark.parametrize("backbone", ["rotary", "dit"])

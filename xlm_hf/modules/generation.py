@@ -5,35 +5,17 @@ The dialect is that of the diffusion language models that transformers ships (`t
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import Any, ClassVar
 
 import torch
 from transformers.generation import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
+from .checked_options import CheckedOptions
 from .counter_random import random_bits
 from .edits import EditLog
 from .generation_output import NonAutoregressiveGenerationOutput
 from .messages import check_options
-
-
-class CheckedOptions:
-    """Checks on the values of options, each of which raises ValueError naming the option, its value and its range."""
-
-    def _check_positive(self, *names: str) -> None:
-        for name in names:
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name} must be greater than 0 and is {value}.")
-
-    def _check_probability(self, *names: str) -> None:
-        for name in names:
-            value = getattr(self, name)
-            if value is not None and not 0 < value <= 1:
-                raise ValueError(f"{name} must be in (0, 1] and is {value}.")
-
-    def _check_choice(self, name: str, choices: Sequence[str]) -> None:
-        if getattr(self, name) not in choices:
-            raise ValueError(f"{name} must be one of {', '.join(choices)} and is {getattr(self, name)!r}.")
 
 
 class Sampler(CheckedOptions):
@@ -94,31 +76,44 @@ class NonAutoregressiveGenerationConfig(CheckedOptions, GenerationConfig):
     # The parent's __init__ is left out on purpose: it would bring options that none of these families has.
     def __init__(self, **options):
         options, own = self._of_sampler(options)
-        for name, value in options.items():
-            users = [sampler for sampler, cls in self.samplers.items() if name in cls.option_names()]
-            if name not in own and users and value is not None:
-                raise ValueError(
-                    f"The sampler {options['sampler']!r} has no option {name!r}, which {' and '.join(users)} "
-                    f"{'have' if len(users) > 1 else 'has'}: unset it or choose another sampler."
-                )
-            if name not in own and not users and name not in self._metadata:
-                check_options(type(self).__name__, [name], self.option_names())
+        self._check_names(options)
         for name, default in own.items():
             setattr(self, name, options.get(name, default))
         for name in self._metadata:
             setattr(self, name, options.get(name))
         self.validate()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; with `sampler` come the options of the new one, and those of others go."""
+        if name == "sampler" and self.samplers:
+            options, own = self._of_sampler({"sampler": value})
+            kept = {**own, **self._saved({**vars(self), **options}), **options}
+            vars(self).clear()
+            vars(self).update(kept)
+        else:
+            super().__setattr__(name, value)
+
+    @classmethod
+    def _check_names(cls, options: dict[str, Any]) -> None:
+        """Raise ValueError for an option that does not exist, or that the sampler of `options` does not have."""
+        own = cls._of_sampler(options)[1]
+        for name in [name for name in options if name not in own and name not in cls._metadata]:
+            users = [sampler for sampler, of in cls.samplers.items() if name in of.option_names()]
+            if users and options[name] is not None:
+                raise ValueError(
+                    f"The sampler {options.get('sampler', own['sampler'])!r} has no option {name!r}, which "
+                    f"{' and '.join(users)} {'have' if len(users) > 1 else 'has'}: unset it or choose another sampler."
+                )
+            check_options(cls.__name__, [name], cls.option_names())
+
     @classmethod
     def _of_sampler(cls, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """The options with the name of their sampler as it is now, and all options of that sampler by default."""
-        bases = [base for base in reversed(cls.__mro__) if issubclass(base, NonAutoregressiveGenerationConfig)]
-        common = [name for base in bases for name in base.__annotations__ if not name.startswith("_")]
-        own = {name: getattr(cls, name) for name in common if name not in ("samplers", "renamed_samplers")}
+        own = {name: getattr(cls, name) for name in cls._annotations()}
         if cls.samplers:
             sampler = options.get("sampler", own["sampler"])
-            sampler = cls.renamed_samplers.get(sampler, sampler)
-            if sampler not in cls.samplers:
+            sampler = cls.renamed_samplers.get(str(sampler), sampler)
+            if sampler not in tuple(cls.samplers):
                 raise ValueError(f"sampler must be one of {', '.join(cls.samplers)} and is {sampler!r}.")
             options = {**options, "sampler": sampler}
             own.update({field.name: field.default for field in fields(cls.samplers[sampler])})  # type: ignore[arg-type]
@@ -140,7 +135,13 @@ class NonAutoregressiveGenerationConfig(CheckedOptions, GenerationConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> Any:
         """As in transformers; a saved config may hold the options of every sampler."""
-        return super().from_dict(cls._saved(config_dict), **kwargs)
+        chosen = {name: kwargs[name] for name in ("sampler",) if name in kwargs}
+        return super().from_dict(cls._saved({**config_dict, **chosen}), **kwargs)
+
+    def update(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As in transformers; another sampler brings its options with it."""
+        # First, so that the others find the options that they set.
+        return super().update(*args, **dict(sorted(kwargs.items(), key=lambda option: option[0] != "sampler")))
 
     def updated(self, **overrides: Any) -> Any:
         """A copy with other values; the options of a sampler that is replaced are dropped."""
@@ -149,6 +150,10 @@ class NonAutoregressiveGenerationConfig(CheckedOptions, GenerationConfig):
 
     def validate(self, strict: bool = False, user_set_attributes: set[str] | None = None) -> None:
         """Check every option; raises ValueError naming the option, its value and its range."""
+        self._check_names({name: value for name, value in vars(self).items() if name[0] != "_"})
+        self._check_kinds(type(self))
+        if self.samplers:
+            self._check_kinds(self.samplers[self.sampler])  # type: ignore[attr-defined]
         self._check_positive("max_new_tokens", "max_length", "temperature", "top_k")
         self._check_probability("top_p")
         if self.samplers:
@@ -197,12 +202,15 @@ def row_seeds(seed: int | Sequence[int] | torch.Tensor | None, num_rows: int, de
         (num_rows,) int64.
 
     Raises:
-        ValueError: if the number of seeds is neither one nor that of the rows.
+        ValueError: if they are not integers, or their number is neither one nor that of the rows.
     """
     if seed is None:
         seed = int(torch.randint(2**62, ()))
-    if isinstance(seed, int):
-        return random_bits(seed, torch.arange(num_rows, device=device))
+    number: Any = seed.item() if isinstance(seed, torch.Tensor) and seed.ndim == 0 else seed
+    if isinstance(number, Integral):
+        return random_bits(int(number), torch.arange(num_rows, device=device))
+    if isinstance(number, (str, Real)):
+        raise ValueError(f"seed must be an integer, or one for each row, and is {seed!r}.")
     seeds = torch.as_tensor(seed, dtype=torch.int64, device=device)
     if seeds.shape != (num_rows,):
         raise ValueError(
@@ -300,15 +308,16 @@ class GenerationOptionsMixin:
         """Prompts (B, P) and their mask (bool) with the padding on the left.
 
         Args:
-            input_ids: (B, P), padded on either side; None is one prompt that reads `empty`.
+            input_ids: (B, P), padded on either side; None is one prompt that reads `empty`, as each of width 0 does.
             attention_mask: (B, P), 1 for tokens; by default everything but `pad_token_id`.
             empty: ids of an empty prompt.
 
         Raises:
             ValueError: for an id outside the vocabulary.
         """
-        if input_ids is None:
-            input_ids = torch.tensor([empty], device=self.device)
+        if input_ids is None or input_ids.shape[1] == 0:
+            num_rows = 1 if input_ids is None else len(input_ids)
+            input_ids = torch.tensor([list(empty)] * num_rows, device=self.device)
             # Some vocabularies have one id for everything special.
             attention_mask = torch.ones_like(input_ids)
         self.check_token_ids(input_ids)
@@ -349,13 +358,13 @@ class GenerationOptionsMixin:
         mask = torch.cat((*(column.bool() for _ in before), mask, column.bool()), dim=1)
         return left_align_padding(input_ids, mask)
 
-    def check_token_ids(self, input_ids: torch.Tensor) -> None:
-        """Raise ValueError if an id lies outside the model's vocabulary."""
+    def check_token_ids(self, input_ids: torch.Tensor, what: str = "Token id") -> None:
+        """Raise ValueError, which says `what` they are, if an id lies outside the model's vocabulary."""
         vocab_size = self.config.vocab_size
         outside = input_ids[(input_ids < 0) | (input_ids >= vocab_size)]
         if outside.numel():
             raise ValueError(
-                f"Token id {int(outside[0])} is outside the model's vocabulary of {vocab_size}: use the tokenizer that "
+                f"{what} {int(outside[0])} is outside the model's vocabulary of {vocab_size}: use the tokenizer that "
                 "was saved with the model."
             )
 
@@ -422,6 +431,9 @@ class NonAutoregressiveGenerationMixin(GenerationOptionsMixin):
         """
         inputs = {name: overrides.pop(name) for name in self.generation_inputs if name in overrides}
         config = self.resolve_generation_config(generation_config, overrides)
+        # Attributes may have been set since it was made.
+        config.validate()
+        self.check_token_ids(torch.tensor(list(config.suppress_tokens or ())), "suppress_tokens: id")
         num_rows, device = (1, self.device) if input_ids is None else (len(input_ids), input_ids.device)
         takes_edits = getattr(streamer, "takes_edits", False)
         is_watched = any(watcher is not None for watcher in (streamer, logits_processor, stopping_criteria))

@@ -3,7 +3,7 @@
 import difflib
 import inspect
 import pkgutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, get_args
 
 
@@ -31,13 +31,16 @@ def check_options(where: str, options: Iterable[str], known: Iterable[str]) -> N
             raise ValueError(f"{where} has no option {name!r}: {did_you_mean(str(name), known)}")
 
 
-def check_arguments(where: str, options: Mapping[str, Any], target: Callable[..., Any]) -> None:
+def check_arguments(
+    where: str, options: Mapping[str, Any], target: Callable[..., Any], given: Sequence[str] = ()
+) -> None:
     """Raise ValueError for an option of `where` that `target` does not take, or whose value its annotation excludes.
 
-    Of the annotations those of numbers and of truth values are looked at.
+    Of the annotations those of numbers and of truth values are looked at. The arguments `given` by the caller are no
+    options.
     """
     parameters = inspect.signature(target).parameters
-    check_options(where, options, parameters)
+    check_options(where, options, [name for name in parameters if name not in given])
     for name, value in options.items():
         annotation = parameters[name].annotation
         kinds = {*(get_args(annotation) or [annotation])} - {type(None)}
