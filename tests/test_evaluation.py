@@ -34,7 +34,7 @@ def text_set(case, model, with_characters=True, **options):
     )
 
 
-LIKELIHOODS = {"arlm", "ilm", "mdlm"}
+LIKELIHOODS = {"arlm", "bd3lm", "ilm", "mdlm"}
 
 
 @pytest.mark.parametrize("family", sorted(LIKELIHOODS))

@@ -89,7 +89,11 @@ def test_shapes_are_powers_of_two_or_the_largest(family, name):
     case = FamilyCase(family)
     model = case.model()
     prompts, num_tokens = prompts_of(case, model), 12
-    _, shapes = recorded(model, prompts, options_of(model, name, num_tokens))
+    options = options_of(model, name, num_tokens)
+    if hasattr(model.generation_config, "use_cache"):
+        # With a cache a call gets a part of the rows; how many shapes that has is in the family's own tests.
+        options["use_cache"] = False
+    _, shapes = recorded(model, prompts, options)
     for (rows, length), looked_at in shapes:
         written = length - prompts["input_ids"].shape[1]
         assert rows in rounded(3)

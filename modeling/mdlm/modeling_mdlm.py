@@ -81,7 +81,8 @@ class MDLMForMaskedDiffusion(MDLMPreTrainedModel, MDLMGenerationMixin):
                 raise ValueError("The model is conditioned on the time: pass alpha, one number for each row or token.")
             kwargs["timesteps"] = sigma
         elif self.config.conditioning != "none":
-            kwargs["timesteps"] = torch.zeros(1, device=self.device)
+            tokens: Any = input_ids if inputs_embeds is None else inputs_embeds
+            kwargs["timesteps"] = torch.zeros(len(tokens), device=self.device)
         outputs = self.model(
             input_ids,
             attention_mask=attention_mask,

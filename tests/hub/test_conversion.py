@@ -191,6 +191,9 @@ def test_the_papers_masked_diffusion_is_converted(is_told_the_time):
     close(logits[mask][:, :-1], expected[mask][:, :-1], rtol=1e-4, atol=1e-4)
     assert (logits[..., -1] == -torch.inf).all()
     assert V - 1 not in model.generate(seed=1, max_new_tokens=6).sequences
+    rows = model.generate(torch.tensor([[7, V - 2], [8, V - 2]]), seed=[1, 2], max_new_tokens=6).sequences
+    alone = model.generate(torch.tensor([[8, V - 2]]), seed=[2], max_new_tokens=6).sequences[0]
+    assert alone.tolist() == rows[1, : len(alone)].tolist()
 
 
 def small_model(final_norm=True):

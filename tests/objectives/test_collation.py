@@ -173,7 +173,7 @@ def moved_to(collator, batch, row: torch.Tensor, position: torch.Tensor) -> dict
     """A batch with its tokens, in their order, moved to other rows and positions, and what points to them with them."""
     real = batch["attention_mask"]
     shape = (int(row.max()) + 1, real.shape[1])
-    moved = {name: tensor for name, tensor in batch.items() if name not in ("segment_ids", "position_ids")}
+    moved = {name: tensor for name, tensor in batch.items() if name != "segment_ids"}
     for name, tensor in moved.items():
         if collator.entries[name].index_of == "position":
             index = torch.zeros(real.numel(), dtype=torch.int64)
@@ -190,7 +190,9 @@ def separated(collator, batch) -> dict[str, torch.Tensor]:
     real = batch["attention_mask"]
     documents = torch.arange(len(real))[:, None] * real.shape[1] + batch["segment_ids"]
     row = documents[real].unique(return_inverse=True)[1]
-    moved = moved_to(collator, batch, row, batch["position_ids"][real])
+    # A document's tokens stand together; their positions need not rise, where it has several copies.
+    counts = row.bincount()
+    moved = moved_to(collator, batch, row, torch.arange(len(row)) - (counts.cumsum(0) - counts)[row])
     # What a packed batch says of each token of a document, such as its time, a batch of separate rows says of each row.
     return {name: tensor[:, 0] if collator.entries[name].of == "row" else tensor for name, tensor in moved.items()}
 

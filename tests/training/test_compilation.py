@@ -15,7 +15,7 @@ from xlm_hf.testing import FamilyCase, assert_close, loss_and_gradients
 
 # Examples of which each batch is made, by number: prompts and targets get shorter from one to the next.
 BATCHES = [[0, 1, 2, 3], [2, 3, 4, 5], [5, 0, 1, 4], [3, 3, 3, 3], [0, 0, 0, 0], [5, 5, 5, 5]]
-LENGTH = 44
+LENGTH = 48
 
 
 def batches(case, collator):
@@ -89,8 +89,8 @@ def test_decodes_of_every_shape_share_two_graphs_and_write_the_same(family):
     model.model.compile(dynamic=True, fullgraph=True, backend="aot_eager")
     counters.clear()
     assert written() == expected
-    # One for several rows, and one for the last row that is left.
-    assert 1 <= counters["stats"]["unique_graphs"] <= 2
+    # One for several rows, and one for the last row that is left; with a cache, another before it holds anything.
+    assert 1 <= counters["stats"]["unique_graphs"] <= 2 + hasattr(model.generation_config, "use_cache")
 
 
 def test_a_row_that_is_too_long_is_refused():

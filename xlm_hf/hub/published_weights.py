@@ -1,4 +1,8 @@
-"""What the families share of checkpoints of the published library (xlm-core 0.3): names of tensors, arguments."""
+"""What the families share of published checkpoints: names of tensors, arguments.
+
+Those of the library xlm-core 0.3, and those of the diffusion transformer that several papers' authors build on (arXiv
+2406.07524, 2503.09573).
+"""
 
 import re
 from collections.abc import Mapping
@@ -21,6 +25,26 @@ LAYERS = {
     r"encoder\.(\d+)\.mlp\.2": r"model.layers.\1.mlp.down_proj",
 }
 ROTARY_TRANSFORMER = {**HEADS, **LAYERS, r"output_layer\.norm_final": "model.norm"}
+
+# The embedding of the time and the adaptive layer norms of a diffusion transformer.
+TIME = {r"sigma_map\.mlp\.0": "model.time_embedding.up_proj", r"sigma_map\.mlp\.2": "model.time_embedding.down_proj"}
+FINAL_NORM = {r"output_layer\.norm_final": "model.final_norm.norm"}
+DIFFUSION_TRANSFORMER = {
+    **(TIME | FINAL_NORM),
+    **{rule.replace("encoder", "blocks"): name for rule, name in LAYERS.items()},
+    r"vocab_embed\.embedding": "model.embed_tokens",
+    r"blocks\.(\d+)\.attn_out": r"model.layers.\1.self_attn.o_proj",
+    r"blocks\.(\d+)\.adaLN_modulation": r"model.layers.\1.modulation",
+    r"output_layer\.adaLN_modulation": "model.final_norm.modulation",
+    r"output_layer\.linear": "lm_head",
+}
+_SIZES = {
+    "vocab_size": "vocab_size",
+    "hidden_dim": "hidden_size",
+    "n_blocks": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "model_length": "max_position_embeddings",
+}
 
 _ACTIVATIONS = {"relu": "relu", "gelu": "gelu_pytorch_tanh"}
 # Constructor arguments by what they become; None for those that change no result.
@@ -105,4 +129,48 @@ def model_options(arguments: Mapping[str, Any], weights: Mapping[str, torch.Tens
         "final_layer_norm": has_final_norm,
         # The published softmax runs over the ids that are never written too.
         "softmax_over_suppressed": True,
+    }
+
+
+def time_sizes(weights: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """Sizes of the embedding of the time, read off the weights.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if "sigma_map.mlp.0.weight" not in weights:
+        raise ValueError("The checkpoint has no sigma_map.mlp.0.weight, the embedding of the time.")
+    conditioning_size, features = weights["sigma_map.mlp.0.weight"].shape
+    return {"conditioning_size": conditioning_size, "timestep_frequencies": features // 2}
+
+
+def diffusion_transformer_options(
+    arguments: Mapping[str, Any], weights: Mapping[str, torch.Tensor], **own: str
+) -> dict[str, Any]:
+    """Options of a configuration here from the config.json of such a checkpoint, whose mask is the last id.
+
+    Args:
+        arguments: of that config.
+        weights: the tensors under their published names.
+        **own: further arguments that the family needs, by the name of the option that they become.
+
+    Raises:
+        ValueError: for an argument that is missing, naming the closest one that is there.
+    """
+    known = {**_SIZES, **own}
+    for name in known:
+        if name not in arguments:
+            raise ValueError(f"The checkpoint's config has no {name!r}: {did_you_mean(name, arguments)}")
+    options: dict[str, Any] = {new: arguments[name] for name, new in known.items()}
+    last = options["vocab_size"] - 1
+    return {
+        **options,
+        **time_sizes(weights),
+        "conditioning": "adaln",
+        "hidden_act": "gelu_pytorch_tanh",
+        "attention_dropout": 0.0,
+        "hidden_dropout_prob": arguments.get("dropout", 0.1),
+        "lm_head_bias": "output_layer.linear.bias" in weights,
+        "mask_token_id": last,
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), last - 1),
     }

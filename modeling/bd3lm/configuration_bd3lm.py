@@ -1,0 +1,49 @@
+"""Configuration of the block diffusion language model (BD3-LM)."""
+
+from transformers.configuration_utils import strict
+
+from xlm_hf.modules.backbone_config import RotaryTransformerConfig
+
+
+@strict
+class BD3LMConfig(RotaryTransformerConfig):
+    """Architecture of a block diffusion language model: a backbone that sees by blocks, and a vocabulary head.
+
+    A sequence reads `prompt [BOS] canvas`. Prompt and `[BOS]` are block 0, the canvas is cut into blocks of
+    `block_length` positions: the text, `[EOS]`, and `[PAD]` up to the end of the block that holds `[EOS]`.
+
+    Attributes:
+        block_length: positions of a block; 1 is left-to-right, and a block as long as the canvas is masked diffusion.
+        conditioning: "none" by default, since the masks say the time. With "adaln", as in published checkpoints, or
+            "token" the backbone is told sigma = 0 at all times.
+        pad_token_id: fills the last block after the text, where it is content like any other; and fills ragged rows,
+            where it is never seen.
+        mask_token_id: stands for what is to be written.
+        bos_token_id: stands between the prompt and the canvas.
+        eos_token_id: ends the text on the canvas.
+        suppress_tokens: ids that no sequence gets; their logits are -inf in training and in generation. `[EOS]` and
+            `[PAD]` are exempt, since a canvas holds them, and `[MASK]` is added.
+
+    Raises:
+        ValueError: if `block_length` is less than 1.
+    """
+
+    model_type = "bd3lm"
+
+    block_length: int = 4
+    pad_token_id: int | None = 0
+    mask_token_id: int = 2
+    bos_token_id: int | None = 4
+    eos_token_id: int | None = 3
+    suppress_tokens: list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if self.block_length < 1:
+            raise ValueError(f"block_length is {self.block_length}: a block has at least 1 position.")
+
+    @property
+    def suppressed_ids(self) -> list[int]:
+        """The ids that no sequence gets."""
+        content = {self.eos_token_id, self.pad_token_id}
+        return sorted({*(self.suppress_tokens or ()), self.mask_token_id} - content)
