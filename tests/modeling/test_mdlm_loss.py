@@ -198,3 +198,13 @@ def test_packed_documents_have_times_of_their_own(tmp_path):
     case = FamilyCase("mdlm", "model.backbone=dit")
     check_documents_of_a_row(case, case.trainer(tmp_path).loss)
     check_packing(case, tmp_path)
+
+
+def test_a_network_of_adaptive_norms_without_the_time_is_told_no_noise_in_every_row():
+    model = make_model(conditioning="adaln", time_conditioning=False)
+    ids, index = torch.full((3, 5), MASK), torch.tensor([0, 7, 14])
+    with torch.no_grad():
+        logits = model(ids, logits_index=index).logits
+        model.config.time_conditioning = True
+        expected = model(ids, sigma=torch.zeros(3), logits_index=index).logits
+    assert torch.equal(logits, expected)
