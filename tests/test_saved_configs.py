@@ -55,5 +55,7 @@ def test_a_target_that_moved_is_found():
 def test_a_renamed_option_has_its_new_name_in_a_config_and_on_the_command_line():
     config = translate_config(OmegaConf.create({"model": {"unrestricted_softmax": True, "backbone": "dit"}}))
     assert config == {"model": {"softmax_over_suppressed": True, "backbone": "rotary", "conditioning": "adaln"}}
+    chosen = OmegaConf.create({"model": {"backbone": "dit", "conditioning": "token"}})
+    assert translate_config(chosen).model == {"backbone": "rotary", "conditioning": "token"}
     assert open_override("model.unrestricted_softmax=true") == "++model.softmax_over_suppressed=true"
     assert compose("config", ["family=mdlm", "task=star_easy", "model.backbone=dit"]).model.conditioning == "adaln"

@@ -31,7 +31,8 @@ def translate_config(config: DictConfig) -> DictConfig:
                 config[name][new] = config[name].pop(old)
         for (name, option), values in _VALUES.items():
             node = config.get(name) or {}
-            node.update(values.get(str(node.get(option)), {}))
+            new = values.get(str(node.get(option)), {})
+            node.update({key: value for key, value in new.items() if key == option or key not in node})
         _rename_targets(config)
         _join_collators(config)
     return config

@@ -80,7 +80,8 @@ class ILMLoss:
         if self.stop_class_weights is not None:
             complete, incomplete = self.stop_class_weights
             stop_losses = stop_losses * torch.where(missing, incomplete, complete)
-        nats = (losses / num_dropped[target_documents]).to(stop_logits.dtype)
+        # What pads a batch to one shape has no loss, and may fall on a document that lacks nothing.
+        nats = (losses / num_dropped[target_documents].clamp(min=1)).to(stop_logits.dtype)
         token_nats = stop_logits.new_zeros(len(num_dropped)).index_add(0, target_documents, nats)
         nelbo = _bound(batch, token_nats, stop_logits.detach())
         stop_correct = (stop_logits.detach().argmax(dim=-1) == stop_class) & stops

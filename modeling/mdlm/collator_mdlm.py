@@ -52,7 +52,7 @@ class MDLMCollator(CanvasCollator):
         example_id: of the examples, as given.
 
     Raises:
-        ValueError: for an unknown masking or schedule.
+        ValueError: for an unknown masking, or a schedule that is unknown or not whole.
     """
 
     entries = {
@@ -89,6 +89,11 @@ class MDLMCollator(CanvasCollator):
         self.masking = masking
         self.mask_beta = mask_beta
         self.schedule = make_schedule(noise_schedule)
+        if not self.schedule.is_whole():
+            raise ValueError(
+                f"noise_schedule {noise_schedule!r} does not run from data (alpha 1) to pure noise (alpha 0), and what "
+                "is reported as a likelihood integrates all of it: choose one that does, such as 'log_linear'."
+            )
 
     def training_batch(self, documents: Documents) -> dict[str, torch.Tensor]:
         """The documents with masks among their canvases, their times and weights."""

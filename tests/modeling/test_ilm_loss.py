@@ -3,6 +3,7 @@ import torch
 
 from tests.modeling.naive import SpecialIds, make_examples
 from tests.modeling.naive_ilm import make_model, slow_loss
+from xlm_hf.data.static_shapes import StaticShapes
 from xlm_hf.modeling.ilm import ILMCollator, ILMLoss
 
 V = 13
@@ -28,6 +29,15 @@ def test_loss_and_gradients_equal_those_of_the_slow_twin(seed, stop_loss_weight)
         torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=1e-9)
     # In half precision the model is rounded, the loss is not.
     assert ILMLoss(stop_loss_weight)(model.bfloat16(), batch).loss_sum.dtype == torch.float32
+
+
+def test_a_batch_that_lacks_nothing_keeps_its_bound_where_it_is_padded_to_one_shape():
+    model = make_model(V, 32)
+    collator = ILMCollator(SpecialIds(V), max_length=32, kind="seq2seq")
+    examples = [{"prompt_ids": [8, 9], "target_ids": [], "example_id": 1, "epoch": 0, "position": 0}]
+    plain, padded = (ILMLoss()(model, make(examples)) for make in (collator, StaticShapes(collator, 8)))
+    assert padded.sequence_nats.isfinite().all()
+    torch.testing.assert_close(padded.sequence_nats, plain.sequence_nats)
 
 
 def test_loss_is_a_sum_over_sequences():

@@ -179,6 +179,7 @@ def test_prediction_batches_are_padded_on_the_left():
         ({}, {"masking": "exakt"}, "masking 'exakt' does not exist: did you mean 'exact'"),
         ({}, {"mask_beta": 0.0}, r"mask_beta must be greater than 0 and is 0\.0"),
         ({}, {"noise_schedule": "cosin"}, "noise_schedule 'cosin' does not exist: did you mean 'cosine'"),
+        ({}, {"noise_schedule": {"name": "log_linear", "eps": 1e-3}}, "does not run from data .* to pure noise"),
     ],
 )
 def test_bad_examples_and_options_are_refused_in_one_sentence(change, options, message):

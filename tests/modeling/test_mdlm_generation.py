@@ -54,6 +54,14 @@ def test_ancestral_samples_follow_the_law_of_their_steps(num_steps, schedule, us
         assert output.nfe.tolist() == [len(set(row)) for row in steps.tolist()]
 
 
+def test_remasking_leaves_no_mask_wherever_its_schedule_ends():
+    schedule = {"name": "clipped", "low": 0.3, "high": 0.8}
+    output = TableModel().generate(
+        torch.full((50, 1), BOS), seed=3, sampler="remdm", noise_schedule=schedule, max_new_tokens=3, do_sample=True
+    )
+    assert not (output.sequences == MASK).any()
+
+
 @pytest.mark.parametrize("uses_time", [False, True])
 def test_blocks_are_finished_one_after_the_other(uses_time):
     model = TableModel(uses_time=uses_time)

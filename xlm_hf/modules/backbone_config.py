@@ -100,7 +100,8 @@ class RotaryTransformerConfig(PreTrainedConfig):
         # What older configurations say in other words.
         self.softmax_over_suppressed |= kwargs.pop("unrestricted_softmax", False)
         if self.backbone == "dit":
-            self.backbone, self.conditioning = "rotary", "adaln"
+            # An old name; a conditioning that is given stays.
+            self.backbone, self.conditioning = "rotary", self.conditioning.replace("none", "adaln")
         if self.conditioning == "token" and self.bos_token_id is None:
             raise ValueError("conditioning='token' adds the time to [BOS] and bos_token_id is None: set it.")
         if self.backbone_config is None:

@@ -10,7 +10,7 @@ integral leaves out the times at which nearly everything is masked. The bound do
 (substitute alpha for t), only the variance of its estimate and the time grid of a sampler do.
 
 A schedule is written as its name or, with parameters, as a dictionary such as `{"name": "polynomial", "power": 2}`:
-`make_schedule` builds it. A model's config stores it in this form.
+`make_schedule` builds it.
 """
 
 import math
@@ -41,6 +41,11 @@ class NoiseSchedule:
     def inverse(self, alpha: torch.Tensor) -> torch.Tensor:
         """The time t in [0, 1] at which alpha_t = `alpha`."""
         raise NotImplementedError
+
+    def is_whole(self) -> bool:
+        """Whether it runs from data to pure noise, alpha_0 = 1 to alpha_1 = 0, as a bound needs it."""
+        ends = self.mask_probability(torch.tensor([0.0, 1.0], dtype=torch.float64))
+        return bool((ends - torch.tensor([0.0, 1.0], dtype=torch.float64)).abs().max() < 1e-9)
 
     def hazard(self, t: torch.Tensor) -> torch.Tensor:
         """-alpha'_t / (1 - alpha_t): the rate at which a mask is unmasked as time runs back, for t in (0, 1].

@@ -374,7 +374,8 @@ class RemdmSampler(GridSampler):
         """
         steps_left = (n - process.step).double()
         mask_t = self._schedule.mask_probability(steps_left / n)[:, None]
-        mask_s = self._schedule.mask_probability((steps_left - 1) / n)[:, None]
+        # The last step leaves no mask, wherever the schedule ends.
+        mask_s = self._schedule.mask_probability((steps_left - 1) / n).where(steps_left > 1, 0.0)[:, None]
         alpha_t = 1 - mask_t
         largest = torch.where(mask_s < alpha_t, mask_s / alpha_t, 1.0)
         sigma = largest.clamp(max=self.eta) if self.remasking == "cap" else self.eta * largest
