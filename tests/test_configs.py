@@ -191,3 +191,10 @@ def test_a_recipe_is_of_a_family_and_a_task_that_are_there():
     pairs = {f"{family}_{task}" for family, task in itertools.product(GROUPS["family"], GROUPS["task"])}
     assert set(names) <= pairs
     assert len(list((CONFIGS / "paper").rglob("*.yaml"))) == 2 + len({name.split("_")[0] for name in names})
+
+
+def test_a_time_that_no_sequence_would_be_told_is_refused(tmp_path):
+    options = ["family=mdlm", "task=star_infill", "size=tiny", "model.conditioning=token"]
+    cfg = composed("config", *options, *few_examples("star_infill", None), *SHORT)
+    with pytest.raises(ValueError, match="adds the time to \\[BOS\\], and sequences of kind 'infill' have none"):
+        two_steps(cfg, tmp_path)

@@ -390,12 +390,17 @@ def build_trainer(cfg: DictConfig, task: Task, model: PreTrainedModel, output_di
         max_length = model.config.max_position_embeddings
         return build_collator(cfg.collator, kind, task.tokenizer, max_length, cfg.seed, **options)
 
-    loss = build_loss(cfg.loss)
+    loss, data_collator = build_loss(cfg.loss), collator(task.kind, **plain(cfg.train_collator))
+    if getattr(model.config, "conditioning", "none") == "token" and "[BOS]" not in data_collator.layouts[task.kind]:
+        raise ValueError(
+            f"model.conditioning is 'token', which adds the time to [BOS], and sequences of kind {task.kind!r} have "
+            "none: choose conditioning=adaln, or another task."
+        )
     return XLMTrainer(
         model=model,
         args=arguments,
         loss=loss,
-        data_collator=collator(task.kind, **plain(cfg.train_collator)),
+        data_collator=data_collator,
         train_dataset=task.splits["train"],
         evaluation_sets=build_evaluation_sets(cfg.task.evaluation, task, collator, loss),
         processing_class=task.tokenizer,
