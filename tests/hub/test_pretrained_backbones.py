@@ -274,7 +274,7 @@ def test_training_and_the_exported_folder(family, lora, pretrained, corpus, tmp_
     config = (tmp_path / "run" / "model" / "config.json").read_text()
     assert str(pretrained) not in config
     assert json.loads(config).get("lora") is None
-    assert f"taken from `{pretrained.name}`" in (tmp_path / "run" / "model" / "README.md").read_text()
+    assert f"come from `{pretrained.name}`" in (tmp_path / "run" / "model" / "README.md").read_text()
     names = [name for name in exported.state_dict() if "q_proj" in name]
     assert len(names) == 2
     checkpoint = AutoModel.from_pretrained(tmp_path / "run" / "checkpoint-2")
