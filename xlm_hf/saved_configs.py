@@ -31,8 +31,8 @@ def translate_config(config: DictConfig) -> DictConfig:
                 config[name][new] = config[name].pop(old)
         for (name, option), values in _VALUES.items():
             node = config.get(name) or {}
-            new = values.get(str(node.get(option)), {})
-            node.update({key: value for key, value in new.items() if key == option or key not in node})
+            added = values.get(str(node.get(option)), {})
+            node.update({key: value for key, value in added.items() if key == option or key not in node})
         _rename_targets(config)
         _join_collators(config)
     return config

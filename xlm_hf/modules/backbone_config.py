@@ -101,7 +101,8 @@ class RotaryTransformerConfig(PreTrainedConfig):
         self.softmax_over_suppressed |= kwargs.pop("unrestricted_softmax", False)
         if self.backbone == "dit":
             # An old name; a conditioning that is given stays.
-            self.backbone, self.conditioning = "rotary", self.conditioning.replace("none", "adaln")
+            self.backbone = "rotary"
+            self.conditioning = "adaln" if self.conditioning == "none" else self.conditioning
         if self.conditioning == "token" and self.bos_token_id is None:
             raise ValueError("conditioning='token' adds the time to [BOS] and bos_token_id is None: set it.")
         if self.backbone_config is None:
