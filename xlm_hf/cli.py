@@ -105,7 +105,7 @@ def _run(cfg: DictConfig) -> None:
         apply_debug_options(cfg, HydraConfig.get().overrides.task)
     if cfg.num_threads is not None:
         torch.set_num_threads(cfg.num_threads)
-    if not isinstance(cfg.seed, int):
+    if "seed" in cfg and not isinstance(cfg.seed, int):
         raise ValueError(f"seed must be an integer and is {cfg.seed!r}.")
     names = (module.name for module in pkgutil.iter_modules(xlm_hf.commands.__path__))
     jobs = sorted(name for name in names if name not in _TOOLS and not name.startswith("_"))

@@ -69,7 +69,7 @@ class NonAutoregressiveGenerationConfig(CheckedOptions, GenerationConfig):
     return_history: bool = False
     bos_token_id: int | None = None
     pad_token_id: int | None = None
-    eos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
 
     _metadata: ClassVar[tuple[str, ...]] = ("_commit_hash", "_from_model_config", "transformers_version")
 
