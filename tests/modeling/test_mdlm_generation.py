@@ -54,6 +54,10 @@ def test_ancestral_samples_follow_the_law_of_their_steps(num_steps, schedule, us
         assert output.nfe.tolist() == [len(set(row)) for row in steps.tolist()]
 
 
+def test_several_end_tokens_are_an_option_as_the_trainer_of_transformers_writes_them():
+    assert MDLMGenerationConfig(eos_token_id=[EOS]).eos_token_id == [EOS]
+
+
 def test_remasking_leaves_no_mask_wherever_its_schedule_ends():
     schedule = {"name": "clipped", "low": 0.3, "high": 0.8}
     output = TableModel().generate(

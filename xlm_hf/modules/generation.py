@@ -48,7 +48,7 @@ class NonAutoregressiveGenerationConfig(CheckedOptions, GenerationConfig):
         return_history: also return the step that wrote each token, and every edit.
         bos_token_id: id of the beginning-of-sequence token.
         pad_token_id: fills ragged rows of the output.
-        eos_token_id: id of the end-of-sequence token.
+        eos_token_id: id of the end-of-sequence token; transformers' trainer may write a list of them.
 
     Raises:
         ValueError: for an option that does not exist, naming the closest one, for one of another sampler, and for a
