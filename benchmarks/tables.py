@@ -113,7 +113,7 @@ def renew(page: str, folder: Path) -> str:
         body = f"<!-- {name} -->\n{table(result['records'])}\n\n{source}\n<!-- end -->"
         page, found = re.subn(rf"<!-- {name} -->.*?<!-- end -->", lambda _, b=body: b, page, flags=re.DOTALL)
         if found != 1:
-            raise ValueError(f"{PAGE.name} has {found} places for the table {name!r}: it must have one.")
+            raise ValueError(f"{PAGE.name} has {found} marks for the table {name!r}: it must have one.")
     return page
 
 
@@ -124,11 +124,11 @@ def draw(folder: Path, file: Path) -> None:
     figure = Figure(figsize=(11, 6), layout="constrained")
     for axes, name in zip(figure.subplots(1, 2), ("training", "generation"), strict=True):
         records = [r for r in json.loads((folder / f"{name}.json").read_text())["records"] if r["ratios"]]
-        places = range(len(records), 0, -1)
+        heights = range(len(records), 0, -1)
         for reference, colour in (("dense", "#cf222e"), ("plain", "#0969da")):
             ratios = [r["ratios"][f"{reference}/ours"] for r in records]
-            axes.scatter(ratios, places, color=colour, label=f"{reference} / ours", zorder=2)
-        axes.set_yticks(places, [f"{r['setting']}: {r['family'].upper()}" for r in records], fontsize=7)
+            axes.scatter(ratios, heights, color=colour, label=f"{reference} / ours", zorder=2)
+        axes.set_yticks(heights, [f"{r['setting']}: {r['family'].upper()}" for r in records], fontsize=7)
         axes.set_xscale("log")
         axes.set_xticks(ticks := [1, 2, 4, 8, 16], [str(tick) for tick in ticks])
         axes.axvline(1, color="black", linewidth=0.8)

@@ -116,5 +116,5 @@ def test_tables_are_made_from_results_and_leave_the_text_alone(tmp_path):
     assert "old" not in renewed
     assert renewed.startswith("before\n")
     assert renewed.endswith("after\n<!-- training -->\nkept\n<!-- end -->\n")
-    with pytest.raises(ValueError, match="0 places for the table 'collation'"):
+    with pytest.raises(ValueError, match="0 marks for the table 'collation'"):
         tables.renew("no place", tmp_path)

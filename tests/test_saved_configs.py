@@ -59,3 +59,10 @@ def test_a_renamed_option_has_its_new_name_in_a_config_and_on_the_command_line()
     assert translate_config(chosen).model == {"backbone": "rotary", "conditioning": "token"}
     assert open_override("model.unrestricted_softmax=true") == "++model.softmax_over_suppressed=true"
     assert compose("config", ["family=mdlm", "task=star_easy", "model.backbone=dit"]).model.conditioning == "adaln"
+
+
+def test_a_schedule_of_noise_is_the_model_s():
+    saved = OmegaConf.create({"model": {"_target_": "A"}, "collator": {"noise_schedule": "cosine"}})
+    assert translate_config(saved).model.noise_schedule == "cosine"
+    config = compose("config", ["family=mdlm", "task=star_easy", "collator.noise_schedule=cosine"])
+    assert config.model.noise_schedule == config.collator.noise_schedule == "cosine"

@@ -12,6 +12,8 @@ _VALUES: dict[tuple[str, str], dict[str, dict[str, str]]] = {
     ("model", "backbone"): {"dit": {"backbone": "rotary", "conditioning": "adaln"}},
     ("generation", "sampler"): {"rule": {"sampler": "confidence"}, "remask": {"sampler": "remdm"}},
 }
+# Options by node and name that another node decides today.
+_MOVED = {("collator", "noise_schedule"): "model"}
 # Modules that `_target_` names.
 _MODULES = {"xlm_hf.sweeps.": "xlm_hf.reports.sweeps."}
 
@@ -35,6 +37,9 @@ def translate_config(config: DictConfig) -> DictConfig:
             node.update({key: value for key, value in added.items() if key == option or key not in node})
         _rename_targets(config)
         _join_collators(config)
+        for (name, option), owner in _MOVED.items():
+            if option in (config.get(name) or {}) and option not in config[owner]:
+                config[owner][option] = config[name][option]
     return config
 
 
@@ -59,4 +64,7 @@ def translate_override(override: str) -> str:
     """An override of the command line with today's name of its option."""
     for (node, old), new in _OPTIONS.items():
         override = re.sub(rf"^(\+*){node}\.{old}=", rf"\g<1>{node}.{new}=", override)
-    return re.sub(r"^(\+*)collators\.\w+\.", r"\g<1>collator.", override)
+    override = re.sub(r"^(\+*)collators\.\w+\.", r"\g<1>collator.", override)
+    for (node, option), owner in _MOVED.items():
+        override = re.sub(rf"^(\+*){node}\.{option}=", rf"\g<1>{owner}.{option}=", override)
+    return override

@@ -1,8 +1,11 @@
 """Configuration of the masked diffusion language model (MDLM)."""
 
+from typing import Any
+
 from transformers.configuration_utils import strict
 
 from xlm_hf.modules.backbone_config import RotaryTransformerConfig
+from xlm_hf.modules.noise_schedules import make_schedule
 
 
 @strict
@@ -17,6 +20,8 @@ class MDLMConfig(RotaryTransformerConfig):
             "token" the backbone is told the total noise sigma.
         time_conditioning: whether a conditioned backbone is told that noise; otherwise it is told sigma = 0 at all
             times, as the published models of the paper are.
+        noise_schedule: alpha_t of the training, as `make_schedule` takes it. Samplers space their steps by it; the
+            bound does not depend on it.
         noise_eps: the backbone is told sigma = -log(noise_eps + (1 - noise_eps) alpha_t).
         pad_token_id: fills the canvas after the text, where it is content like any other; and fills ragged rows,
             where it is never seen.
@@ -25,11 +30,15 @@ class MDLMConfig(RotaryTransformerConfig):
         eos_token_id: ends the text on the canvas.
         suppress_tokens: ids that no sequence gets; their logits are -inf in training and in generation. `[EOS]` and
             `[PAD]` are exempt, since a canvas holds them, and `[MASK]` is added.
+
+    Raises:
+        ValueError: for an unknown schedule.
     """
 
     model_type = "mdlm"
 
     time_conditioning: bool = True
+    noise_schedule: str | dict[str, Any] = "log_linear"
     noise_eps: float = 1e-3
     pad_token_id: int | None = 0
     mask_token_id: int = 2
@@ -39,6 +48,7 @@ class MDLMConfig(RotaryTransformerConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
+        make_schedule(self.noise_schedule)
         self.time_conditioning = self.time_conditioning and self.conditioning != "none"
 
     @property

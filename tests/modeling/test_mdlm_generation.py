@@ -54,6 +54,20 @@ def test_ancestral_samples_follow_the_law_of_their_steps(num_steps, schedule, us
         assert output.nfe.tolist() == [len(set(row)) for row in steps.tolist()]
 
 
+def test_steps_are_those_of_the_schedule_that_the_model_was_trained_with():
+    model, prompts = TableModel(), torch.full((50, 1), BOS)
+
+    def history(**options):
+        options = {"num_steps": 3, "seed": 5, "max_new_tokens": 3, "do_sample": True, "return_history": True} | options
+        return model.generate(prompts, **options).history
+
+    asked, even = history(noise_schedule="cosine"), history()
+    model.config.noise_schedule = "cosine"
+    assert torch.equal(history(), asked)
+    assert torch.equal(history(noise_schedule="log_linear"), even)
+    assert not torch.equal(asked, even)
+
+
 def test_several_end_tokens_are_an_option_as_the_trainer_of_transformers_writes_them():
     assert MDLMGenerationConfig(eos_token_id=[EOS]).eos_token_id == [EOS]
 
@@ -433,7 +447,7 @@ def test_streamer_and_logits_processor_see_every_step_and_suppressed_ids_are_nev
         ({"seed": [1, 2]}, "seed has 2 entries for 1 rows"),
         ({"seed": "abc"}, "seed must be an integer, or one for each row, and is 'abc'"),
         ({"sampler": ["remdm"]}, r"sampler must be one of .* and is \['remdm'\]"),
-        ({"noise_schedule": None}, "noise_schedule must be given and is None"),
+        ({"noise_schedule": 5}, "noise_schedule must be a name or a dictionary or None and is 5"),
         ({"sampler": "remdm", "eta": None}, "eta must be a finite number and is None"),
         ({"temperature": None, "do_sample": True}, "temperature must be a finite number and is None"),
         ({"temperature": "abc"}, "temperature must be a finite number and is 'abc'"),

@@ -198,20 +198,20 @@ class PushesRepositories(Trainer):
             export_model(model, AutoTokenizer.from_pretrained(checkpoint), export, self._card_of_this_step())
         except (OSError, ValueError) as error:
             return _warn_of_failure(self.state.global_step, error)
-        places = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: checkpoint.name}
+        folders = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: checkpoint.name}
         job = HfApi().run_as_future(
-            self._upload_in_background, export, checkpoint, places.get(strategy), self.state.global_step
+            self._upload_in_background, export, checkpoint, folders.get(strategy), self.state.global_step
         )
         self.push_in_progress: Any = PushInProgress([job])  # type: ignore[arg-type]
 
-    def _upload_in_background(self, export: Path, checkpoint: Path, place: str | None, step: int) -> None:
-        """Upload an export and, if there is a place for it, its checkpoint; a failure is a warning."""
+    def _upload_in_background(self, export: Path, checkpoint: Path, folder: str | None, step: int) -> None:
+        """Upload an export and, if it has a `folder` in the repository, its checkpoint; a failure is a warning."""
         message = f"Training in progress, step {step}"
         try:
             with hub_errors(str(self.hub_model_id), "the next push tries again"):
                 self._upload(export, message)
-                if place is not None:
-                    self._upload(checkpoint, f"{message}, checkpoint", path_in_repo=place)
+                if folder is not None:
+                    self._upload(checkpoint, f"{message}, checkpoint", path_in_repo=folder)
         except OSError as error:
             _warn_of_failure(step, error)
         finally:

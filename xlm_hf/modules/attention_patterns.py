@@ -57,7 +57,10 @@ def attention_pattern(
     patterns = [] if segment_ids is None else [packed_sequence_mask_function(segment_ids)]
     if block_ids is not None:
         patterns.append(block_pattern(block_ids, is_noisy))
-    return and_masks(*patterns) if patterns else None
+    if len(patterns) < 2:
+        # What `and_masks` makes of one pattern, the compiler of flex attention cannot translate for a CPU.
+        return patterns[0] if patterns else None
+    return and_masks(*patterns)
 
 
 def shifted_neighbors(

@@ -1,7 +1,7 @@
 """Options that are checked by their annotations and their ranges."""
 
 import math
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Union, get_args, get_origin
@@ -12,6 +12,7 @@ _KINDS: dict[Any, str] = {
     float: "a finite number",
     str: "a name",
     list[int]: "a list of integers",
+    dict: "a dictionary",
     NoneType: "None",
 }
 
@@ -24,7 +25,7 @@ def _is_of_kind(value: Any, kind: Any) -> bool:
         return isinstance(value, Integral) and not isinstance(value, bool)
     if kind == list[int]:
         return isinstance(value, (Sequence, Set)) and all(_is_of_kind(entry, int) for entry in value)
-    return isinstance(value, kind)
+    return isinstance(value, Mapping if kind is dict else kind)
 
 
 class CheckedOptions:
@@ -38,16 +39,13 @@ class CheckedOptions:
         return {name: kind for name, kind in found.items() if name[0] != "_" and get_origin(kind) is not ClassVar}
 
     def _check_kinds(self, owner: "type[CheckedOptions]") -> None:
-        """Check the options of `owner` against their annotations; of other than `_KINDS`, that a value is given."""
+        """Check the options of `owner` whose annotations are made of `_KINDS`."""
         for name, annotation in owner._annotations().items():
             value, default = getattr(self, name), getattr(owner, name)
             kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
             if value is None and default is None:
                 continue
-            if any(kind not in _KINDS for kind in kinds):
-                if value is None:
-                    raise ValueError(f"{name} must be given and is None: the default is {default!r}.")
-            elif not any(_is_of_kind(value, kind) for kind in kinds):
+            if set(kinds) <= set(_KINDS) and not any(_is_of_kind(value, kind) for kind in kinds):
                 raise ValueError(f"{name} must be {' or '.join(_KINDS[kind] for kind in kinds)} and is {value!r}.")
 
     def _check_positive(self, *names: str) -> None:

@@ -43,7 +43,9 @@ class MaskedGenerationMixin(NonAutoregressiveGenerationMixin):
     def open_generation(self, call: GenerationCall, input_ids, attention_mask, **inputs) -> CanvasProcess:
         """A canvas after each prompt; the further inputs are those of `open_canvas`."""
         canvas = self.open_canvas(call, input_ids, attention_mask, **inputs)
-        return CanvasProcess(canvas, call.config.make_sampler(), call, self.is_told_the_time, self.writes_once)
+        schedule = getattr(self.config, "noise_schedule", "log_linear")
+        sampler = call.config.make_sampler()
+        return CanvasProcess(canvas, sampler, call, self.is_told_the_time, self.writes_once, schedule)
 
     def generation_step(self, call: GenerationCall, state: CanvasProcess, step: int) -> bool:
         """A step of the sampler."""

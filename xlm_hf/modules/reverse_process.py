@@ -37,6 +37,7 @@ class CanvasProcess:
         call: the call of `generate`.
         is_timed: whether the network is told the time.
         writes_once: whether a position is written once, so that its number is all that a draw is told apart by.
+        noise_schedule: the schedule that the model was trained with, as `make_schedule` takes it.
 
     Attributes:
         blocks: (B, L) the block of each position of the canvas, -1 elsewhere.
@@ -54,8 +55,10 @@ class CanvasProcess:
         call: GenerationCall,
         is_timed: bool = False,
         writes_once: bool = False,
+        noise_schedule: Any = "log_linear",
     ):
         self.canvas, self.sampler, self.config, self.seeds = canvas, sampler, call.config, call.seeds
+        self.noise_schedule = noise_schedule
         self.eos_token_id, self.is_timed, self.is_watched = canvas.eos_token_id, is_timed, call.is_watched
         if sampler.writes_behind_the_end:
             # The law of a process is that of the whole canvas: what stands behind the end of the text is written too.
@@ -296,16 +299,21 @@ class GridSampler(ReverseSampler):
 
     Attributes:
         num_steps: steps in which a canvas is filled; None means one for each position.
-        noise_schedule: spacing of the steps, as `make_schedule` takes it.
+        noise_schedule: spacing of the steps, as `make_schedule` takes it; None means the schedule of the training.
     """
 
     num_steps: int | None = None
-    noise_schedule: Any = "log_linear"
+    noise_schedule: str | dict | None = None
 
     def __post_init__(self):
         super().__post_init__()
         self._check_positive("num_steps")
-        self._schedule = make_schedule(self.noise_schedule)
+        if self.noise_schedule is not None:
+            make_schedule(self.noise_schedule)
+
+    def open(self, process: CanvasProcess) -> None:
+        """Take the schedule."""
+        self._schedule = make_schedule(process.noise_schedule if self.noise_schedule is None else self.noise_schedule)
 
     def _reached(self, process: CanvasProcess, n: torch.Tensor) -> torch.Tensor:
         return self._schedule.mask_probability((n - process.step) / n.double())
@@ -321,7 +329,8 @@ class AncestralSampler(GridSampler):
     """
 
     def open(self, process: CanvasProcess) -> None:
-        """Draw the times."""
+        """Take the schedule and draw the times."""
+        super().open(process)
         draws = uniform(process.seeds[:, None], process.canvas.positions, _EVENT)
         self._times = self._schedule.inverse(1 - draws).clamp(0, 1)
 

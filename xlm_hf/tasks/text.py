@@ -82,14 +82,14 @@ def text_corpus(
         ValueError: for an unknown choice, a source that is not there, or a split that cannot be made.
     """
     options = {option: value for option, value in locals().items() if option not in _NOT_OF_A_CORPUS}
-    places: dict[str, Any] = {"num_proc": num_proc, "cache_dir": cache_dir}
-    prepared, made = _corpus(name, options, None, **places)
+    storage: dict[str, Any] = {"num_proc": num_proc, "cache_dir": cache_dir}
+    prepared, made = _corpus(name, options, None, **storage)
     splits = dict(prepared)
     for entry in mixture or []:
         check_options("An entry of task.mixture", entry, ["weight", *options])
     parts = [{**options, **entry} for entry in mixture or []]
     weights = [part.pop("weight", 1.0) for part in parts]
-    train = [_corpus(name, part, made, **places)[0]["train"] for part in parts] or [prepared["train"]]
+    train = [_corpus(name, part, made, **storage)[0]["train"] for part in parts] or [prepared["train"]]
     if streaming:
         train = [data.to_iterable_dataset(num_shards=min(_NUM_SHARDS, len(data))) for data in train]
     splits["train"] = Mixture(train, weights) if mixture else train[0]
