@@ -7,6 +7,7 @@ is not installed.
 
 import ast
 import copy
+import functools
 import os
 import re
 import sys
@@ -121,14 +122,20 @@ def _flatten(path: Path) -> tuple[str, list[Path]]:
     for file in imported:
         if not file.is_file():
             raise ValueError(f"{path} imports from {file}, which is no file: an export is flat.")
-    flat = _FILE_IMPORT.sub(r"\1from .\3 import", source)
-    for node in ast.walk(ast.parse(flat)):
-        if not _is_portable(node, {file.stem for file in imported}):
-            raise ValueError(
-                f"{path} says {ast.unparse(node)!r}, which an export cannot carry: write `from .<file> import ...` or "
-                "`from xlm_hf.modules.<file> import ...`, and nothing else of this package."
-            )
+    stranger = _not_portable(flat := _FILE_IMPORT.sub(r"\1from .\3 import", source))
+    if stranger is not None:
+        raise ValueError(
+            f"{path} says {stranger!r}, which an export cannot carry: write `from .<file> import ...` or "
+            "`from xlm_hf.modules.<file> import ...`, and nothing else of this package."
+        )
     return flat, imported
+
+
+@functools.lru_cache(maxsize=256)
+def _not_portable(flat: str) -> str | None:
+    """The first statement of a rewritten source that an export cannot carry; a run asks at each of its checkpoints."""
+    files = {name for _, _, name in _FILE_IMPORT.findall(flat)}
+    return next((ast.unparse(node) for node in ast.walk(ast.parse(flat)) if not _is_portable(node, files)), None)
 
 
 def _is_portable(node: ast.AST, files: set[str]) -> bool:
