@@ -198,6 +198,10 @@ def decode_records(
         prompt_ids, reference = example.get("prompt_ids", []), "input_ids"
         if kind == "infill":
             positions = batch["attention_mask"][row].nonzero().squeeze(-1).tolist()
+            if num_specials := len(positions) - len(example["input_ids"]):
+                # A family with special tokens before what it fills in, whose rows may grow.
+                kept = [i for i, token in enumerate(sequence) if token != tokenizer.pad_token_id]
+                positions = kept[num_specials:]
             prompt_ids, reference = example["input_ids"], "target_ids"
         steps = output.history[row].tolist()
         record = {

@@ -83,6 +83,7 @@ class EditBuffer:
         log: notes every edit; None keeps none.
         start: (B, N) ids that stand after the prompts at first, padded on the right; None for nothing.
         start_lengths: (B,) how many of them.
+        mask_token_id: a mask, whose substitution the log calls "unmask"; None where there is none.
 
     Attributes:
         tokens: (B, W) int64, what stands after the prompts.
@@ -103,10 +104,12 @@ class EditBuffer:
         log: EditLog | None = None,
         start: torch.Tensor | None = None,
         start_lengths: torch.Tensor | None = None,
+        mask_token_id: int | None = None,
     ):
         B, device, self.width = len(prompt), prompt.device, int(capacity.max())
         self.prompt, self.prompt_mask, self.capacity, self.log = prompt, prompt_mask, capacity, log
         self.pad_token_id, self.prompt_lengths = pad_token_id, prompt_mask.sum(dim=-1)
+        self.mask_token_id = mask_token_id
         self.tokens = torch.full((B, self.width), pad_token_id, device=device)
         self.steps = torch.full((B, self.width), -1, device=device)
         self.extra: dict[str, torch.Tensor] = {}
@@ -194,7 +197,10 @@ class EditBuffer:
             kept = present & ~(deleted & is_open)
         if substitutes is not None:
             changed = kept & (substitutes >= 0) & is_open
-            self._note(SUBSTITUTE, rows, step, columns, substitutes, changed)
+            kind: Any = SUBSTITUTE
+            if self.mask_token_id is not None:
+                kind = torch.where(self.tokens[rows] == self.mask_token_id, UNMASK, SUBSTITUTE)
+            self._note(kind, rows, step, columns, substitutes, changed)
             self.tokens[rows] = torch.where(changed, substitutes, self.tokens[rows])
             self.steps[rows] = torch.where(changed, step, self.steps[rows])
         if deleted is not None:
@@ -227,7 +233,7 @@ class EditBuffer:
         for buffer in self.extra.values():
             yield buffer, torch.zeros_like(tokens, dtype=buffer.dtype), 0
 
-    def _note(self, kind: int, rows, step: int, positions, tokens, exists) -> None:
+    def _note(self, kind: Any, rows, step: int, positions, tokens, exists) -> None:
         if self.log is not None:
             fields = {"row": rows[:, None], "step": torch.tensor(step), "token": tokens}
             self.log.add(kind, exists, position=self.prompt_lengths[rows, None] + positions, **fields)

@@ -141,7 +141,7 @@ class Collator:
     def prediction_batch(self, examples: Examples) -> dict[str, torch.Tensor]:
         """The prompts for `generate`: what stands before the target, or in infilling the input with its blanks."""
         if self.kind == "infill":
-            return self.left_padded(examples, [e["input_ids"] for e in examples])
+            return self.left_padded(examples, [[*self.head, *self.tail, *e["input_ids"]] for e in examples])
         prompts = [e["prompt_ids"] for e in examples] if self.kind == "seq2seq" else [[] for _ in examples]
         return self.left_padded(examples, [[*self.head, *prompt, *self.tail] for prompt in prompts])
 
