@@ -1,0 +1,282 @@
+"""Generation by flexible masked diffusion: masks come into the gaps, and become tokens at times of their own."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch.nn.functional import pad
+
+from xlm_hf.modules.counter_random import uniform
+from xlm_hf.modules.devices import is_synchronous, rounded_up, true_indices
+from xlm_hf.modules.edits import DELETE, EditBuffer, slots_of_counts
+from xlm_hf.modules.generation import (
+    GenerationCall,
+    NonAutoregressiveGenerationConfig,
+    NonAutoregressiveGenerationMixin,
+    Sampler,
+    left_align_padding,
+)
+from xlm_hf.modules.token_sampling import sample_categorical
+from xlm_hf.modules.unmasking import commit_ranks, commit_top_k, draw_tokens, order_scores, statistics_in_place
+from xlm_hf.modules.vocabulary_head import LogitsOnDemand
+
+_TOKEN, _NUMBER, _GAP, _COMES, _CAME, _TURNS = range(6)  # last counter of a random number: what it decides
+
+
+@dataclass
+class TauLeapingSampler(Sampler):
+    """Steps of even length in time, in each of which the network's predictions are frozen (arXiv 2509.01025).
+
+    Attributes:
+        num_steps: steps from time 1 to 0, behind which one more forward pass fills the last masks; None means one for
+            each token that a row may write.
+        counts: how many masks come into the gaps. "independent" draws each gap by itself: a Poisson number, or with
+            the head "distribution" a number of missing tokens, each of which comes in this step or not. "rounded"
+            rounds the expected counts of a row as one, by systematic sampling with `do_sample` and to the nearest
+            without, so that their sum is off by less than 1; then each of these tokens comes in this step or not. Both
+            have the same limit for small steps, and the second is closer to it.
+    """
+
+    num_steps: int | None = None
+    counts: str = "independent"
+
+    def __post_init__(self):
+        self._check_positive("num_steps")
+        self._check_choice("counts", ("independent", "rounded"))
+
+    def chosen(
+        self, logits: LogitsOnDemand, masked: torch.Tensor, due: torch.Tensor, seeds: torch.Tensor
+    ) -> torch.Tensor:
+        """Which of the masks (R, W) become tokens, when those that are `due` (R, W) have had their time."""
+        return due
+
+
+@dataclass
+class ConfidenceSampler(TauLeapingSampler):
+    """The same, but which masks become tokens says the network: as many as are due, the surest first.
+
+    Attributes:
+        order: "confidence", the largest p1; "margin", the largest p1 - p2; "entropy", the smallest entropy.
+    """
+
+    order: str = "confidence"
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._check_choice("order", ("confidence", "margin", "entropy"))
+
+    def chosen(self, logits, masked, due, seeds) -> torch.Tensor:
+        """See `TauLeapingSampler`."""
+        scores = order_scores(self.order, statistics_in_place(logits, masked), seeds, masked)
+        return commit_top_k(commit_ranks(scores, masked), masked, due.sum(dim=-1))
+
+
+class FlexMDMGenerationConfig(NonAutoregressiveGenerationConfig):
+    """Options of `FlexMDMForFlexibleMaskedDiffusion.generate`, beside those of the base class.
+
+    Attributes:
+        sampler: "tau_leaping", the process of the model, in which each mask has a time at which it becomes a token;
+            "confidence", in which those turn first that the network is surest of. Their options are those of
+            `TauLeapingSampler` and `ConfidenceSampler`.
+    """
+
+    samplers: ClassVar[dict[str, type[Sampler]]] = {"tau_leaping": TauLeapingSampler, "confidence": ConfidenceSampler}
+
+    sampler: str = "tau_leaping"
+
+
+class FlexMDMState(EditBuffer):
+    """The rows of a decode, with the times at which masks turn into tokens, and gaps that are closed.
+
+    Attributes:
+        sampler: decides how a step is made.
+        num_steps: (B,) steps of each row.
+        extra: `turns_at`, the time of each mask; `is_closed`, whether the gap right of a token is closed.
+        is_first_closed: (B,) whether that right of `[BOS]` is.
+    """
+
+    sampler: TauLeapingSampler
+    num_steps: torch.Tensor
+    is_first_closed: torch.Tensor
+
+    def masks(self) -> torch.Tensor:
+        """The masks (B, W) of the rows that are open."""
+        return (self.tokens == self.mask_token_id) & ~self.finished[:, None]
+
+    def open_slots(self, rows: torch.Tensor, exists: torch.Tensor) -> torch.Tensor:
+        """Those slots (R, W' + 1) of `exists` into which masks may come."""
+        closed = self.extra["is_closed"][rows, : exists.shape[1] - 1]
+        return exists & ~torch.cat((self.is_first_closed[rows, None], closed), dim=1)
+
+
+class FlexMDMGenerationMixin(NonAutoregressiveGenerationMixin):
+    """Adds `generate` to flexible masked diffusion.
+
+    Prompts read `prompt [BOS]`, and `[BOS]` is added where it lacks. A prompt with mask tokens is filled in: each run
+    of masks is an open gap, into which any number of tokens may come, and nothing is written behind it.
+    """
+
+    def open_generation(self: Any, call: GenerationCall, input_ids, attention_mask, **inputs) -> FlexMDMState:
+        """Rows with nothing after their prompts, or with what stands around the open gaps."""
+        config = self.config
+        ids, mask, is_filled = self._prepare_prompt(input_ids, attention_mask)
+        blank = (ids == config.mask_token_id) & mask
+        first, columns = mask.int().argmax(dim=-1, keepdim=True), torch.arange(ids.shape[1], device=ids.device)
+        # Of a row that is filled in, only [BOS] is the prompt of the buffer; the rest stands in it from the start.
+        kept = mask & is_filled & (columns > first) & ~blank
+        order, start_lengths = kept.logical_not().int().argsort(dim=-1, stable=True), kept.sum(dim=-1)
+        order = order[:, : int(start_lengths.max())]
+        start = ids.masked_fill(~kept, config.pad_token_id).gather(1, order)
+        is_closed = is_filled & ~pad(blank[:, 1:], (0, 1))
+        prompt, prompt_mask = left_align_padding(ids, mask & (~is_filled | (columns == first)))
+        prompt = prompt.masked_fill(~prompt_mask, config.pad_token_id)
+        tokens = prompt_mask.sum(dim=-1) + start_lengths + (config.end_token_id is not None)
+        free = self.capacity_after(call.config, tokens)
+        state = FlexMDMState(
+            prompt,
+            prompt_mask,
+            free + start_lengths,
+            config.pad_token_id,
+            call.log,
+            start,
+            start_lengths,
+            config.mask_token_id,
+        )
+        state.sampler = call.config.make_sampler()
+        state.num_steps = torch.full_like(free, state.sampler.num_steps) if state.sampler.num_steps else free
+        state.is_first_closed = is_closed.gather(1, first)[:, 0]
+        state.extra["turns_at"] = torch.zeros(state.tokens.shape, dtype=torch.float64, device=ids.device)
+        state.extra["is_closed"] = pad(
+            is_closed.gather(1, order) & kept.gather(1, order), (0, state.width - order.shape[1])
+        )
+        if call.log is not None:
+            fields = {"row": torch.arange(len(ids), device=ids.device)[:, None], "step": torch.tensor(0)}
+            position = (mask.cumsum(dim=-1) - 1).flip(1)
+            call.log.add(DELETE, blank.flip(1), position=position, token=ids.flip(1), **fields)
+        return state
+
+    def _prepare_prompt(self: Any, input_ids, attention_mask) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Prompts with their `[BOS]`, padded on the left, their mask, and (B, 1) which of them are filled in."""
+        config, bos_id = self.config, self.config.bos_token_id
+        ids, mask = self.aligned_prompts(input_ids, attention_mask, [bos_id])
+        is_filled = ((ids == config.mask_token_id) & mask).any(dim=-1, keepdim=True)
+        is_bos = (ids == bos_id) & mask
+        begins = is_bos.gather(1, mask.int().argmax(dim=-1, keepdim=True))
+        lacks_first, lacks_last = is_filled & ~begins, ~is_filled & ~is_bos[:, -1:]
+        if (is_bos[:, :-1] & ~is_filled & mask[:, :-1]).any():
+            raise ValueError(
+                f"A prompt holds [BOS] (id {bos_id}) in its middle, but this model reads `prompt [BOS] text`: end the "
+                "prompt with it, or leave it out."
+            )
+        bos = torch.full_like(ids[:, :1], bos_id)
+        ids, mask = torch.cat((bos, ids, bos), dim=1), torch.cat((lacks_first, mask, lacks_last), dim=1)
+        # A [BOS] that was there stands for the one that is put first.
+        return *left_align_padding(ids, mask), is_filled
+
+    def generation_step(self: Any, call: GenerationCall, state: FlexMDMState, step: int) -> bool:
+        """One forward pass over the open rows: masks that are due become tokens, and new ones come; False if none."""
+        rows, num_gaps, width, (num_masks,) = state.shape_of_step(state.masks().sum())
+        if num_gaps == 0:
+            return False
+        seeds, num_steps = call.seeds[rows], state.num_steps[rows]
+        is_last = step >= num_steps
+        now, then = (1 - (step + k) / num_steps.double() for k in (0, 1))
+        now, then = now.clamp(min=0), then.clamp(min=0)
+        ids, mask, exists = state.view(rows, width)
+        exists, masked = state.open_slots(rows, exists), state.masks()[rows, :width]
+        num_masks = rounded_up(num_masks, len(rows) * width, rows.device)
+        ids, mask, gap_index, logits_index = self._inputs(state, rows, ids, mask, exists, masked, num_gaps, num_masks)
+        turns_at = state.extra["turns_at"][rows, :width]
+        due = masked & ((turns_at >= then[:, None]) | is_last[:, None])
+
+        def unmask(hidden_states, head, suppressed_ids) -> torch.Tensor:
+            logits = LogitsOnDemand(hidden_states, head, suppressed_ids)
+            logits = logits.processed(call.config.suppress_tokens, call.logits_processor, ids, logits_index, step)
+            chosen = state.sampler.chosen(logits, masked, due, seeds)
+            uniforms = uniform(seeds[:, None], step, torch.arange(width, device=rows.device), _TOKEN)
+            return _drawn(logits, masked, num_masks, chosen, uniforms, call.config)
+
+        outputs = self(
+            ids,
+            attention_mask=mask,
+            times=now.float(),
+            logits_index=logits_index,
+            gap_index=gap_index,
+            head_function=unmask,
+        )
+        state.nfe += ~state.finished
+        tokens = outputs.head_output
+        # The masks that stay keep the times of those that were not due, whichever these were.
+        stays = masked & (tokens < 0)
+        later = turns_at.flatten()[true_indices(masked & ~due, masked.numel())]
+        state.extra["turns_at"][rows, :width] = turns_at.masked_scatter(stays, later)
+        absent_now, absent_then = map(self.insertion_schedule.mask_probability, (now, then))
+        comes = torch.where(is_last, 0.0, (absent_now - absent_then) / absent_now.where(~is_last, 1.0))
+        slots, inserted = self._insertions(call, state, rows, exists, outputs, comes, step)
+        masks = torch.full_like(slots, self.config.mask_token_id)
+        state.apply(rows, step, slots, masks, inserted, substitutes=pad(tokens, (0, state.width - width), value=-1))
+        self._time_new_masks(state, rows, seeds, step, now, then)
+        done = is_last | ((step + 1 >= num_steps) & ~state.masks()[rows].any(dim=-1))
+        state.finish(rows, done & ~state.was_cut[rows])
+        state.finished[rows] |= done
+        return True
+
+    def _inputs(self: Any, state, rows, ids, mask, exists, masked, num_gaps: int, num_masks: int):
+        """What the network sees, with the end token where it reads one, and the indices of the gaps and the masks."""
+        ahead, end = state.prompt.shape[1], self.config.end_token_id
+        if end is not None:
+            at = ahead + state.lengths[rows, None]
+            ids, mask = pad(ids, (0, 1), value=self.config.pad_token_id).scatter(1, at, end), pad(mask, (0, 1))
+            mask = mask.scatter(1, at, True)
+        of_gaps = pad(exists, (ahead - (end is None), 0))
+        of_masks = pad(masked, (ahead, int(end is not None)))
+        return ids, mask, true_indices(of_gaps, num_gaps), true_indices(of_masks, num_masks)
+
+    def _insertions(self: Any, call, state, rows, exists, outputs, comes: torch.Tensor, step: int):
+        """Slots (R, K) of the masks that come in a step, each missing token with the probability `comes` (R,)."""
+        seeds, sampler, capacity = call.seeds[rows, None], state.sampler, state.capacity[rows, None]
+        numbers = torch.arange(state.width + 1, device=rows.device)
+        # Which of the gaps each slot is.
+        slots = (exists.flatten().cumsum(dim=0) - 1).view_as(exists).clamp(min=0)
+        expected = outputs.expected_counts.double()[slots].masked_fill(~exists, 0.0)
+        if sampler.counts == "independent" and outputs.count_logits is None:
+            rates = (expected * comes[:, None]).cumsum(dim=-1)
+            # A Poisson number of masks in all, of which each chooses its gap.
+            at_most = torch.special.gammaincc(numbers.double() + 1, rates[:, -1:])
+            num = (at_most <= uniform(seeds, step, 0, _NUMBER)).sum(dim=-1, keepdim=True).minimum(capacity + 1)
+            total = rates[:, -1:].contiguous()
+            below = torch.minimum(uniform(seeds, step, numbers, _GAP) * total, total.nextafter(torch.zeros_like(total)))
+            chosen = torch.searchsorted(rates, below, right=True).clamp(max=exists.shape[1] - 1)
+            return chosen, numbers < num
+        if sampler.counts == "rounded":
+            offset = uniform(seeds, step, 0, _NUMBER) if call.config.do_sample else 0.5
+            counts = (expected.cumsum(dim=-1) + offset).floor().long().diff(dim=-1, prepend=torch.zeros_like(seeds))
+        else:
+            uniforms = uniform(seeds, step, numbers[: exists.shape[1]], _NUMBER)
+            counts = sample_categorical(outputs.count_logits[slots], uniforms).masked_fill(~exists, 0)
+        missing, is_missing = slots_of_counts(counts, state.width)
+        is_missing &= (numbers[:-1] < capacity) & (uniform(seeds, step, numbers[:-1], _COMES) < comes[:, None])
+        return missing, is_missing
+
+    def _time_new_masks(self: Any, state, rows, seeds, step: int, now: torch.Tensor, then: torch.Tensor) -> None:
+        """Give each mask that came between `now` and `then` its time to become a token, as the data had it."""
+        insertion, unmasking = self.insertion_schedule, self.unmasking_schedule
+        columns = torch.arange(state.width, device=rows.device)
+        came, turns = (uniform(seeds[:, None], step, columns, which) for which in (_CAME, _TURNS))
+        shares = [insertion.mask_probability(t)[:, None] for t in (then, now)]
+        came_at = insertion.inverse(1 - (shares[0] + came * (shares[1] - shares[0])))
+        # A mask that came at s is still one at t with probability (1 - beta_t) / (1 - beta_s).
+        turns_at = unmasking.inverse(1 - turns * unmasking.mask_probability(came_at))
+        is_new = (state.steps[rows] == step) & (state.tokens[rows] == self.config.mask_token_id)
+        state.extra["turns_at"][rows] = torch.where(is_new, turns_at, state.extra["turns_at"][rows])
+
+
+def _drawn(
+    logits: LogitsOnDemand, masked: torch.Tensor, num_masks: int, chosen: torch.Tensor, uniforms: torch.Tensor, config
+) -> torch.Tensor:
+    """Tokens (R, W) for the `chosen` ones of the masks, -1 elsewhere; `logits` are those of the masks."""
+    most = int(chosen.sum()) if is_synchronous(chosen.device) else num_masks
+    index = true_indices(chosen, most)
+    numbers = (masked.flatten().cumsum(dim=0) - 1).clamp(min=0)
+    tokens = draw_tokens(logits[numbers[index]], uniforms.flatten()[index], config)
+    return torch.full_like(chosen, -1, dtype=torch.int64).masked_scatter(chosen, tokens)
