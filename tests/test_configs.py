@@ -127,6 +127,8 @@ PUBLISHED = {
     "paper/mdlm_star_hard": "100000 64 0.0001 constant",
     "paper/ilm_lm1b": "1000000 512 0.0005 constant_with_warmup",
     "paper/arlm_lm1b": "1000000 512 0.0005 constant_with_warmup",
+    "paper/flexmdm_star_easy": "80000 64 0.0001 constant",
+    "paper/flexmdm_lm1b": "1000000 512 0.0001 constant_with_warmup",
     "paper/mdlm_lm1b": "1000000 512 0.0005 constant_with_warmup",
     "paper/ilm_owt": "1000000 512 0.0001 constant_with_warmup",
     "paper/mlm_owt_packed": "1000000 512 0.0001 constant_with_warmup",
