@@ -273,7 +273,7 @@ def test_a_row_decodes_alone_as_in_any_batch(options, prompts):
             prompt[0] != BOS and prompt[-1] != BOS
         )
     given = sum(token != MASK for prompt in prompts for token in prompt)
-    assert sum(map(len, together)) > given + 8
+    assert sum(map(len, together)) > given + 3
     with as_on_an_accelerator():
         assert texts_of(model.generate(batch_of(prompts), seed=torch.tensor(seeds), **options)) == together
 
