@@ -15,8 +15,8 @@ class TokenAccuracy(evaluate.Metric):
     Args:
         predictions (list[list[int]]): lists of token ids; -100 is padding and is dropped.
         references (list[list[int]]): lists of token ids, none of them empty; -100 is padding and is dropped.
-        blanks (list[list[bool]]): for infilling, True where an example was blank, as long as its prediction and
-            reference. Only these positions count; by default all do.
+        blanks (list[list[bool]]): for infilling, True where an example was blank, as long as its reference. Only these
+            positions count; by default all do.
 
     Returns:
         token_accuracy (float): mean over examples of the share of positions where the prediction agrees.
@@ -32,10 +32,10 @@ class TokenAccuracy(evaluate.Metric):
         accuracies = []
         for row, (prediction, reference) in enumerate(zip(predictions, references, strict=True)):
             if blanks is not None:
-                prediction, reference = (
-                    [token for token, blank in zip(tokens, blanks[row], strict=True) if blank]
-                    for tokens in (prediction, reference)
-                )
+                chosen = [i for i, (_, blank) in enumerate(zip(reference, blanks[row], strict=True)) if blank]
+                # Where gaps are open, a prediction may be shorter.
+                prediction = [prediction[i] if i < len(prediction) else None for i in chosen]
+                reference = [reference[i] for i in chosen]
             prediction = [token for token in prediction if token != PADDING]
             reference = [token for token in reference if token != PADDING]
             if not reference:
