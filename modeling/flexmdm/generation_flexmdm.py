@@ -217,8 +217,7 @@ class FlexMDMGenerationMixin(NonAutoregressiveGenerationMixin):
         state.apply(rows, step, slots, masks, inserted, substitutes=pad(tokens, (0, state.width - width), value=-1))
         self._time_new_masks(state, rows, seeds, step, now, then)
         done = is_last | ((step + 1 >= num_steps) & ~state.masks()[rows].any(dim=-1))
-        state.finish(rows, done & ~state.was_cut[rows])
-        state.finished[rows] |= done
+        state.finish(rows, done)
         return True
 
     def _inputs(self: Any, state, rows, ids, mask, exists, masked, num_gaps: int, num_masks: int):
