@@ -31,17 +31,23 @@ class TauLeapingSampler(Sampler):
         num_steps: steps from time 1 to 0, behind which one more forward pass fills the last masks; None means one for
             each token that a row may write.
         counts: how many masks come into the gaps. "independent" draws each gap by itself: a Poisson number, or with
-            the head "distribution" a number of missing tokens, each of which comes in this step or not. "rounded"
+            the head "distribution" a number of missing tokens (without `do_sample` the most probable one), each of
+            which comes in this step or not. "rounded"
             rounds the expected counts of a row as one, by systematic sampling with `do_sample` and to the nearest
             without, so that their sum is off by less than 1; then each of these tokens comes in this step or not. Both
             have the same limit for small steps, and the second is closer to it.
+        insertion_steps: the first steps, in which masks come; in the last of them all that is missing comes. Masks keep
+            the times at which they turn into tokens. So the length is written first, and tokens afterwards. None means
+            all steps.
     """
 
     num_steps: int | None = None
     counts: str = "independent"
+    insertion_steps: int | None = None
 
     def __post_init__(self):
         self._check_positive("num_steps")
+        self._check_positive("insertion_steps")
         self._check_choice("counts", ("independent", "rounded"))
 
     def chosen(
@@ -210,13 +216,17 @@ class FlexMDMGenerationMixin(NonAutoregressiveGenerationMixin):
         stays = masked & (tokens < 0)
         later = turns_at.flatten()[true_indices(masked & ~due, masked.numel())]
         state.extra["turns_at"][rows, :width] = turns_at.masked_scatter(stays, later)
-        absent_now, absent_then = map(self.insertion_schedule.mask_probability, (now, then))
-        comes = torch.where(is_last, 0.0, (absent_now - absent_then) / absent_now.where(~is_last, 1.0))
+        absent = [self.insertion_schedule.mask_probability(t) for t in (now, then)]
+        no_more_come = step + 1 >= num_steps
+        if (insertion_steps := state.sampler.insertion_steps) is not None:
+            absent = [share * (step + k < insertion_steps) for k, share in enumerate(absent)]
+            no_more_come |= step + 1 >= insertion_steps
+        comes = (absent[0] - absent[1]) / absent[0].where(absent[0] > 0, 1.0)
         slots, inserted = self._insertions(call, state, rows, exists, outputs, comes, step)
         masks = torch.full_like(slots, self.config.mask_token_id)
         state.apply(rows, step, slots, masks, inserted, substitutes=pad(tokens, (0, state.width - width), value=-1))
-        self._time_new_masks(state, rows, seeds, step, now, then)
-        done = is_last | ((step + 1 >= num_steps) & ~state.masks()[rows].any(dim=-1))
+        self._time_new_masks(state, rows, seeds, step, absent)
+        done = is_last | (no_more_come & ~state.masks()[rows].any(dim=-1))
         state.finish(rows, done)
         return True
 
@@ -251,19 +261,23 @@ class FlexMDMGenerationMixin(NonAutoregressiveGenerationMixin):
             offset = uniform(seeds, step, 0, _NUMBER) if call.config.do_sample else 0.5
             counts = (expected.cumsum(dim=-1) + offset).floor().long().diff(dim=-1, prepend=torch.zeros_like(seeds))
         else:
-            uniforms = uniform(seeds, step, numbers[: exists.shape[1]], _NUMBER)
-            counts = sample_categorical(outputs.count_logits[slots], uniforms).masked_fill(~exists, 0)
+            logits, uniforms = outputs.count_logits[slots], uniform(seeds, step, numbers[: exists.shape[1]], _NUMBER)
+            counts = sample_categorical(logits, uniforms) if call.config.do_sample else logits.argmax(dim=-1)
+            counts = counts.masked_fill(~exists, 0)
         missing, is_missing = slots_of_counts(counts, state.width)
         is_missing &= (numbers[:-1] < capacity) & (uniform(seeds, step, numbers[:-1], _COMES) < comes[:, None])
         return missing, is_missing
 
-    def _time_new_masks(self: Any, state, rows, seeds, step: int, now: torch.Tensor, then: torch.Tensor) -> None:
-        """Give each mask that came between `now` and `then` its time to become a token, as the data had it."""
+    def _time_new_masks(self: Any, state, rows, seeds, step: int, absent: list[torch.Tensor]) -> None:
+        """Give each new mask its time to become a token, as the data had it.
+
+        `absent` are the shares (R,) that are absent before the step and after it.
+        """
         insertion, unmasking = self.insertion_schedule, self.unmasking_schedule
         columns = torch.arange(state.width, device=rows.device)
         came, turns = (uniform(seeds[:, None], step, columns, which) for which in (_CAME, _TURNS))
-        shares = [insertion.mask_probability(t)[:, None] for t in (then, now)]
-        came_at = insertion.inverse(1 - (shares[0] + came * (shares[1] - shares[0])))
+        before, after = (share[:, None] for share in absent)
+        came_at = insertion.inverse(1 - (after + came * (before - after)))
         # A mask that came at s is still one at t with probability (1 - beta_t) / (1 - beta_s).
         turns_at = unmasking.inverse(1 - turns * unmasking.mask_probability(came_at))
         is_new = (state.steps[rows] == step) & (state.tokens[rows] == self.config.mask_token_id)

@@ -29,21 +29,31 @@ QUADRATIC = {"name": "polynomial", "power": 2}
 MIRRORED = {"name": "polynomial", "power": 2, "mirrored": True}
 
 
-def turn_probabilities(model, step, num_steps):
-    """For a mask that comes in a step: the probability of each forward pass at which it becomes a token."""
+def absent_shares(model, step, num_steps, options):
+    """The shares of the tokens that are absent before and after a step."""
+    shares = []
+    for k in (step, step + 1):
+        t = torch.tensor(max(0.0, 1 - k / num_steps), dtype=torch.float64)
+        closed = k >= options.get("insertion_steps", math.inf)
+        shares.append(0.0 if closed else float(model.insertion_schedule.mask_probability(t)))
+    return shares
+
+
+def turn_probabilities(model, step, num_steps, high, low):
+    """For a mask that comes in a step, by the shares before and after it: the forward passes at which it turns."""
 
     def mask_probability(schedule, t):
         return schedule.mask_probability(torch.as_tensor(t, dtype=torch.float64))
 
-    now, then = 1 - step / num_steps, 1 - (step + 1) / num_steps
-    low, high = (float(mask_probability(model.insertion_schedule, t)) for t in (then, now))
     nodes, weights = gauss(100)
     came_at = model.insertion_schedule.inverse(torch.from_numpy(1 - low - (high - low) * nodes))
     before = 0.0
     result = {}
     for forward in range(step + 1, num_steps + 1):
         end = max(0.0, 1 - (forward + 1) / num_steps)
+        # A mask of a time still to come is one.
         stays = mask_probability(model.unmasking_schedule, end) / mask_probability(model.unmasking_schedule, came_at)
+        stays = stays.clamp(max=1)
         by_then = 1 - float((torch.from_numpy(weights) * stays).sum()) if forward < num_steps else 1.0
         result[forward] = by_then - before
         before = by_then
@@ -97,18 +107,15 @@ def step_law(model, state, step, num_steps, options, capacity):
         chosen = sorted(masks, key=lambda i: (-max(words[i]), i))[: len(due)]
     stay = iter([state[i] for i in masks if i not in due])
     entries = [next(stay) if i in masks and i not in chosen else entry for i, entry in enumerate(state)]
-    absent = [
-        float(model.insertion_schedule.mask_probability(torch.tensor(max(0.0, 1 - k / num_steps)).double()))
-        for k in (step, step + 1)
-    ]
-    comes = 1 - absent[1] / absent[0] if step < num_steps else 0.0
+    absent = absent_shares(model, step, num_steps, options)
+    comes = 1 - absent[1] / absent[0] if absent[0] > 0 else 0.0
     law, counts = Counter(), options.get("counts", "independent")
     inserted = (
         comings(expected, comes, counts, capacity, capacity - len(state))
         if comes and sum(expected)
         else {(0,) * len(expected): 1.0}
     )
-    turns = turn_probabilities(model, step, num_steps) if step < num_steps else {}
+    turns = turn_probabilities(model, step, num_steps, *absent) if comes else {}
     for drawn in itertools.product(range(len(WORDS)), repeat=len(chosen)):
         filled, p = list(entries), 1.0
         for i, word in zip(chosen, drawn, strict=True):
@@ -158,6 +165,8 @@ CASES = {
     "labelled times, rounded counts": {"counts": "rounded"},
     "by confidence": {"sampler": "confidence"},
     "by confidence, rounded counts": {"sampler": "confidence", "counts": "rounded"},
+    "length first": {"insertion_steps": 2},
+    "length first, by confidence": {"sampler": "confidence", "counts": "rounded", "insertion_steps": 1},
 }
 SCHEDULES = {"insertion_schedule": QUADRATIC, "unmasking_schedule": MIRRORED}
 
@@ -172,7 +181,7 @@ def test_samples_follow_the_enumerated_law_of_three_steps(case, schedules):
     found, output = decoded(model, 20_000, 2, 3, **CASES[case])
     assert set(found) <= set(law)
     assert p_value(found, law) > 1e-4
-    assert output.nfe.max() == 4
+    assert output.nfe.max() == (3 if "insertion_steps" in CASES[case] else 4)
     assert "length" in output.finish_reason
     assert "stop" in output.finish_reason
 
