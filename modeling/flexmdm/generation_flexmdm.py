@@ -32,13 +32,12 @@ class TauLeapingSampler(Sampler):
             each token that a row may write.
         counts: how many masks come into the gaps. "independent" draws each gap by itself: a Poisson number, or with
             the head "distribution" a number of missing tokens (without `do_sample` the most probable one), each of
-            which comes in this step or not. "rounded"
-            rounds the expected counts of a row as one, by systematic sampling with `do_sample` and to the nearest
-            without, so that their sum is off by less than 1; then each of these tokens comes in this step or not. Both
-            have the same limit for small steps, and the second is closer to it.
-        insertion_steps: the first steps, in which masks come; in the last of them all that is missing comes. Masks keep
-            the times at which they turn into tokens. So the length is written first, and tokens afterwards. None means
-            all steps.
+            which comes in this step or not. "rounded" rounds the expected counts of a row as one, by systematic
+            sampling with `do_sample` and to the nearest without, so that their sum is off by less than 1; then each of
+            these tokens comes in this step or not. Both have the same limit for small steps, and the second is closer
+            to it.
+        insertion_steps: masks come in this many first steps alone; in the last of them all that is missing comes. They
+            keep the times at which they turn into tokens. So the length is written first. None means all steps.
     """
 
     num_steps: int | None = None

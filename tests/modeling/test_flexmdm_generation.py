@@ -165,8 +165,8 @@ CASES = {
     "labelled times, rounded counts": {"counts": "rounded"},
     "by confidence": {"sampler": "confidence"},
     "by confidence, rounded counts": {"sampler": "confidence", "counts": "rounded"},
-    "length first": {"insertion_steps": 2},
-    "length first, by confidence": {"sampler": "confidence", "counts": "rounded", "insertion_steps": 1},
+    "length first": {"insertion_steps": 1},
+    "length first, by confidence": {"sampler": "confidence", "counts": "rounded", "insertion_steps": 2},
 }
 SCHEDULES = {"insertion_schedule": QUADRATIC, "unmasking_schedule": MIRRORED}
 
@@ -232,6 +232,10 @@ def test_the_count_head_says_how_many_are_missing():
         lengths[len(text)] += num
     # One step: all that is missing comes.
     assert p_value(Counter({(n,): lengths[n] for n in lengths}), {(0,): 0.5, (1,): 0.3, (2,): 0.2}) > 1e-4
+    # Without sampling as many as are most probable.
+    model.count_probabilities = lambda expected: torch.tensor([0.3, 0.2, 0.5]).expand(len(expected), 3)
+    output = model.generate(torch.full((5, 1), BOS), max_new_tokens=8, num_steps=4, insertion_steps=1)
+    assert (output.sequences[:, 1:] != PAD).sum(dim=-1).tolist() == [2] * 5
 
 
 def test_more_steps_come_closer_to_the_data():
