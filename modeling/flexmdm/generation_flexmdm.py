@@ -123,30 +123,21 @@ class FlexMDMGenerationMixin(NonAutoregressiveGenerationMixin):
 
     def open_generation(self: Any, call: GenerationCall, input_ids, attention_mask, **inputs) -> FlexMDMState:
         """Rows with nothing after their prompts, or with what stands around the open gaps."""
-        config = self.config
+        config, pad_id, mask_id = self.config, self.config.pad_token_id, self.config.mask_token_id
         ids, mask, is_filled = self._prepare_prompt(input_ids, attention_mask)
-        blank = (ids == config.mask_token_id) & mask
+        blank = (ids == mask_id) & mask
         first, columns = mask.int().argmax(dim=-1, keepdim=True), torch.arange(ids.shape[1], device=ids.device)
         # Of a row that is filled in, only [BOS] is the prompt of the buffer; the rest stands in it from the start.
         kept = mask & is_filled & (columns > first) & ~blank
         order, start_lengths = kept.logical_not().int().argsort(dim=-1, stable=True), kept.sum(dim=-1)
         order = order[:, : int(start_lengths.max())]
-        start = ids.masked_fill(~kept, config.pad_token_id).gather(1, order)
+        start = ids.masked_fill(~kept, pad_id).gather(1, order)
         is_closed = is_filled & ~pad(blank[:, 1:], (0, 1))
         prompt, prompt_mask = left_align_padding(ids, mask & (~is_filled | (columns == first)))
-        prompt = prompt.masked_fill(~prompt_mask, config.pad_token_id)
+        prompt = prompt.masked_fill(~prompt_mask, pad_id)
         tokens = prompt_mask.sum(dim=-1) + start_lengths + (config.end_token_id is not None)
         free = self.capacity_after(call.config, tokens)
-        state = FlexMDMState(
-            prompt,
-            prompt_mask,
-            free + start_lengths,
-            config.pad_token_id,
-            call.log,
-            start,
-            start_lengths,
-            config.mask_token_id,
-        )
+        state = FlexMDMState(prompt, prompt_mask, free + start_lengths, pad_id, call.log, start, start_lengths, mask_id)
         state.sampler = call.config.make_sampler()
         state.num_steps = torch.full_like(free, state.sampler.num_steps) if state.sampler.num_steps else free
         state.is_first_closed = is_closed.gather(1, first)[:, 0]
