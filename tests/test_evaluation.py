@@ -11,7 +11,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from tests.metrics.test_metrics import save_judge, slow_entropy, slow_generative_perplexity
-from xlm_hf.building import build_evaluation_sets, build_trainer
+from xlm_hf.building import build_evaluation_sets, build_trainer, evaluation_entries
 from xlm_hf.cli import main
 from xlm_hf.evaluation import RECORD_FIELDS, EvaluationSet, run_evaluation_set
 from xlm_hf.families import families
@@ -115,6 +115,11 @@ def case_with(family, *entries, overrides=()):
     case = FamilyCase(family, "generation.max_new_tokens=8", *overrides)
     case.cfg.task.evaluation = OmegaConf.create(list(entries))
     return case
+
+
+def evaluation_sets(case):
+    entries = evaluation_entries(case.cfg.task, case.task.kind)
+    return build_evaluation_sets(entries, case.task, lambda kind: case.collator(kind, case.model()), None)
 
 
 def evaluated(case, model, tmp_path, stage="test", **arguments):
@@ -270,15 +275,13 @@ SAMPLES = {"name": "samples", "num_samples": 4, "collator": "lm_prediction", "ge
 def test_a_mistaken_entry_is_refused_in_one_sentence(entry, message):
     case = case_with("mlm", entry)
     with pytest.raises(ValueError, match=message):
-        build_evaluation_sets(case.cfg.task.evaluation, case.task, lambda kind: case.collator(kind, case.model()), None)
+        evaluation_sets(case)
 
 
 def test_a_metric_whose_required_option_is_null_is_left_out():
     entry = {**SAMPLES, "metrics": ["sample_entropy", {"name": "generative_perplexity", "eval_model": None}]}
     case = case_with("mlm", entry)
-    (evaluation_set,) = build_evaluation_sets(
-        case.cfg.task.evaluation, case.task, lambda kind: case.collator(kind, case.model()), None
-    )
+    (evaluation_set,) = evaluation_sets(case)
     assert [metric.name for metric in evaluation_set.metrics] == ["sample_entropy"]
 
 

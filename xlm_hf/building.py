@@ -29,7 +29,7 @@ from hydra.version import VersionBase
 from omegaconf import DictConfig, OmegaConf
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
-from xlm_hf.evaluation import RECORD_FIELDS, EvaluationSet
+from xlm_hf.evaluation import RECORD_FIELDS, EvaluationSet, default_evaluation
 from xlm_hf.families import families
 from xlm_hf.hub.pretrained_backbones import add_lora, backbone_options, check_directions, load_backbone
 from xlm_hf.metrics import load_metric
@@ -278,13 +278,29 @@ def build_collator(
     )
 
 
+def evaluation_entries(node: DictConfig, kind: str) -> list[dict[str, Any]]:
+    """The entries of a config's `task`: its list `evaluation`, or the default of the kind with its own metrics.
+
+    Args:
+        node: the config's `task`; without a list, `metrics` and `num_samples` are what it says of its own.
+        kind: of the task.
+    """
+    # Not the whole node, in which something of no concern here may be missing.
+    own = {name: value for name in ("metrics", "num_samples") if (value := node.get(name)) is not None}
+    if node.get("evaluation") is not None:
+        return plain(node.evaluation)
+    return default_evaluation(
+        kind, **{n: plain(value) if OmegaConf.is_config(value) else value for n, value in own.items()}
+    )
+
+
 def build_evaluation_sets(
-    entries: Iterable[Mapping[str, Any]], task: Task, collator: Callable[[str], Collator], loss: Any
+    entries: Iterable[dict[str, Any]], task: Task, collator: Callable[[str], Collator], loss: Any
 ) -> list[EvaluationSet]:
     """The evaluation sets of a task.
 
     Args:
-        entries: the config's `task.evaluation`.
+        entries: see `evaluation_entries`.
         task: holds the splits.
         collator: makes the collator of a kind, e.g. of `seq2seq_prediction`.
         loss: of the sets with `loss: true`.
@@ -294,7 +310,7 @@ def build_evaluation_sets(
     """
     known = [field.name for field in fields(EvaluationSet) if field.name not in ("dataset", "kind")]
     sets = []
-    for entry in plain(entries):
+    for entry in entries:
         check_options("An entry of task.evaluation", entry, [*known, "split", "num_samples"])
         split = entry.get("split")
         if split not in task.splits and not (split is None and "num_samples" in entry):
@@ -402,7 +418,7 @@ def build_trainer(cfg: DictConfig, task: Task, model: PreTrainedModel, output_di
         loss=loss,
         data_collator=data_collator,
         train_dataset=task.splits["train"],
-        evaluation_sets=build_evaluation_sets(cfg.task.evaluation, task, collator, loss),
+        evaluation_sets=build_evaluation_sets(evaluation_entries(cfg.task, task.kind), task, collator, loss),
         processing_class=task.tokenizer,
         callbacks=build_callbacks(cfg.budget, cfg.early_stopping, profile=cfg.debug.name == "profile"),
     )

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from xlm_hf.data import KeyedExamples
 from xlm_hf.likelihoods import likelihood_metrics, text_counts
 from xlm_hf.modules.counter_random import random_bits
+from xlm_hf.tasks.tokenizers import decode_text
 
 RECORD_FIELDS = (
     *("example_id", "prompt_ids", "prediction_ids", "reference_ids", "prompt", "prediction", "reference"),
@@ -58,6 +59,29 @@ class EvaluationSet:
     kind: str = "seq2seq"
     num_draws: int = 1
     prediction_fields: Sequence[str] | None = None
+
+
+def default_evaluation(kind: str, metrics: Sequence[Any] = (), num_samples: int = 0) -> list[dict[str, Any]]:
+    """The evaluation sets of a task that lists none: entries as in a task's `evaluation` list.
+
+    Every kind has its loss on `validation` while training and on `test` after it. Of prompts and blanks both are also
+    decoded and scored by the `metrics`. Of plain text `num_samples` samples are written at the end, and scored.
+
+    Args:
+        kind: of the task.
+        metrics: of what is decoded.
+        num_samples: of plain text; 0 for none.
+    """
+    entries: list[dict[str, Any]] = []
+    decode = {"collator": f"{kind}_prediction", "generate": True, "metrics": list(metrics)}
+    for stage in ("validation", "test"):
+        of_stage = {"name": stage, "split": stage, "stages": [stage]}
+        entries.append({**of_stage, "collator": kind, "loss": True})
+        if kind != "lm":
+            entries.append({**of_stage, **decode})
+    if kind == "lm" and num_samples:
+        entries.append({"name": "samples", "num_samples": num_samples, **decode, "stages": ["test"]})
+    return entries
 
 
 def check_evaluation_sets(sets: Sequence[EvaluationSet]) -> None:
@@ -215,7 +239,7 @@ def decode_records(
             "finish_reason": output.finish_reason[row],
         }
         for name in ("prompt", "prediction", "reference"):
-            record[name] = tokenizer.decode(record[f"{name}_ids"])
+            record[name] = decode_text(tokenizer, record[f"{name}_ids"])
         records.append(record)
     return records
 

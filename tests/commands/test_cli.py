@@ -87,7 +87,7 @@ def test_exported_model_is_the_trained_one(trained):
     prediction = records(output_dir / "predictions" / "test.jsonl")[0]
     output = model.generate(torch.tensor([prediction["prompt_ids"]]), seed=0)
     written = output.sequences[0, len(prediction["prompt_ids"]) + 2 :].tolist()
-    assert tokenizer.decode([t for t in written if t != tokenizer.pad_token_id]) == prediction["prediction"]
+    assert tokenizer.decode([t for t in written if t != tokenizer.pad_token_id]).strip() == prediction["prediction"]
 
 
 def test_evaluate_repeats_the_test_from_run_checkpoint_and_model(trained, tmp_path):

@@ -319,7 +319,7 @@ def test_the_command_writes_a_folder_that_loads_and_generates(tmp_path, monkeypa
     model, tokenizer = AutoModel.from_pretrained(out), AutoTokenizer.from_pretrained(out)
     assert type(model).__name__ == "ILMForInsertionLM"
     assert len(tokenizer) == 27
-    assert tokenizer.decode([7, 26, 0]) == "0 19 [PAD]"
+    assert tokenizer.decode([7, 26, 0]) == " 0 19 [PAD]"
     ids, mask, positions = batch(27)
     expected, _ = rotary_forward(weights, ids, mask, positions, 2, 8)
     close(model(ids, attention_mask=mask).logits[mask], expected[mask], rtol=1e-4, atol=1e-4)

@@ -18,6 +18,7 @@ from xlm_hf.families import families
 from xlm_hf.modules.edits import EDIT_KINDS, EditBuffer, EditLog
 from xlm_hf.reports.decode_page import COLOURS, history_html, save_gif
 from xlm_hf.reports.streamers import _STYLES, MARKS, MASK, BatchDiffusionStreamer, Decode, DraftRecorder, Token
+from xlm_hf.tasks.tokenizers import decode_text
 from xlm_hf.testing import FamilyCase
 
 
@@ -153,7 +154,7 @@ def test_the_frames_are_what_an_edit_buffer_holds(tokenizer):
         for row, decode in enumerate(recorder.decodes):
             kept = [text for text, event in written(decode.frames()[-1]) if event != "delete"]
             own = buffer.tokens[row, : buffer.lengths[row]].tolist()
-            assert kept == [tokenizer.decode([token]) for token in own]
+            assert kept == [decode_text(tokenizer, [token]) for token in own]
 
 
 class DraftKeeper(DraftRecorder):
@@ -187,10 +188,11 @@ def test_every_frame_is_the_draft_and_the_last_one_the_result(decoding):
         frames = decode.frames()
         texts = [[text for text, event in written(frame) if event != "delete"] for frame in frames]
         for text, draft in zip(texts, recorder.drafts, strict=False):
-            whole = [MASK if t == tokenizer.mask_token_id else tokenizer.decode([t]) for t in draft[row].tolist()]
+            whole = [MASK if t == tokenizer.mask_token_id else decode_text(tokenizer, [t]) for t in draft[row].tolist()]
             assert text == whole[: len(text)]
             assert set(whole[len(text) :]) <= {pad}
-        result = [tokenizer.decode([t]) for t in output.sequences[row, width:].tolist() if t != tokenizer.pad_token_id]
+        written_ids = [t for t in output.sequences[row, width:].tolist() if t != tokenizer.pad_token_id]
+        result = [decode_text(tokenizer, [t]) for t in written_ids]
         assert [text for text in texts[-1] if text not in (pad, MASK)][: len(result)] == result
         for step in range(len(frames) - 1):
             of_step = [event for _, event in written(frames[step + 1]) if event in ("insert", "unmask")]

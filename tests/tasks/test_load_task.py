@@ -8,7 +8,9 @@ from datasets import Dataset, DatasetDict
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
+from xlm_hf.building import evaluation_entries
 from xlm_hf.data import Mixture
+from xlm_hf.evaluation import default_evaluation
 from xlm_hf.metrics import load_metric
 from xlm_hf.tasks import _FOR_OTHERS, Task, _resolve, _shipped_config, load_task
 from xlm_hf.tasks.tokenizers import number_tokenizer
@@ -43,6 +45,10 @@ def own_task(words, repeat=1):
     data = Dataset.from_dict({"example_id": range(repeat), "input_ids": ids})
     return Task("own", "lm", DatasetDict(train=data), number_tokenizer(9))
 
+def counted(metrics, num_samples=2):
+    calls.append((metrics, num_samples))
+    return own_task([1])
+
 def open_task(**anything):
     calls.append(anything)
     return own_task([1])
@@ -74,10 +80,11 @@ def test_a_shipped_task_with_overrides(tmp_path):
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_configs_read_as_hydra_composes_them(name):
     config = composed(f"+task={name}")
-    assert _resolve(_shipped_config(name)) == _resolve(config)
-    # Hydra overrides only the keys that are there, so every parameter must be.
     target = pkgutil.resolve_name(config._target_)
-    others = {"_target_", *_FOR_OTHERS, *getattr(target, "for_families", ())}
+    ignored = {*_FOR_OTHERS, *getattr(target, "for_families", ())}
+    assert _resolve(_shipped_config(name), ignored) == _resolve(config, ignored)
+    # Hydra overrides only the keys that are there, so every parameter must be.
+    others = {"_target_", *ignored}
     assert set(config) - others == set(inspect.signature(target).parameters)
     assert config.name == name
 
@@ -90,15 +97,67 @@ def test_a_composed_task_and_its_evaluation(name, path_format, tmp_path):
     task = load_task(config)
     by_name = load_task(name, path_format=path_format, **FEW, cache_dir=tmp_path)
     assert task.splits["train"][:] == by_name.splits["train"][:]
-    scored = [entry for entry in config.evaluation if "metrics" in entry]
-    assert [entry.stages for entry in scored] == [["validation"], ["test"]]
-    assert [entry.split for entry in config.evaluation if entry.get("loss")] == ["validation", "test"]
+    entries = evaluation_entries(config, task.kind)
+    scored = [entry for entry in entries if "metrics" in entry]
+    assert [entry["stages"] for entry in scored] == [["validation"], ["test"]]
+    assert [entry["split"] for entry in entries if entry.get("loss")] == ["validation", "test"]
     for entry in scored:
-        inputs = {"prompts": task.splits[entry.split]["prompt_ids"][:]}
-        inputs["predictions"] = inputs["references"] = task.splits[entry.split]["target_ids"][:]
-        for spec in entry.metrics:
+        inputs = {"prompts": task.splits[entry["split"]]["prompt_ids"][:]}
+        inputs["predictions"] = inputs["references"] = task.splits[entry["split"]]["target_ids"][:]
+        for spec in entry["metrics"]:
             metric = load_metric(spec)
             assert list(metric.compute(**{n: inputs[n] for n in metric.features}).values()) == [1.0]
+
+
+STAR = ["exact_match", "token_accuracy", {"name": "star_path", "path_format": "edges"}]
+SAMPLES = ["sample_entropy", "distinct_n", {"name": "generative_perplexity", "eval_model": None}]
+
+
+def of_prompts(kind, metrics):
+    """What the configs of tasks with prompts or blanks listed before there was a default."""
+    return [
+        {"name": "validation", "split": "validation", "collator": kind, "loss": True, "stages": ["validation"]},
+        {
+            **{"name": "validation", "split": "validation", "collator": f"{kind}_prediction", "generate": True},
+            **{"metrics": metrics, "stages": ["validation"]},
+        },
+        {"name": "test", "split": "test", "collator": kind, "loss": True, "stages": ["test"]},
+        {
+            **{"name": "test", "split": "test", "collator": f"{kind}_prediction", "generate": True},
+            **{"metrics": metrics, "stages": ["test"]},
+        },
+    ]
+
+
+OF_TEXT = [
+    {"name": "validation", "split": "validation", "collator": "lm", "loss": True, "stages": ["validation"]},
+    {"name": "test", "split": "test", "collator": "lm", "loss": True, "stages": ["test"]},
+    {
+        **{"name": "samples", "num_samples": 64, "collator": "lm_prediction", "generate": True},
+        **{"metrics": SAMPLES, "stages": ["test"]},
+    },
+]
+LISTED = {
+    **dict.fromkeys(("star_easy", "star_medium", "star_hard"), of_prompts("seq2seq", STAR)),
+    "star_infill": of_prompts("infill", ["exact_match", "token_accuracy"]),
+    **dict.fromkeys(("text", "lm1b", "owt", "owt_packed"), OF_TEXT),
+}
+
+
+@pytest.mark.parametrize("name", LISTED)
+def test_the_evaluation_that_a_config_once_listed_is_that_of_its_kind(name):
+    kind = LISTED[name][0]["collator"]
+    with initialize_config_module("xlm_hf.configs", version_base="1.3"):
+        task = compose(overrides=[f"+task={name}", "+eval_model=null"]).task
+        assert evaluation_entries(task, kind) == LISTED[name]
+        listed = [{**LISTED[name][0], "num_draws": 3}]
+        assert evaluation_entries(OmegaConf.merge(task, {"evaluation": listed}), kind) == listed
+        assert evaluation_entries(OmegaConf.merge(task, {"evaluation": []}), kind) == []
+
+
+def test_a_task_that_says_nothing_of_its_evaluation_has_its_losses_measured():
+    assert evaluation_entries(OmegaConf.create({"path": "???"}), "lm") == OF_TEXT[:2] == default_evaluation("lm")
+    assert [entry.get("metrics") for entry in default_evaluation("infill")] == [None, [], None, []]
 
 
 def test_load_task_within_a_hydra_application(tmp_path):
@@ -113,8 +172,11 @@ def test_a_callable_of_the_users_own(own_module):
     config = OmegaConf.create({"top": [4, 5], "task": {"_target_": "own_module.own_task", "words": "${top}"}})
     assert load_task(config.task).splits["train"]["input_ids"][:] == [[11, 12]]
     assert [type(words) for words in own_module.calls] == [list, list]
-    load_task({"_target_": "own_module.open_task", "whatever": 1})
+    load_task({"_target_": "own_module.open_task", "whatever": 1, "metrics": ["exact_match"]})
     assert {"whatever": 1} in own_module.calls
+    # Its own argument, though the evaluation reads a key of that name.
+    load_task({"_target_": "own_module.counted", "metrics": 4, "num_samples": 3, "max_new_tokens": 5})
+    assert (4, 3) in own_module.calls
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from xlm_hf.tasks import load_task, text
+from xlm_hf.tasks.corpora import UNUSED, files_of, locate
 from xlm_hf.tasks.detokenizers import lm1b
-from xlm_hf.tasks.tokenizers import byte_tokenizer, pretrained_tokenizer
+from xlm_hf.tasks.tokenizers import byte_tokenizer, decode_text, pretrained_tokenizer
 
 WORDS = ["the", "of", "and", "to", "in", "a", "is", "that", "for", "it"]
 
@@ -47,7 +48,7 @@ def reference_chunks(ids_of_documents, length):
     return chunks
 
 
-@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".parquet"])
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".parquet", ".csv", ".tsv"])
 def test_every_format_gives_the_same_examples(suffix, corpus, tmp_path):
     texts = corpus.read_text().splitlines()
     file = tmp_path / f"other{suffix}"
@@ -55,13 +56,16 @@ def test_every_format_gives_the_same_examples(suffix, corpus, tmp_path):
         file.write_text(corpus.read_text())
     elif suffix == ".jsonl":
         file.write_text("".join(json.dumps({"other": 1, "content": line}) + "\n" for line in texts))
-    else:
+    elif suffix == ".parquet":
         Dataset.from_dict({"content": texts}).to_parquet(file)
+    else:
+        separator = "," if suffix == ".csv" else "\t"
+        file.write_text("".join(f"{row}{separator}0\n" for row in ["content", *texts]))
     column = {} if suffix == ".txt" else {"text_column": "content"}
     task, expected = load(file, tmp_path, **column), load(corpus, tmp_path)
     for split in ("train", "validation", "test"):
         assert task.splits[split][:] == expected.splits[split][:]
-    decoded = {task.tokenizer.decode(ids) for data in task.splits.values() for ids in data["input_ids"][:]}
+    decoded = {decode_text(task.tokenizer, ids) for data in task.splits.values() for ids in data["input_ids"][:]}
     assert decoded == set(texts)
 
 
@@ -93,6 +97,77 @@ def test_splits_are_read_where_they_are(tmp_path):
         load(folder, tmp_path)
     task = load(folder, tmp_path, splits={"train": "validation", "validation": "test[:2]", "test": "test[2:]"})
     assert {name: len(data) for name, data in task.splits.items()} == {"train": 3, "validation": 2, "test": 2}
+
+
+def split_names(folder, *names, splits=None):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("[]")
+    found = files_of(locate(str(folder), "text"), splits)
+    return {split: [file.relative_to(folder).as_posix() for file in files] for split, files in found.items()}
+
+
+def test_only_what_is_called_like_a_split_is_one(tmp_path):
+    named = ["train.txt", "a/dev/0.txt", "test.txt"]
+    others = ["latest.txt", "test_scaffolds.txt", "tests/1.txt", "training_notes.txt", "a/test.old.txt"]
+    assert split_names(tmp_path / "one", *named, *others, "README.md") == {
+        **{"train": ["train.txt"], "validation": ["a/dev/0.txt"], "test": ["test.txt"]},
+        UNUSED: sorted(others),
+    }
+    chosen = split_names(tmp_path / "one", splits={"train": "train[:9]", "test": "test_scaffolds[3:]"})
+    assert chosen["train"] == ["train.txt"]
+    assert chosen["test_scaffolds"] == ["test_scaffolds.txt"]
+    assert "test.txt" in chosen[UNUSED]
+    assert set(chosen) == {"train", "test_scaffolds", UNUSED}
+
+    shards = ["plain/train-00000-of-00002.txt", "plain/train-00001-of-00002-0af.txt"]
+    assert split_names(tmp_path / "two", *shards, "ptb.valid.txt", "test_1.txt", "plain/test/train.txt") == {
+        **{"train": sorted([*shards, "plain/test/train.txt"])},
+        **{"validation": ["ptb.valid.txt"], "test": ["test_1.txt"]},
+    }
+    # Without any, all are the training set, of the format that most have.
+    assert split_names(tmp_path / "three", "a.txt", "b.txt", "info.json") == {
+        "train": ["a.txt", "b.txt"],
+        UNUSED: ["info.json"],
+    }
+
+
+def test_the_files_of_a_split_are_its_examples(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name, count in (("train", 20), ("test", 4), ("test_scaffolds", 3)):
+        Dataset.from_dict({"text": documents(count)}).to_parquet(folder / f"{name}.parquet")
+    task = load(folder, tmp_path)
+    assert {name: len(data) for name, data in task.splits.items()} == {"train": 19, "validation": 1, "test": 4}
+    assert task.files == {
+        "test": [folder / "test.parquet"],
+        "train": [folder / "train.parquet"],
+        UNUSED: [folder / "test_scaffolds.parquet"],
+    }
+    task = load(folder, tmp_path, splits={"train": "train", "test": "test_scaffolds"})
+    assert len(task.splits["test"]) == 3
+    (folder / "train.txt").write_text("one\n")
+    with pytest.raises(ValueError, match=r"has files of several formats \(.parquet, .txt\): put the splits into files"):
+        load(folder, tmp_path)
+    with pytest.raises(ValueError, match="has no data that it asks for"):
+        load(folder, tmp_path, splits={"train": "nothing"})
+
+
+def test_a_folder_is_prepared_again_if_a_file_that_is_used_changes(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in ("train", "test", "notes"):
+        (folder / f"{name}.txt").write_text("one two\n" * 9)
+
+    def prepared():
+        load(folder, tmp_path)
+        return len([path for path in (tmp_path / "cache").iterdir() if path.is_dir()])
+
+    assert prepared() == 1
+    (folder / "notes.txt").write_text("other\n")
+    assert prepared() == 1
+    (folder / "test.txt").write_text("other\n")
+    assert prepared() == 2
 
 
 @pytest.mark.parametrize("batch", [7, 1000])
@@ -194,7 +269,7 @@ def test_documents_of_a_text_file(tmp_path):
 
     def texts(**more):
         task = load(file, tmp_path, **options, **more)
-        return [task.tokenizer.decode(ids) for ids in task.splits["train"]["input_ids"][:]]
+        return [decode_text(task.tokenizer, ids) for ids in task.splits["train"]["input_ids"][:]]
 
     assert texts() == ["one", "two", "three", "four"]
     assert [line.strip() for line in texts(sample_by="paragraph")] == ["one\ntwo", "three", "four"]
@@ -264,7 +339,7 @@ def test_missing_special_tokens_are_added_and_differ(special, added, corpus, tmp
     task = load(corpus, tmp_path, tokenizer=folder)
     assert task.tokenizer.get_vocab() == tokenizer.get_vocab()
     assert task.tokenizer.special_tokens_map == tokenizer.special_tokens_map
-    assert task.tokenizer.decode(task.splits["train"][0]["input_ids"]) in corpus.read_text().splitlines()
+    assert decode_text(task.tokenizer, task.splits["train"][0]["input_ids"]) in corpus.read_text().splitlines()
 
 
 def published_lm1b(x):
@@ -310,7 +385,7 @@ def test_a_published_corpus_from_a_folder_in_its_place(tmp_path):
     lengths = [len(ids) for ids in task.splits["test"]["input_ids"][:]]
     assert max(lengths) == 128
     short = min(task.splits["test"]["input_ids"][:], key=len)
-    assert re.search(r"\w, he said\.$", task.tokenizer.decode(short))
+    assert re.search(r"\w, he said\.$", decode_text(task.tokenizer, short))
 
 
 @pytest.fixture
@@ -344,7 +419,7 @@ def test_a_python_function(own_data, tmp_path):
     assert len(by_list.splits["train"]) == 46
     by_splits, by_lists = (load(f"own_data:{name}", tmp_path, tokenizer="byte") for name in ("splits", "lists"))
     assert by_splits.splits["validation"][:] == by_lists.splits["validation"][:]
-    assert by_splits.tokenizer.decode(by_splits.splits["validation"][1]["input_ids"]) == "b"
+    assert decode_text(by_splits.tokenizer, by_splits.splits["validation"][1]["input_ids"]) == "b"
 
 
 @pytest.mark.parametrize(
@@ -378,7 +453,7 @@ def test_a_mixture_shares_the_tokenizer_and_leaves_the_evaluation_alone(corpus, 
     mixture = task.splits["train"]
     assert mixture.weights == [3, 1.0]
     assert mixture.sets[0][:] == plain.splits["train"][:]
-    assert {task.tokenizer.decode(ids) for ids in mixture.sets[1]["input_ids"][:]} == {"the of [UNK]"}
+    assert {decode_text(task.tokenizer, ids) for ids in mixture.sets[1]["input_ids"][:]} == {"the of [UNK]"}
     assert all(task.splits[name][:] == plain.splits[name][:] for name in ("validation", "test"))
     with pytest.raises(ValueError, match=r"entry of task.mixture has no option 'wieght': did you mean 'weight'\?"):
         load(corpus, tmp_path, mixture=[{"path": str(corpus), "wieght": 3}])

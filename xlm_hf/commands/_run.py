@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedModel
 
 from xlm_hf.building import load_model, plain
+from xlm_hf.evaluation import default_evaluation
 from xlm_hf.families import families
 from xlm_hf.files import write_text
 from xlm_hf.saved_configs import load_config
@@ -41,7 +42,7 @@ def check_same_run(folder: Path, cfg: DictConfig, whole: bool = False) -> None:
     file = folder / "config.yaml"
     if not file.exists():
         return
-    found, wanted = _flat(plain(load_config(file))), _flat(plain(cfg))
+    found, wanted = (_flat(_with_own_evaluation(plain(config))) for config in (load_config(file), cfg))
     for name in sorted(found.keys() | wanted.keys()):
         concerns = name != "output_dir" if whole else name.split(".")[0] in _TRAINED
         if concerns and found.get(name) != wanted.get(name):
@@ -49,6 +50,19 @@ def check_same_run(folder: Path, cfg: DictConfig, whole: bool = False) -> None:
                 f"{folder} was run with {name}={found.get(name)} and not {wanted.get(name)}: choose another "
                 "output_dir, or remove that folder to run it anew."
             )
+
+
+def _with_own_evaluation(config: dict[str, Any]) -> dict[str, Any]:
+    """A config whose evaluation list, where it is the default of its kind, is replaced by what is its task's own."""
+    task = config["task"]
+    if not (entries := task.get("evaluation")):
+        return config
+    own = {}
+    for entry in entries:
+        own.update({name: entry[name] for name in ("metrics", "num_samples") if name in entry})
+    if entries != default_evaluation(entries[0].get("collator"), **own):
+        return config
+    return {**config, "task": {**{name: value for name, value in task.items() if name != "evaluation"}, **own}}
 
 
 def _flat(node: Any, prefix: str = "") -> dict[str, Any]:

@@ -7,6 +7,8 @@ from omegaconf import DictConfig
 from xlm_hf.building import build_task
 from xlm_hf.commands._run import next_command, say
 from xlm_hf.data import Mixture
+from xlm_hf.tasks.corpora import UNUSED
+from xlm_hf.tasks.tokenizers import decode_text
 
 
 def run(cfg: DictConfig) -> dict[str, int]:
@@ -23,10 +25,14 @@ def run(cfg: DictConfig) -> dict[str, int]:
             amount = f"{len(data):,} examples" if isinstance(data, Sized) else "a stream of examples"
             share = "" if weight is None else f", weight {weight:g},"
             say(f"  {name}: {amount}{share} in {files[0]['filename'] if files else 'memory'}")
+        for file in task.files.get(name, ()):
+            say(f"    from {file}, {file.stat().st_size:,} bytes")
+    for file in task.files.get(UNUSED, ()):
+        say(f"  in no split: {file}, {file.stat().st_size:,} bytes")
     first = next(iter(task.splits.values()))
     example = next(iter(first.sets[0] if isinstance(first, Mixture) else first))
-    for column in ("prompt_ids", "target_ids", "input_ids"):
+    for column in ("prompt_ids", "input_ids", "target_ids"):
         if column in example:
-            say(f"  {column.removesuffix('_ids')}: {task.tokenizer.decode(example[column])}")
+            say(f"  {column.removesuffix('_ids')}: {decode_text(task.tokenizer, example[column])}")
     say(f"Next: {next_command()}")
     return sizes

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from xlm_hf.modules.edits import EDIT_KINDS
+from xlm_hf.tasks.tokenizers import joining_blank
 
 # Stands before the text of a token that a step changed. What it unmasked needs none: nothing else stood as a mask.
 MARKS = {"insert": "+", "delete": "-", "substitute": "~", "unmask": "", "remask": ""}
@@ -94,7 +95,9 @@ class DraftRecorder(BaseStreamer):
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
         token = min(set(range(len(tokenizer))) - set(tokenizer.all_special_ids))
-        self.separator = "" if tokenizer.decode([token, token]) == 2 * tokenizer.decode([token]) else " "
+        self._blank = joining_blank(tokenizer)
+        is_joined = tokenizer.decode([token, token]) == 2 * tokenizer.decode([token])
+        self.separator = "" if is_joined and not self._blank else " "
         self.decodes: list[Decode] = []
         self._prompts: torch.Tensor | None = None
 
@@ -142,7 +145,8 @@ class DraftRecorder(BaseStreamer):
 
     def _token(self, token: int, event: str) -> Token:
         is_mask = token == self.tokenizer.mask_token_id
-        return Token(MASK if is_mask else str(self.tokenizer.decode([token])).translate(_VISIBLE), event)
+        text = str(self.tokenizer.decode([token])).removeprefix(self._blank)
+        return Token(MASK if is_mask else text.translate(_VISIBLE), event)
 
 
 # Each with an attribute of its own beside the colour: underlined, struck through, reversed, bold; a mask shows as one.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.resources
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from hydra.utils import instantiate
@@ -21,8 +22,8 @@ _Target = TypeVar("_Target", bound=Callable[..., Any])
 
 _COLUMNS = {"lm": ("example_id",), "seq2seq": ("example_id", "prompt_ids", "target_ids"), "infill": ("example_id",)}
 
-# What a task's config says to the evaluation and the generation; no arguments of its target.
-_FOR_OTHERS = ("evaluation", "max_new_tokens", "do_sample")
+# What a task's config says to the evaluation and the generation; arguments of its target only where it takes them.
+_FOR_OTHERS = ("evaluation", "metrics", "num_samples", "max_new_tokens", "do_sample")
 
 
 @dataclass
@@ -36,6 +37,7 @@ class Task:
             `target_ids` (lists of int32). Further columns are allowed and are written into prediction files. `train`
             may be a stream or a `Mixture`.
         tokenizer: turns the ids of the splits back into text.
+        files: the local files that the splits were read from, by split, and those of a folder that were not used.
 
     Raises:
         ValueError: if the kind is unknown or a split lacks a column that the kind needs.
@@ -45,6 +47,7 @@ class Task:
     kind: str
     splits: Mapping[str, Any]
     tokenizer: PreTrainedTokenizerFast
+    files: Mapping[str, Sequence[Path]] = field(default_factory=dict)
 
     def __post_init__(self):
         if self.kind not in _COLUMNS:
@@ -83,15 +86,16 @@ def load_task(task: str | Mapping[str, Any], /, **overrides: Any) -> Task:
         ValueError: for an unknown name, a target that cannot be imported, or an argument that the target does not take
             or lacks: before any work. Later, for whatever the target itself refuses.
     """
-    options = {**_resolve(_shipped_config(task) if isinstance(task, str) else task), **overrides}
-    if "_target_" not in options:
+    config = _shipped_config(task) if isinstance(task, str) else task
+    if "_target_" not in config:
         raise ValueError(
             f"a task given as a mapping needs `_target_`, the dotted name of a callable that returns a Task; "
-            f"this one has only the keys {sorted(options)}."
+            f"this one has only the keys {sorted(config)}."
         )
-    target = options["_target_"]
+    target = config["_target_"]
     function = import_target("task target", target)
-    options = {name: value for name, value in options.items() if name not in getattr(function, "for_families", ())}
+    ignored = {*_FOR_OTHERS, *getattr(function, "for_families", ())} - set(inspect.signature(function).parameters)
+    options = {**_resolve(config, ignored), **overrides}
     _check_options(task if isinstance(task, str) else target, function, options)
     # The target is called outside of Hydra, which would wrap its one-sentence errors in an exception of its own.
     result = instantiate(options, _convert_="all", _partial_=True)()
@@ -115,10 +119,10 @@ def _shipped_config(name: str) -> Mapping[str, Any]:
     return OmegaConf.create({"task": read(name)}).task
 
 
-def _resolve(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of a composed task as plain Python; those still missing (`???`) are left out."""
+def _resolve(config: Mapping[str, Any], ignored: Collection[str]) -> dict[str, Any]:
+    """Arguments of a composed task as plain Python; those `ignored` or still missing (`???`) are left out."""
     node: Any = config if OmegaConf.is_config(config) else OmegaConf.create(dict(config), flags={"allow_objects": True})
-    names = [name for name in node if name not in _FOR_OTHERS and not OmegaConf.is_missing(node, name)]
+    names = [name for name in node if name not in ignored and not OmegaConf.is_missing(node, name)]
     return {
         name: OmegaConf.to_container(node[name], resolve=True) if OmegaConf.is_config(node[name]) else node[name]
         for name in names

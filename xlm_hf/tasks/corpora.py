@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -14,7 +14,17 @@ from datasets.fingerprint import Hasher
 from xlm_hf.modules.counter_random import uniform
 from xlm_hf.modules.messages import did_you_mean, import_target
 
-_BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+_BUILDERS = {
+    **{".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"},
+    **{".csv": "csv", ".tsv": "csv"},
+}
+
+# What the files and sub-folders of a split are called; a file may have a number, or a prefix that ends with a dot.
+_CALLED = {"train": "train", "validation": "validation|valid|val|dev", "test": "test"}
+_NUMBER = r"(?:[-_.]\d+(?:-of-\d+)?(?:-[0-9a-f]+)?)?"
+
+# The files of a folder that are in no split.
+UNUSED = "not used"
 
 Source: TypeAlias = Path | str | DatasetDict
 
@@ -56,28 +66,75 @@ def _as_dataset(split: Any, text_column: str, path: str) -> Dataset:
     return Dataset.from_dict({text_column: texts})
 
 
-def content_key(source: Source) -> Any:
+def files_of(source: Source, splits: Mapping[str, str] | None = None) -> dict[str, list[Path]]:
+    """The files of a local source by split, and those of a folder that are `UNUSED`; nothing for other sources.
+
+    The files of a folder that are called train, validation (valid, val, dev) or test, or lie in a folder of that name,
+    are these splits. If there are none, all files are the training set. Any other file is a split of its own name only
+    if `splits` asks for it.
+
+    Args:
+        source: see `locate`.
+        splits: the option of that name, e.g. `{"test": "test_scaffolds[:100]"}`.
+    """
+    if not isinstance(source, Path):
+        return {}
+    if source.is_file():
+        return {"train": [source]}
+    named: dict[str, list[Path]] = {split: [] for split in _CALLED}
+    others: list[Path] = []
+    for file in sorted(file for file in source.rglob("*") if file.suffix in _BUILDERS):
+        split = _split_of(file, source)
+        (others if split is None else named[split]).append(file)
+    named = {split: files for split, files in named.items() if files}
+    if not named and others:
+        builders = [_BUILDERS[file.suffix] for file in others]
+        most = max(builders, key=builders.count)
+        named = {"train": [file for file in others if _BUILDERS[file.suffix] == most]}
+    if splits is not None:
+        asked = {match[0] for part in splits.values() if (match := re.match(r"[\w.]+", part))}
+        named = {name: files for name, files in named.items() if name in asked}
+        named.update({file.stem: [file] for file in others if file.stem in asked})
+    used = {file for files in named.values() for file in files}
+    unused = [file for file in source.rglob("*") if file.suffix in _BUILDERS and file not in used]
+    return {**named, **({UNUSED: sorted(unused)} if unused else {})}
+
+
+def _split_of(file: Path, folder: Path) -> str | None:
+    """The split that a file of a folder is called, or else the nearest folder that it lies in."""
+    names = [(file.stem, rf"(?:.*\.)?(?:{{}}){_NUMBER}")]
+    names += [(parent.name, "{}") for parent in file.parents if folder in parent.parents]
+    for name, form in names:
+        for split, called in _CALLED.items():
+            if re.fullmatch(form.format(called), name):
+                return split
+    return None
+
+
+def content_key(source: Source, splits: Mapping[str, str] | None = None) -> Any:
     """What identifies the content of a source: the hashes of its files, or the fingerprints of its splits."""
     if isinstance(source, DatasetDict):
         return {name: Hasher.hash(split) for name, split in source.items()}
     if isinstance(source, str):
         return source
-    files = [source] if source.is_file() else sorted(file for file in source.rglob("*") if file.suffix in _BUILDERS)
     key = {}
-    for file in files:
-        with file.open("rb") as stream:
-            name = file.name if source.is_file() else file.relative_to(source).as_posix()
-            key[name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    for split, files in files_of(source, splits).items():
+        for file in files if split != UNUSED else ():
+            with file.open("rb") as stream:
+                name = file.name if source.is_file() else file.relative_to(source).as_posix()
+                key[name] = hashlib.file_digest(stream, "sha256").hexdigest()
     return key
 
 
-def read(source: Source, scratch: Path, options: Mapping[str, Any]) -> DatasetDict:
+def read(source: Source, scratch: Path, options: Mapping[str, Any], columns: Sequence[str]) -> DatasetDict:
     """The splits of a source; validation and test sets that it lacks are drawn from its training documents.
 
     Args:
         source: see `locate`.
         scratch: folder for the Arrow files.
-        options: those of `xlm_hf.tasks.text.text_corpus`.
+        options: `splits`, `subset`, `revision`, `sample_by`, `validation_fraction`, `test_fraction` and `seed` of
+            `xlm_hf.tasks.text.text_corpus`.
+        columns: that every split must have.
 
     Raises:
         ValueError: if there is no training set, too few documents to draw from, or no such column.
@@ -88,11 +145,11 @@ def read(source: Source, scratch: Path, options: Mapping[str, Any]) -> DatasetDi
             f"{source} has no training set, only {', '.join(found)}: name a file of it, or say which split to train on "
             "with splits, e.g. task.splits={train: validation}."
         )
-    column = options["text_column"]
     for split, data in found.items():
-        if column not in data.column_names:
-            closest = did_you_mean(column, data.column_names)
-            raise ValueError(f"split {split!r} has no column {column!r}: {closest} Set text_column.")
+        for column in columns:
+            if column not in data.column_names:
+                closest = did_you_mean(column, data.column_names)
+                raise ValueError(f"split {split!r} has no column {column!r}: {closest} Set the option that names it.")
     fractions = {name: options[f"{name}_fraction"] for name in ("validation", "test") if name not in found}
     return _with_drawn_splits(found, fractions, options["seed"])
 
@@ -117,10 +174,16 @@ def _with_drawn_splits(found: DatasetDict, fractions: Mapping[str, float], seed:
 def _load(source: Path | str, scratch: Path, options: Mapping[str, Any]) -> DatasetDict:
     name, arguments = str(source), {"name": options["subset"], "revision": options["revision"]}
     if isinstance(source, Path):
-        arguments = {"data_files": name} if source.is_file() else {}
-        has_lines = source.suffix == ".txt" or any(source.rglob("*.txt"))
-        arguments.update({"sample_by": options["sample_by"]} if has_lines else {})
-        name = _BUILDERS[source.suffix] if source.is_file() else name
+        by_split = {split: files for split, files in files_of(source, options["splits"]).items() if split != UNUSED}
+        suffixes = sorted({file.suffix for files in by_split.values() for file in files})
+        builders = {_BUILDERS[suffix] for suffix in suffixes}
+        if len(builders) != 1:
+            found = f"files of several formats ({', '.join(suffixes)})" if builders else "no data that it asks for"
+            raise ValueError(f"{source} has {found}: put the splits into files of one of {', '.join(_BUILDERS)}.")
+        name = builders.pop()
+        arguments = {"data_files": {split: list(map(str, files)) for split, files in by_split.items()}}
+        arguments.update({"sample_by": options["sample_by"]} if name == "text" else {})
+        arguments.update({"sep": "\t"} if ".tsv" in suffixes else {})
     try:
         if options["splits"] is None:
             return load_dataset(name, cache_dir=str(scratch), **arguments)

@@ -5,7 +5,6 @@ which are memory-mapped from then on. Either each document is an example ("sente
 another and are cut into chunks ("packed").
 """
 
-import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -21,12 +20,12 @@ from xlm_hf.data import Mixture
 from xlm_hf.modules.messages import check_options, did_you_mean
 from xlm_hf.tasks import Task, for_families
 from xlm_hf.tasks.cache import Prepared, cached
-from xlm_hf.tasks.corpora import content_key, locate, read
+from xlm_hf.tasks.corpora import content_key, files_of, locate, read
 from xlm_hf.tasks.detokenizers import DETOKENIZERS
-from xlm_hf.tasks.tokenizers import byte_tokenizer, pretrained_tokenizer, word_tokenizer
+from xlm_hf.tasks.tokenizers import ready_tokenizer, tokenizer_key, train_tokenizer
 
 # Part of the cache key: raise it with every change that makes other examples from the same texts and settings.
-PREPARATION_VERSION = 3
+PREPARATION_VERSION = 4
 
 # Documents that are tokenised, and made examples of, at a time.
 BATCH_SIZE = 1000
@@ -93,7 +92,7 @@ def text_corpus(
     if streaming:
         train = [data.to_iterable_dataset(num_shards=min(_NUM_SHARDS, len(data))) for data in train]
     splits["train"] = Mixture(train, weights) if mixture else train[0]
-    return Task(name=name, kind="lm", splits=splits, tokenizer=made)
+    return Task(name, "lm", splits, made, files_of(locate(path, text_column), options["splits"]))
 
 
 def _corpus(
@@ -108,19 +107,20 @@ def _corpus(
     if options["max_length"] < 1:
         raise ValueError(f"max_length={options['max_length']} must be at least 1: raise it.")
     source = locate(options["path"], options["text_column"])
-    if tokenizer is None and options["tokenizer"] != "word":
-        tokenizer = byte_tokenizer() if options["tokenizer"] == "byte" else pretrained_tokenizer(options["tokenizer"])
+    tokenizer = tokenizer or ready_tokenizer(options["tokenizer"])
     key = {
         **options,
         "version": PREPARATION_VERSION,
-        "path": content_key(source),
-        "tokenizer": None if tokenizer is None else _tokenizer_key(tokenizer),
+        "path": content_key(source, options["splits"]),
+        "tokenizer": options["tokenizer"] if tokenizer is None else tokenizer_key(tokenizer),
     }
 
     def build(scratch: Path) -> Prepared:
-        raw = read(source, scratch, options)
+        raw = read(source, scratch, options, [options["text_column"]])
         texts = partial(_texts, options["text_column"], DETOKENIZERS.get(options["detokenizer"]))
-        made = tokenizer or word_tokenizer(map(texts, raw["train"].iter(BATCH_SIZE)), options["vocab_size"])
+        made = tokenizer or train_tokenizer(
+            options["tokenizer"], map(texts, raw["train"].iter(BATCH_SIZE)), options["vocab_size"]
+        )
         made_splits = {
             split: _prepare(raw[split], texts, made, options, num_proc, scratch / split)
             for split in ("train", "validation", "test")
@@ -129,11 +129,6 @@ def _corpus(
         return DatasetDict(made_splits), made
 
     return cached(name, key, build, cache_dir)
-
-
-def _tokenizer_key(tokenizer: PreTrainedTokenizerFast) -> str:
-    content = tokenizer.backend_tokenizer.to_str() + str(sorted(tokenizer.special_tokens_map.items()))
-    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def _texts(text_column: str, detokenize: Callable[[str], str] | None, batch: Mapping[str, list]) -> list[str]:
