@@ -5,9 +5,13 @@ import os
 import subprocess
 import sys
 import textwrap
+from unittest import mock
 
 import packaging.requirements
 import pytest
+
+from tests.processes import python
+from xlm_hf import testing
 
 
 def run_python(script, *arguments, env, cwd, flags=()):
@@ -72,3 +76,13 @@ def clean_python(tmp_path_factory):
         )
 
     return run
+
+
+@pytest.fixture(scope="module", autouse=True)
+def exports_load_in_a_fork():
+    """Where the suite of a family loads what it has exported: without this package, and without importing torch."""
+    with mock.patch.object(sys, "executable", python()):
+        yield
+    if testing._elsewhere.cache_info().currsize:
+        testing._elsewhere().communicate()
+        testing._elsewhere.cache_clear()

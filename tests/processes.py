@@ -2,7 +2,8 @@
 
 A server has imported other people's packages and forks for each process that is asked for. `forked(...)` is the command
 of a small client, for `subprocess`: what the server forks has the client's arguments, folder, environment, standard
-streams and limit on file sizes, imports this package anew, and lives as long as its client, which ends as it does.
+streams and limit on file sizes, imports this package anew, and lives as long as its client, which ends as it does. What
+it starts by `sys.executable` is forked as well.
 Tests that are about imports or a clean environment start `sys.executable` instead.
 """
 
@@ -86,7 +87,7 @@ class _Server:
             listener.bind(f"{self.folder}/server")
             listener.listen(64)
             self.process = subprocess.Popen(
-                [sys.executable, __file__, str(listener.fileno())],
+                [sys.executable, __file__, str(listener.fileno()), str(client)],
                 env={**{name: value for name, value in os.environ.items() if name != "PYTHONPATH"}, **environment},
                 pass_fds=[listener.fileno()],
                 stdin=subprocess.PIPE,
@@ -170,8 +171,11 @@ def run(first, *others):
     if first == "-u":
         run(*others)
         return
-    folder = {"-c": "", "-m": str(Path.cwd())}.get(first, str(Path(first).resolve().parent))
-    sys.path[:0] = [folder, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    if first == "-I":
+        first, *others = others
+    else:
+        folder = {"-c": "", "-m": str(Path.cwd())}.get(first, str(Path(first).resolve().parent))
+        sys.path[:0] = [folder, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     importlib.invalidate_caches()
     sys.argv[:] = [first, *others]
     if first == "-c":
@@ -213,4 +217,5 @@ if __name__ == "__main__":
         for name in IMPORTS.split():
             importlib.import_module(name)
     gc.freeze()
+    sys.executable = sys.argv[2]
     run_and_exit(*serve(socket.socket(fileno=int(sys.argv[1]))))

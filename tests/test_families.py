@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.clean_environment import exports_load_in_a_fork  # noqa: F401 - a fixture
 from xlm_hf.families import families
 from xlm_hf.modeling.mdlm import MDLMCollator
 from xlm_hf.objectives.collators import Entry

@@ -104,7 +104,7 @@ def test_shapes_are_powers_of_two_or_the_largest(family, name):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_graph_for_each_shape_and_none_for_another_decode(family):
-    case = FamilyCase(family)
+    case = FamilyCase(family, "model.num_hidden_layers=1")
     model = case.model()
     prompts, options = prompts_of(case, model), options_of(model, "sampled", 8)
     expected = model.generate(**prompts, seed=[3, 1, 4], **options).sequences

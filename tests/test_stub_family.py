@@ -5,6 +5,7 @@ from unittest import mock
 
 import pytest
 
+from tests.clean_environment import exports_load_in_a_fork  # noqa: F401 - a fixture
 from tests.test_structure import code_lines
 from xlm_hf import families as registry
 from xlm_hf.testing import CHECKS, FamilyCase

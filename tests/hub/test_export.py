@@ -5,6 +5,7 @@ import json
 import os
 import re
 import resource
+import subprocess
 import sys
 import textwrap
 import tomllib
@@ -23,6 +24,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 import xlm_hf
 from tests.clean_environment import clean_python, run_python  # noqa: F401 - a fixture
+from tests.processes import forked
 from xlm_hf import families as registry
 from xlm_hf.families import Family, families
 from xlm_hf.hub.card import render_card
@@ -578,6 +580,14 @@ def test_importing_the_package_loads_nothing_heavy(tmp_path):
     assert ours == "xlm_hf.families xlm_hf.files xlm_hf.hub xlm_hf.modeling xlm_hf.modules xlm_hf.objectives"
 
 
+def run_forked(script, *arguments, env, cwd):
+    """Run a script to which it does not matter what is imported, this package apart."""
+    command = forked("-c", textwrap.dedent(script), *arguments)
+    result = subprocess.run(command, env={**os.environ, **env}, cwd=cwd, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
 def copy_tree_with_links_as_text(target):
     """Copy what the package needs as a zip archive of the repository gives it: a link is a file with its target."""
     for path in sorted(ROOT.rglob("*")):
@@ -596,7 +606,7 @@ def test_links_that_became_text_files_and_a_broken_family_do_no_harm(tmp_path):
     assert (tmp_path / "xlm_hf/modeling").is_file()
     (tmp_path / "modeling/half_written").mkdir()
     (tmp_path / "modeling/half_written/__init__.py").write_text("def f(:")
-    out = run_python(
+    out = run_forked(
         """
         import sys, warnings
         with warnings.catch_warnings(record=True) as heard:
@@ -654,7 +664,7 @@ def test_families_of_other_packages_register_themselves(tmp_path):
         print(type(AutoModel.from_pretrained(sys.argv[1])).__name__)
     """
     for first in ("xlm_hf", "outside"):
-        out = run_python(
+        out = run_forked(
             script.format(first=first),
             tmp_path / f"saved after {first}",
             env={"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"},

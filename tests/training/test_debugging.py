@@ -36,10 +36,10 @@ def logs(folder):
 
 @pytest.mark.parametrize("family", sorted(families()))
 def test_overfit_drives_the_loss_of_one_batch_to_its_floor(xlm, tmp_path, family):
-    one_batch = (f"family={family}", "trainer.per_device_train_batch_size=4")
+    one_batch = (f"family={family}", "trainer.per_device_train_batch_size=4", "model.num_hidden_layers=1")
     printed = xlm(*one_batch, "debug=print_batch", "output_dir=printed")
-    saving = ("trainer.save_strategy=steps", "trainer.save_steps=300")
-    xlm(*one_batch, *saving, "debug=overfit", "output_dir=run", "trainer.learning_rate=0.01")
+    steps = ("trainer.max_steps=200", "trainer.save_strategy=steps", "trainer.save_steps=200")
+    xlm(*one_batch, *steps, "debug=overfit", "output_dir=run", "trainer.learning_rate=0.01")
     losses = [log["loss"] for log in logs(tmp_path / "run") if "loss" in log]
     # Of n missing tokens any may be inserted first, which no model can foretell.
     dropped = re.search(r"num_dropped .*\n(.*)", printed)
