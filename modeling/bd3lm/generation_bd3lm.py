@@ -136,12 +136,13 @@ class BlockMemory:
     def read(self, rows: torch.Tensor, columns: torch.Tensor) -> Cache:
         """A cache of what is remembered of `columns` (R, C) of `rows` (R,)."""
         layers: list[Any] = [kind() for kind in self.kinds]
-        for layer, parts in zip(layers, self.layers, strict=True):
-            keys, values, *inputs = (x[rows[:, None], columns] for x in parts)
+        of_rows, last = rows[:, None], columns[:, columns.shape[1] - self.reach :]
+        for layer, (keys, values, *inputs) in zip(layers, self.layers, strict=True):
             # As after a call, without the empty tensors of a fresh layer, which a device would be sent.
-            layer.keys, layer.values, layer.is_initialized = keys.transpose(1, 2), values.transpose(1, 2), True
+            layer.keys, layer.values = (x[of_rows, columns].transpose(1, 2) for x in (keys, values))
+            layer.is_initialized = True
             if inputs:
-                layer.inputs = inputs[0]
+                layer.inputs = inputs[0][of_rows, last]
         return Cache(layers=layers)
 
     def write(self, cache: Any, rows: torch.Tensor, columns: torch.Tensor) -> None:

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 
 from tests.hub.test_pretrained_backbones import BACKBONES
 from tests.modules.test_rotary_transformer import padded
-from xlm_hf.modules.attention_patterns import attention_pattern
+from xlm_hf.modules.attention_patterns import attention_pattern, pattern_mask
 from xlm_hf.modules.backbone_config import RotaryTransformerConfig
 from xlm_hf.modules.transformer_backbone import build_backbone
 
@@ -161,6 +162,22 @@ def test_patterns_against_their_rules():
     assert attention_pattern() is None
     with pytest.raises(ValueError, match="is_noisy tells two copies apart and needs block_ids"):
         attention_pattern(is_noisy=is_noisy)
+
+
+@pytest.mark.parametrize("past", [0, 3])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("is_padded", [False, True])
+def test_the_mask_of_a_pattern_is_that_of_transformers(is_causal, is_padded, past):
+    model = make_backbone("rotary", is_causal=is_causal)
+    blocks = torch.tensor([[0, 0, 1, 1, 1, 2, 2, 3], [0, 1, 1, 2, 2, 2, 3, 3]])
+    exists = torch.tensor([[1, 1, 1, 1, 1, 1, 1, 0], [0, 0, 1, 1, 1, 1, 1, 1]]) if is_padded else None
+    pattern, cache, tokens = attention_pattern(block_ids=blocks), model.new_cache(), torch.ones(2, 8).long()
+    if past:
+        model(tokens[:, :past], cache=cache)
+    vectors = model.embed_tokens(tokens[:, past:])
+    make = create_causal_mask if is_causal else create_bidirectional_mask
+    expected = make(model.config, vectors, exists, cache=cache, and_mask_function=pattern)
+    assert torch.equal(pattern_mask(pattern, exists, vectors, past, is_causal), expected)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

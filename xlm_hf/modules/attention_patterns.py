@@ -63,6 +63,33 @@ def attention_pattern(
     return and_masks(*patterns)
 
 
+def pattern_mask(
+    pattern: Pattern, attention_mask: torch.Tensor | None, tokens: torch.Tensor, past: int = 0, is_causal: bool = False
+) -> torch.Tensor:
+    """The mask (B, 1, L, past + L) of a pattern, bool, for attention that takes one: eager and sdpa.
+
+    The indices broadcast. The masks that transformers makes of a function map it over each index instead (vmap), which
+    for a short row costs more than the layers do.
+
+    Args:
+        pattern: what the tokens see.
+        attention_mask: (B, past + L), whether a token exists; None means all do.
+        tokens: (B, L, ...), for their number and their device.
+        past: number of tokens in the cache before these.
+        is_causal: whether a token sees only itself and what stands before it.
+    """
+    (B, L), device = tokens.shape[:2], tokens.device
+    batch = torch.arange(B, device=device)[:, None, None]
+    query = torch.arange(past, past + L, device=device)[:, None]
+    key = torch.arange(past + L, device=device)
+    seen = pattern(batch, 0, query, key)
+    if is_causal:
+        seen = seen & (key <= query)
+    if attention_mask is not None:
+        seen = seen & attention_mask[:, None].bool()
+    return seen[:, None]
+
+
 def shifted_neighbors(
     offsets: range, pattern: Pattern | None, attention_mask: torch.Tensor | None, tokens: torch.Tensor, past: int = 0
 ) -> torch.Tensor | None:

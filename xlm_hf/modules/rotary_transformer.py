@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_patterns import attention_pattern, neighbors_in_copies, shifted_neighbors
+from .attention_patterns import attention_pattern, neighbors_in_copies, pattern_mask, shifted_neighbors
 from .backbone_config import RotaryTransformerConfig
 from .devices import is_synchronous
 from .short_convolution import ConvolutionCacheLayer, ShortConvolution, convolution_offsets
@@ -287,7 +287,10 @@ class RotaryTransformer(RotaryTransformerPreTrainedModel):
         layer = ConvolutionCacheLayer if self.config.conv_kernel_size else DynamicLayer
         return Cache(layers=[layer() for _ in self.layers])
 
-    def _mask(self, embeddings, attention_mask, pattern, cache):
+    def _mask(self, embeddings, attention_mask, pattern, cache, past):
+        is_given = attention_mask is not None and attention_mask.dim() == 4
+        if pattern is not None and not is_given and self.config._attn_implementation != "flex_attention":
+            return pattern_mask(pattern, attention_mask, embeddings, past, self.is_causal)
         make_mask = create_causal_mask if self.is_causal else create_bidirectional_mask
         skip = "allow_is_causal_skip" if self.is_causal else "allow_is_bidirectional_skip"
         # A mask of ones may be left out, but whether it is one must be read.
@@ -367,7 +370,7 @@ class RotaryTransformer(RotaryTransformerPreTrainedModel):
         conditioning: Any = None if self.time_embedding is None else self.time_embedding(timesteps)
         cos_sin = rotary_cos_sin(position_ids, self.config.rotary_dim, self.config.rope_theta, hidden_states.dtype)
         pattern = attention_pattern(segment_ids, block_ids, is_noisy)
-        kwargs["attention_mask"] = self._mask(hidden_states, attention_mask, pattern, cache)
+        kwargs["attention_mask"] = self._mask(hidden_states, attention_mask, pattern, cache, past)
         neighbors = self._neighbors(hidden_states, attention_mask, pattern, past, position_ids, segment_ids, is_noisy)
         kwargs.update(neighbors=neighbors, cos_sin=cos_sin, conditioning=conditioning, cache=cache)
         for layer in self.layers[:-1]:
