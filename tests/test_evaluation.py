@@ -34,7 +34,7 @@ def text_set(case, model, with_characters=True, **options):
     )
 
 
-LIKELIHOODS = {"arlm", "bd3lm", "flexmdm", "ilm", "mdlm"}
+LIKELIHOODS = {"arlm", "bd3lm", "flexmdm", "ilm", "mdlm", "udlm"}
 
 
 @pytest.mark.parametrize("family", sorted(LIKELIHOODS))

@@ -71,7 +71,7 @@ def _convert(options, weights: dict[str, Any], config: dict[str, Any], token_ids
 
 
 def _tokenizer(name: str | None, config: Any, arguments: dict[str, Any]) -> Any:
-    """The tokenizer of a checkpoint, which does not hold it, extended by the mask token where that is the last id."""
+    """The tokenizer of a checkpoint, which does not hold it, extended by what is the last id: the mask, or padding."""
     if name is None:
         if (arguments.get("padding_idx", 0), arguments.get("mask_idx")) != (0, 2):
             raise ValueError(
@@ -84,12 +84,17 @@ def _tokenizer(name: str | None, config: Any, arguments: dict[str, Any]) -> Any:
         tokenizer = number_tokenizer(config.vocab_size - len(NUMBER_TOKENS))
     else:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        if tokenizer.mask_token is None and getattr(config, "mask_token_id", None) == len(tokenizer):
-            tokenizer.add_special_tokens({"mask_token": "[MASK]"})
+        if len(tokenizer) == config.vocab_size - 1:
+            if tokenizer.mask_token is None and getattr(config, "mask_token_id", None) == len(tokenizer):
+                tokenizer.add_special_tokens({"mask_token": "[MASK]"})
+            elif tokenizer.pad_token is None:
+                tokenizer.add_special_tokens({"pad_token": "[PAD]"})
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
     facts = {"vocab_size": len(tokenizer)}
-    facts |= {role: getattr(tokenizer, role) for role in ("pad_token_id", "mask_token_id") if hasattr(config, role)}
+    # A checkpoint without a mask says nothing of its special tokens.
+    roles = ("pad_token_id", "mask_token_id") if getattr(config, "mask_token_id", 0) < config.vocab_size else ()
+    facts |= {role: getattr(tokenizer, role) for role in roles if hasattr(config, role)}
     for fact, value in facts.items():
         if value != getattr(config, fact):
             raise ValueError(

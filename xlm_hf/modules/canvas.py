@@ -68,6 +68,11 @@ class MaskedCanvas:
         if self.eos_token_id is not None:
             self.masked &= ~self._behind_eos()
 
+    def rewrite(self, rows: torch.Tensor, ids: torch.Tensor, steps: torch.Tensor) -> None:
+        """Let the rows of indices `rows` (R,) read `ids` (R, L); the history says `steps` (R, 1) of what changes."""
+        self._steps[rows] = torch.where(ids != self.ids[rows], steps, self._steps[rows])
+        self.ids[rows] = ids
+
     def note(self, steps: torch.Tensor) -> None:
         """Add what has changed since the last call to the log, with the number (B,) of each row's step."""
         if self.log is None:

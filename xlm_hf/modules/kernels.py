@@ -87,6 +87,21 @@ class Kernel:
         certain = parts.new_tensor([1.0, 0.0, 0.0, 0.0])
         return torch.where(total > 0, parts / total, certain)
 
+    def own_evidence(self, ids: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """Log q(z_t = z | x = z) - log q(z_t = z | another x), float64 (...): what a token says of its clean one.
+
+        Added to the logit of the token at hand, it turns the prediction of a position by the others (leave-one-out)
+        into one by all of them (the denoiser), up to a constant: log(1 + N alpha_t / U_t). A mask says nothing.
+
+        Args:
+            ids: (...) the tokens at t.
+            t: times that broadcast with `ids`, float64, in (0, 1].
+        """
+        alpha, _, uniform = self.shares(t)
+        size = 1 if self.writable_ids is None else len(self.writable_ids)
+        evidence = torch.log1p(size * alpha / uniform)
+        return evidence if self.mask_token_id is None else evidence.masked_fill(ids == self.mask_token_id, 0.0)
+
 
 def draw_part(parts: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     """Which part (...) of a mixture (..., 4) is drawn by `uniforms` (...) in [0, 1): `KEEP`, `PREDICTED`, ..."""

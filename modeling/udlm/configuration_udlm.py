@@ -1,0 +1,63 @@
+"""Configuration of the uniform diffusion language model (UDLM)."""
+
+from typing import Any, Literal
+
+from transformers.configuration_utils import strict
+
+from xlm_hf.modules.backbone_config import RotaryTransformerConfig
+from xlm_hf.modules.noise_schedules import make_schedule
+
+
+@strict
+class UDLMConfig(RotaryTransformerConfig):
+    """Architecture of a uniform diffusion language model: a bidirectional backbone, told the time, and a head.
+
+    A sequence is `prompt [BOS] canvas`. Noise replaces tokens of the canvas by uniformly drawn ones: the text, `[EOS]`,
+    and then `[PAD]` up to its end.
+
+    Attributes:
+        noise_schedule: alpha_t of the noise, as `make_schedule` takes it: that of training, and of every sampler.
+        prediction_type: what the head predicts of a position. "leave_one_out": its clean token by all other positions,
+            which is the optimum of the bound. "denoiser": by its own noisy token too, the optimum of a cross-entropy.
+            Each follows from the other (`Kernel.own_evidence`).
+        conditioning: how the backbone is told the noise; no position shows whether it holds noise. "adaln" by default,
+            as in the published code; "token" works on every backbone.
+        time_conditioning: whether a conditioned backbone is told it; otherwise it is told alpha = 1 at all times.
+        noise_eps: the backbone is told sigma = -log(max(alpha, noise_eps)), which is finite.
+        pad_token_id: fills the canvas after the text, where it is content like any other; and fills ragged rows,
+            where it is never seen.
+        mask_token_id: stands for what is to be filled in, in prompts alone: the network never sees it. An id beyond the
+            vocabulary means that there is none.
+        bos_token_id: stands between the prompt and the canvas.
+        eos_token_id: ends the text on the canvas.
+        suppress_tokens: ids that no sequence gets, and no noise. `[EOS]` and `[PAD]` are exempt, since a canvas holds
+            them, and `[MASK]` is added. All others are the N ids of the noise.
+
+    Raises:
+        ValueError: for a schedule that does not exist.
+    """
+
+    model_type = "udlm"
+
+    noise_schedule: str | dict[str, Any] = "log_linear"
+    prediction_type: Literal["leave_one_out", "denoiser"] = "leave_one_out"
+    conditioning: Literal["none", "adaln", "token"] = "adaln"
+    time_conditioning: bool = True
+    noise_eps: float = 1e-3
+    pad_token_id: int | None = 0
+    mask_token_id: int = 2
+    bos_token_id: int | None = 4
+    eos_token_id: int | None = 3
+    suppress_tokens: list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self.time_conditioning = self.time_conditioning and self.conditioning != "none"
+        make_schedule(self.noise_schedule)
+
+    @property
+    def suppressed_ids(self) -> list[int]:
+        """The ids that no sequence gets."""
+        content = {self.eos_token_id, self.pad_token_id}
+        suppressed = {*(self.suppress_tokens or ()), self.mask_token_id} - content
+        return sorted(i for i in suppressed if i < self.vocab_size)

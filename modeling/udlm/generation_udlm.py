@@ -1,0 +1,47 @@
+"""Generation by uniform diffusion: a canvas of random tokens, which change step by step into a text."""
+
+from typing import Any, ClassVar
+
+import torch
+
+from xlm_hf.modules.generation import GenerationCall, NonAutoregressiveGenerationConfig, Sampler
+from xlm_hf.modules.kernel_samplers import KernelProcess, KernelSampler, PsiSampler
+from xlm_hf.modules.kernels import UniformKernel
+from xlm_hf.modules.masked_generation import MaskedGenerationMixin
+from xlm_hf.modules.noise_schedules import make_schedule
+
+
+class UDLMGenerationConfig(NonAutoregressiveGenerationConfig):
+    """Options of `UDLMForUniformDiffusion.generate`.
+
+    `max_new_tokens` is the size of the canvas. Temperature, top-k and top-p act on what is predicted of a token by the
+    others (leave-one-out), whatever the network predicts.
+
+    Attributes:
+        sampler: "ancestral" is the reverse process on `num_steps` steps (arXiv 2412.10193). In "psi" a share of the
+            positions forgets its noise in each step (arXiv 2602.21185). The options of each are those of
+            `KernelSampler` and `PsiSampler`.
+    """
+
+    samplers: ClassVar[dict[str, type[Sampler]]] = {"ancestral": KernelSampler, "psi": PsiSampler}
+
+    sampler: str = "ancestral"
+
+
+class UDLMGenerationMixin(MaskedGenerationMixin):
+    """Adds `generate` to the uniform diffusion language model."""
+
+    def open_generation(self: Any, call: GenerationCall, input_ids, attention_mask, **inputs) -> KernelProcess:
+        """A canvas of noise after each prompt; mask tokens in a prompt become noise that is filled in."""
+        canvas = self.open_canvas(call, input_ids, attention_mask, **inputs)
+        suppressed = torch.tensor(self.config.suppressed_ids, dtype=torch.int64, device=canvas.ids.device)
+        every = torch.arange(self.config.vocab_size, device=canvas.ids.device)
+        kernel = UniformKernel(
+            schedule=make_schedule(self.config.noise_schedule), writable_ids=every[~torch.isin(every, suppressed)]
+        )
+        is_denoiser = self.config.prediction_type == "denoiser"
+        return KernelProcess(canvas, call.config.make_sampler(), call, kernel, is_denoiser)
+
+    def time_inputs(self, alpha: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The share of the canvas that is without noise."""
+        return {"alpha": alpha}
