@@ -7,7 +7,6 @@ import torch
 
 from xlm_hf.hub.published_weights import DIFFUSION_TRANSFORMER, Weights, diffusion_transformer_options, renamed
 
-
 # What the published training config calls the arguments of the published model's config.
 _TRAINING_NAMES = {"hidden_size": "hidden_dim", "length": "model_length"}
 

@@ -1,9 +1,9 @@
 """Duo's Gaussian curriculum (arXiv 2506.10892): uniform noise as the largest entry of a Gaussian vector.
 
-Let w = a e_x + s eps, with e_x the clean token as a vector of N entries, a^2 = sigmoid(-gamma) and s^2 = sigmoid(gamma).
-The largest entry of w is x with a probability p(gamma), and any other alike. So it is x with uniform noise, of alpha =
-(N p - 1) / (N - 1). Instead of this token the network is shown softmax(w / temperature), which tells more of x: an easier
-task that leads to the real one.
+Let w = a e_x + s eps, with e_x the clean token as a vector of N entries, a^2 = sigmoid(-gamma) and s^2 =
+sigmoid(gamma). The largest entry of w is x with a probability p(gamma), and any other alike. So it is x with uniform
+noise, of alpha = (N p - 1) / (N - 1). Instead of this token the network is shown softmax(w / temperature), which tells
+more of x: an easier task that leads to the real one.
 """
 
 from collections.abc import Sequence

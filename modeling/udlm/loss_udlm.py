@@ -83,14 +83,15 @@ class UDLMLoss:
                 denoising_cross_entropy: over the canvas tokens, where that is the loss.
         """
         documents, index, targets = (batch[f"{name}"] for name in ("target_documents", "logits_index", "target_ids"))
-        is_denoiser = getattr(model, "module", model).config.prediction_type == "denoiser"
+        config = _config(model)
         noise, weights = batch["noise"][documents], batch.get("weights")
         inputs: Any = {**model_inputs(batch), "alpha": batch["alpha"], "logits_index": index}
         if "is_given" in batch:
             inputs["is_given"] = batch["is_given"]
         noisy_ids = batch["input_ids"].flatten()[index]
         if "noise_keys" in batch:
-            noisy_ids, inputs["soft_tokens"] = self._soft_tokens(model, batch, noisy_ids)
+            noisy_ids, inputs["soft_tokens"] = _soft_tokens(config, batch, noisy_ids)
+        is_denoiser = config.prediction_type == "denoiser"
         of_loss = batch["loss_weights"] if weights is None else weights
         given = (targets, of_loss[documents])
         if weights is None and "noise_keys" not in batch:
@@ -112,11 +113,17 @@ class UDLMLoss:
             output.metrics["denoising_cross_entropy"] = (losses.sum(), count)
         return output
 
-    def _soft_tokens(self, model: nn.Module, batch: dict[str, Tensor], clean_ids: Tensor) -> tuple[Tensor, Any]:
-        """The noisy tokens (S,) of a batch with a curriculum, and what the network is shown for them."""
-        config, documents = getattr(model, "module", model).config, batch["target_documents"]
-        gamma, temperature = batch["gamma"][documents], batch["temperature"][documents]
-        noisy, ids, weights = gaussian_tokens(
-            batch["noise_keys"], clean_ids, gamma, temperature, config.vocab_size, config.suppressed_ids
-        )
-        return noisy, (batch["logits_index"], ids, weights)
+
+def _config(model: Any) -> Any:
+    """The configuration of a model that may be wrapped for several devices."""
+    return getattr(model, "module", model).config
+
+
+def _soft_tokens(config: Any, batch: dict[str, Tensor], clean_ids: Tensor) -> tuple[Tensor, Any]:
+    """The noisy tokens (S,) of a batch with a curriculum, and what the network is shown for them."""
+    documents = batch["target_documents"]
+    gamma, temperature = batch["gamma"][documents], batch["temperature"][documents]
+    noisy, ids, weights = gaussian_tokens(
+        batch["noise_keys"], clean_ids, gamma, temperature, config.vocab_size, config.suppressed_ids
+    )
+    return noisy, (batch["logits_index"], ids, weights)

@@ -38,6 +38,16 @@ class UDLMForUniformDiffusion(UDLMPreTrainedModel, UDLMGenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
 
+    def _timesteps(self, num_rows: int, alpha: torch.Tensor | None, is_given: torch.Tensor | None) -> torch.Tensor:
+        """What the backbone is told: sigma = -log alpha of each row or token, or always 0."""
+        if not self.config.time_conditioning:
+            return torch.zeros(num_rows, device=self.device)
+        if alpha is None:
+            raise ValueError("The model is conditioned on the time: pass alpha, one number for each row or token.")
+        if is_given is not None:
+            alpha = (alpha if alpha.dim() == 2 else alpha[:, None]).masked_fill(is_given, 1.0)
+        return -alpha.float().clamp(min=self.config.noise_eps).log()
+
     @can_return_tuple
     def forward(
         self,
@@ -76,20 +86,16 @@ class UDLMForUniformDiffusion(UDLMPreTrainedModel, UDLMGenerationMixin):
         Raises:
             ValueError: if a model with `config.time_conditioning` is not told `alpha`.
         """
-        if self.config.time_conditioning:
-            if alpha is None:
-                raise ValueError("The model is conditioned on the time: pass alpha, one number for each row or token.")
-            if is_given is not None:
-                alpha = (alpha if alpha.dim() == 2 else alpha[:, None]).masked_fill(is_given, 1.0)
-            kwargs["timesteps"] = -alpha.float().clamp(min=self.config.noise_eps).log()
-        elif self.config.conditioning != "none":
-            tokens: Any = input_ids if inputs_embeds is None else inputs_embeds
-            kwargs["timesteps"] = torch.zeros(len(tokens), device=self.device)
+        tokens: Any = input_ids if inputs_embeds is None else inputs_embeds
+        if self.config.conditioning != "none":
+            kwargs["timesteps"] = self._timesteps(len(tokens), alpha, is_given)
         if soft_tokens is not None:
             index, ids, weights = soft_tokens
             embeddings = self.model.embed_tokens(input_ids)
             mixed = embedding_bag(ids, self.model.embed_tokens.weight, per_sample_weights=weights, mode="sum")
-            inputs_embeds = embeddings.flatten(0, 1).index_copy(0, index, mixed.to(embeddings.dtype)).view_as(embeddings)
+            inputs_embeds = (
+                embeddings.flatten(0, 1).index_copy(0, index, mixed.to(embeddings.dtype)).view_as(embeddings)
+            )
         outputs = self.model(
             input_ids,
             attention_mask=attention_mask,

@@ -140,8 +140,7 @@ class Move:
             scores = block.predictions(logits[rows])
             own = scores.gather(1, block.ids[:, None])[:, 0] - scores.logsumexp(dim=-1)
             of_blocks.append((block.tokens(scores, own.exp()), own.exp()))
-        tokens, own = zip(*of_blocks, strict=True)
-        return torch.cat(tokens), torch.cat(own)
+        return torch.cat([tokens for tokens, _ in of_blocks]), torch.cat([own for _, own in of_blocks])
 
     def predictions(self, scores: torch.Tensor) -> torch.Tensor:
         """Logits (S, V) of x_theta: of the leave-one-out prediction, after temperature, top-k and top-p."""
@@ -191,7 +190,7 @@ class Resampling(Move):
 
 @dataclass
 class KernelSampler(Sampler):
-    """The reverse process of a kernel in steps (D3PM, arXiv 2107.03006; UDLM, arXiv 2412.10193, equation 15).
+    """The reverse process of a kernel in steps (arXiv 2107.03006; 2412.10193, equation 15).
 
     A token is kept, drawn from x_theta, drawn uniformly or masked (`Kernel.posterior`). The steps are even in the time
     of the model's own schedule.

@@ -121,7 +121,7 @@ class AbsorbingKernel(Kernel):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class UniformKernel(Kernel):
-    """Tokens become uniformly drawn ones (UDLM, arXiv 2412.10193): U_t = 1 - alpha_t."""
+    """Tokens become uniformly drawn ones (arXiv 2412.10193): U_t = 1 - alpha_t."""
 
     schedule: NoiseSchedule
 

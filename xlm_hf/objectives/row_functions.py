@@ -213,7 +213,7 @@ class HybridBound(RowFunction):
 
 @dataclass
 class UniformBound(RowFunction):
-    """The rate of uniform diffusion's bound, in the noise time t = 1 - alpha (UDLM, arXiv 2412.10193, equation 16).
+    """The rate of uniform diffusion's bound, in the noise time t = 1 - alpha (arXiv 2412.10193, equation 16).
 
     A token is itself with probability alpha, and else any of the N ids that are not suppressed. This is `HybridBound`
     with u = (1 - alpha) / N, times rho(z) / q(z) = 1 / (N alpha q(z)). Integrated over t from 0 to 1 it bounds the
