@@ -7,14 +7,17 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from xlm_hf.modules.messages import check_arguments
+from xlm_hf.modules.counter_random import unit_interval
+from xlm_hf.modules.messages import check_arguments, did_you_mean
 from xlm_hf.modules.noise_schedules import make_schedule
-from xlm_hf.objectives.collation import Documents, segment_numbers
+from xlm_hf.objectives.collation import Documents, random_subset, segment_numbers
 from xlm_hf.objectives.collators import CanvasCollator, Entry
-from xlm_hf.objectives.corruption import mixed_noise, schedule_at, skewed_times
+from xlm_hf.objectives.corruption import bernoulli_masks, mixed_noise, schedule_at, skewed_times
 from xlm_hf.objectives.head_operator import IGNORED_ID
 
 from .curriculum_udlm import uniform_noise
+
+NOISINGS = ("exact", "bernoulli")
 
 
 def published_curriculum(gamma_min: float = -3.55, gamma_max: float = -1.85, temperature: float = 1e-3) -> dict:
@@ -31,12 +34,15 @@ class UDLMCollator(CanvasCollator):
     Further arguments are those of `CanvasCollator`.
 
     Args:
-        noise_schedule: alpha_t, as `make_schedule` takes it; that of the model's configuration.
-        time_beta: the time is drawn from Beta(time_beta, 1), and the weights make up for it. With 1/2, t = v^2, the
-            variance is finite: the rate of the bound grows as 1 / t. With 1 it is not.
-        noise_beta: None trains on the bound. A number, for training alone, draws t from Beta(noise_beta, 1), and the
-            loss is the denoiser's cross-entropy at every position alike (see `UDLMLoss`). Above 1 it shows noisier
-            canvases.
+        noise_schedule: alpha_t of "bernoulli", as `make_schedule` takes it: that of the model's configuration. The
+            bound does not depend on it.
+        noising: "exact" draws k ~ U{0..L}, lets exactly k of the L canvas tokens meet noise, and tells the network a
+            time from the law of t given k. "bernoulli" draws t = v^2, v ~ U(0, 1], and lets each token meet noise with
+            probability 1 - alpha_t. Both are unbiased for the same bound with finite variances, and the first has the
+            smaller one.
+        noise_beta: None trains on the bound. A number, for training alone, draws t from Beta(noise_beta, 1) and noise
+            as in "bernoulli"; the loss is the denoiser's cross-entropy at every position alike (see `UDLMLoss`). Above
+            1 it shows noisier canvases.
         curriculum: None, or for training alone options of Duo's Gaussian curriculum (`gamma_min`, `gamma_max`,
             `temperature`; {} takes the published ones).
 
@@ -50,16 +56,16 @@ class UDLMCollator(CanvasCollator):
         noise_keys (M,): random bits of each; gamma, temperature (D,): of the noise. With a curriculum.
         alpha (B,): float32, alpha_t, which the network is told; (B, L) where a row holds several documents.
         noise (D,): float32, 1 - alpha_t, which is not rounded to 0.
-        weights (D,): float32, weight of the rate of the bound at each token of the document, -alpha'_t over the density
-            of t. loss_weights (D,): of the loss, in its place, with `noise_beta` or a curriculum.
+        weights (D,): float32, weight of the rate of the bound at each token of the document.
+        loss_weights (D,): float32, that of the loss, in its place, with `noise_beta` or a curriculum.
         canvas_lengths (D,): tokens of each canvas.
         sequence_tokens (D,): tokens of the text, and 1 for its end where it has one; in infilling the blanks.
         given_length (D,): True where the canvas tells the length of a text that ends, for want of padding.
         example_id: of the examples, as given.
 
     Raises:
-        ValueError: for a number out of its range, an unknown option of the curriculum, or a schedule that is unknown or
-            not whole.
+        ValueError: for an unknown noising, a number out of its range, an unknown option of the curriculum, or a
+            schedule that is unknown or not whole.
     """
 
     entries = {
@@ -84,17 +90,19 @@ class UDLMCollator(CanvasCollator):
         packing: bool = False,
         canvas_length: int | None = None,
         noise_schedule: str | Mapping[str, Any] = "log_linear",
-        time_beta: float = 0.5,
+        noising: str = "exact",
         noise_beta: float | None = None,
         curriculum: Mapping[str, float] | None = None,
     ):
         super().__init__(tokenizer, max_length, kind, prediction, seed, packing, canvas_length)
-        for name, value in {"time_beta": time_beta, "noise_beta": noise_beta}.items():
-            if value is not None and value <= 0:
-                raise ValueError(f"{name} must be greater than 0 and is {value}.")
+        if noising not in NOISINGS:
+            raise ValueError(f"noising {noising!r} does not exist: {did_you_mean(noising, NOISINGS)}")
+        if noise_beta is not None and noise_beta <= 0:
+            raise ValueError(f"noise_beta must be greater than 0 and is {noise_beta}.")
         if noise_beta is not None and curriculum is not None:
             raise ValueError("noise_beta and curriculum are two objectives of training: set one of them to null.")
-        self.time_beta, self.noise_beta, self.curriculum = time_beta, noise_beta, None
+        self.noising, self.noise_beta = noising, noise_beta
+        self.curriculum: dict[str, float] | None = None
         if curriculum is not None:
             check_arguments("curriculum", dict(curriculum), published_curriculum)
             self.curriculum = published_curriculum(**curriculum)
@@ -120,14 +128,14 @@ class UDLMCollator(CanvasCollator):
         is_told = documents.blank is None and self.canvas_length is None
         content = rows.input_ids[index]
         self.check_content(content)
-        of_noise = self._noise(documents)
-        if self.curriculum is None:
-            noise = of_noise["noise"]
-            rows.input_ids[index], _ = mixed_noise(
-                content, bits, lengths, 1 - noise, np.zeros_like(noise), self.writable_ids
-            )
+        draws = documents.low_discrepancy_draws(self.seed)
+        if self.curriculum is not None:
+            of_noise, entries["noise_keys"] = self._gaussian_times(draws), bits.view(np.int64)
         else:
-            entries["noise_keys"] = bits.view(np.int64)
+            of_noise, met = self._uniform_noise(draws, bits, lengths)
+            none = np.zeros(len(lengths))
+            other, _ = mixed_noise(content, bits, lengths, none, none, self.writable_ids)
+            rows.input_ids[index] = np.where(met, other, content)
         return rows.batch(
             logits_index=index,
             target_ids=content,
@@ -140,19 +148,50 @@ class UDLMCollator(CanvasCollator):
             **{name: values.astype(np.float32) for name, values in of_noise.items()},
         )
 
-    def _noise(self, documents: Documents) -> dict[str, np.ndarray]:
-        """What belongs to the time of each document, float64 (D,), by the names of its entries."""
-        draws = documents.low_discrepancy_draws(self.seed)
-        if self.curriculum is not None:
-            low, high = self.curriculum["gamma_min"], self.curriculum["gamma_max"]
-            gamma = low + (high - low) * draws
-            noise, slope = uniform_noise(gamma, len(self.writable_ids))
-            temperature = np.full_like(gamma, self.curriculum["temperature"])
-            return {"noise": noise, "gamma": gamma, "temperature": temperature, "loss_weights": slope * (high - low)}
-        t, weights = skewed_times(draws, self.noise_beta or self.time_beta)
-        _, noise, hazard = schedule_at(self.schedule, t)
+    def _gaussian_times(self, draws: np.ndarray) -> dict[str, np.ndarray]:
+        """What belongs to the time of each document with a curriculum, float64 (D,), by the names of its entries."""
+        options: Any = self.curriculum
+        low, high, temperature = (options[name] for name in ("gamma_min", "gamma_max", "temperature"))
+        gamma = low + (high - low) * draws
+        noise, slope = uniform_noise(gamma, len(self.writable_ids))
+        of_temperature = {"temperature": np.full_like(gamma, temperature)}
+        return {"noise": noise, "gamma": gamma, "loss_weights": slope * (high - low), **of_temperature}
+
+    def _uniform_noise(
+        self, draws: np.ndarray, bits: np.ndarray, lengths: np.ndarray
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """What belongs to the time of each document, likewise, and which tokens (N,) meet noise."""
+        if self.noising == "exact" and self.noise_beta is None:
+            noise, weights, met = exact_noise(bits, lengths, draws)
+        else:
+            t, weights = skewed_times(draws, self.noise_beta or 0.5)
+            _, noise, hazard = schedule_at(self.schedule, t)
+            met, weights = bernoulli_masks(bits, lengths, noise), hazard * noise * weights
         # What float32 does not round to 0.
         noise = np.maximum(noise, 1e-30)
         if self.noise_beta is not None:
-            return {"noise": noise, "loss_weights": np.ones_like(noise)}
-        return {"noise": noise, "weights": hazard * noise * weights}
+            return {"noise": noise, "loss_weights": np.ones_like(noise)}, met
+        return {"noise": noise, "weights": weights}, met
+
+
+def exact_noise(bits: np.ndarray, lengths: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Let exactly k of the L tokens of each document meet noise, k uniform in 0..L.
+
+    Given k, t ~ Beta(k, L - k + 1) is the k-th smallest of L uniform draws, and the tokens that meet noise are those of
+    the k smallest. With C(L, k) B(k, L - k + 1) = 1 / k, (k, t) has the density k / ((L + 1) t) times that of noise at
+    uniform times: the weight is (L + 1) t / k, and a rate of 1 / t at k tokens becomes a constant. For k = 0, t ~
+    Beta(1, L + 1) has the very density of no noise at uniform times, so the weight is 1.
+
+    Args:
+        bits: (N,) uint64 of the tokens.
+        lengths: (D,) tokens of each document.
+        draws: (D,) uniform in [0, 1).
+
+    Returns:
+        (D,) t = 1 - alpha; (D,) weight of the rates of a document in the bound; (N,) bool, which tokens meet noise.
+    """
+    k = (draws * (lengths + 1)).astype(np.int64)
+    met, greatest = random_subset(bits, lengths, k)
+    without = 1 - (1 - (draws * (lengths + 1) - k)) ** (1 / (lengths + 1))
+    t = np.where(k == 0, without, unit_interval(greatest))
+    return t, np.where(k == 0, 1.0, (lengths + 1) * t / np.maximum(k, 1)), met

@@ -1,12 +1,14 @@
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
-from scipy.stats import chisquare, kstest, norm
+from scipy.stats import binom, chisquare, kstest, norm
 
 from tests.modeling.naive import BOS, EOS, MASK, PAD, UNK, SpecialIds, make_examples
 from tests.modeling.naive_udlm import make_model, slow_collation
 from xlm_hf.modeling.udlm import UDLMCollator, UDLMLoss
+from xlm_hf.modeling.udlm.collator_udlm import exact_noise
 from xlm_hf.modeling.udlm.curriculum_udlm import gaussian_tokens, uniform_noise
 
 V = 40
@@ -47,7 +49,7 @@ def test_prompt_bos_and_a_canvas_with_noise(canvas_length):
 def test_noise_replaces_tokens_by_any_others_at_the_rate_of_their_document(schedule):
     num = 20_000
     examples = [{"input_ids": [9] * 3, "example_id": i, "epoch": 1, "position": i} for i in range(num)]
-    batch = collator("lm", noise_schedule=schedule)(examples)
+    batch = collator("lm", noise_schedule=schedule, noising="bernoulli")(examples)
     noisy = batch["input_ids"][:, 1:4]
     noise = batch["noise"].double()
     t = noise if schedule == "log_linear" else torch.asin(noise.clamp(max=1)) * 2 / torch.pi
@@ -70,7 +72,7 @@ def test_noise_replaces_tokens_by_any_others_at_the_rate_of_their_document(sched
     assert chisquare(list(others.values())).pvalue > 1e-4
 
 
-@pytest.mark.parametrize("options", [{}, {"noise_beta": 3.0}, {"curriculum": {}}])
+@pytest.mark.parametrize("options", [{}, {"noising": "bernoulli"}, {"noise_beta": 3.0}, {"curriculum": {}}])
 def test_noise_depends_on_the_example_alone(options):
     examples = make_examples(32, V, min_target=6)
     whole = collator(**options)(examples)
@@ -89,6 +91,37 @@ def test_noise_depends_on_the_example_alone(options):
         assert other["noise"].tolist() != whole["noise"].tolist()
         name = "noise_keys" if "noise_keys" in whole else "input_ids"
         assert other[name].tolist() != whole[name].tolist()
+
+
+def test_exactly_k_tokens_meet_noise_at_a_time_of_its_law():
+    """The joint law of k and t, times the weight, is that of independent noise at uniform times."""
+    length, num = 4, 20_000
+    bits = np.random.default_rng(0).integers(2**64, size=num * length, dtype=np.uint64)
+    lengths, draws = np.full(num, length), (np.arange(num) + 0.5) / num
+    t, weights, met = exact_noise(bits, lengths, draws)
+    k = met.reshape(num, length).sum(axis=1)
+    assert np.bincount(k).tolist() == [num / 5] * 5
+    for size in range(5):
+        chosen = k == size
+        assert kstest(t[chosen], "beta", (max(size, 1), length - size + 1)).pvalue > 1e-4
+        np.testing.assert_allclose(weights[chosen], (length + 1) * t[chosen] / size if size else 1.0)
+        # The mean over uniform times of P(k) t^2.
+        expected = np.polynomial.legendre.leggauss(20)
+        u = (expected[0] + 1) / 2
+        exact = (expected[1] / 2 * binom.pmf(size, length, u) * u**2).sum()
+        assert (weights * t**2 * chosen).mean() == pytest.approx(exact, rel=0.1)
+    subsets = Counter(map(tuple, met.reshape(num, length)[k == 2].tolist()))
+    assert chisquare(list(subsets.values())).pvalue > 1e-4
+
+
+def test_exact_noise_has_the_smaller_error():
+    model, examples = make_model(V, 32), [{"input_ids": [9] * 8, "example_id": i, "epoch": 0} for i in range(500)]
+    squares = []
+    for noising in ("exact", "bernoulli"):
+        batch = collator("lm", noising=noising)([{**e, "position": e["example_id"]} for e in examples])
+        with torch.no_grad():
+            squares.append(float(UDLMLoss()(model, batch).sequence_nats.var()))
+    assert squares[0] < 0.7 * squares[1]
 
 
 def test_noise_beta_shows_noisier_canvases_and_weighs_all_tokens_alike():
@@ -136,7 +169,7 @@ def test_prediction_batches_are_padded_on_the_left():
     [
         ({"target_ids": [V]}, {}, f"Token id {V} is outside the vocabulary of {V}"),
         ({"target_ids": [8, MASK]}, {}, "holds the special token 2, which this model never writes"),
-        ({}, {"time_beta": 0}, "time_beta must be greater than 0 and is 0"),
+        ({}, {"noising": "exakt"}, "noising 'exakt' does not exist: did you mean 'exact'"),
         ({}, {"noise_beta": -1.0}, r"noise_beta must be greater than 0 and is -1\.0"),
         ({}, {"noise_beta": 2.0, "curriculum": {}}, "are two objectives of training"),
         ({}, {"curriculum": {"gama_min": -3}}, "gama_min.*did you mean 'gamma_min'"),

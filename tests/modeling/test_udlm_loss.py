@@ -35,7 +35,7 @@ class WordsAlone(SpecialIds):
 
 @pytest.mark.parametrize("kind", ["seq2seq", "infill"])
 @pytest.mark.parametrize("prediction_type", ["leave_one_out", "denoiser"])
-@pytest.mark.parametrize("options", [{}, {"noise_beta": 3.0}, {"noise_schedule": "cosine", "time_beta": 0.7}])
+@pytest.mark.parametrize("options", [{}, {"noise_beta": 3.0}, {"noise_schedule": "cosine", "noising": "bernoulli"}])
 def test_loss_and_gradients_equal_those_of_the_slow_twin(prediction_type, options, kind):
     model = make_model(V, 32, prediction_type=prediction_type).double()
     examples = make_examples(9, V, min_target=2)
@@ -110,7 +110,9 @@ def test_the_bound_is_at_least_the_likelihood_of_what_the_model_writes():
 
 
 @pytest.mark.parametrize("prediction_type", ["leave_one_out", "denoiser"])
-@pytest.mark.parametrize("options", [{}, {"noise_schedule": "cosine"}, {"time_beta": 0.8}])
+@pytest.mark.parametrize(
+    "options", [{}, {"noising": "bernoulli"}, {"noising": "bernoulli", "noise_schedule": "cosine"}]
+)
 def test_the_loss_is_an_unbiased_estimate_of_the_bound(options, prediction_type):
     """Collator and loss together against all noisy canvases and quadrature over the time; first by 10^5 draws."""
     num, texts = 10_000 if options else 50_000, [(7, 8), (9, 9)]
