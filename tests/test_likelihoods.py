@@ -81,8 +81,8 @@ def test_every_family_counts_the_tokens_of_the_text_and_its_end(family, protocol
     bits, perplexity = metrics[f"bits_per_character{given}"], metrics[f"perplexity{given}"]
     assert math.exp(bits * math.log(2) * num_characters / num_tokens) == pytest.approx(perplexity, rel=1e-6)
     # There are 256 bytes; slots and orders add to their number, as the padding of a canvas does.
-    # The estimate of a few chunks has more variance where tokens are absent too.
-    assert (100 if family == "flexmdm" else 200) < perplexity < math.inf
+    # The estimate of a few chunks has more variance where tokens are absent too, or the rate depends on the time.
+    assert (100 if family in ("flexmdm", "udlm") else 200) < perplexity < math.inf
 
 
 def test_a_canvas_without_padding_is_measured_under_another_name(corpus):

@@ -2,15 +2,30 @@
 
 import itertools
 import json
+import math
 
 import pytest
 import torch
 
 from tests.host_reads import as_on_an_accelerator
 from tests.modeling.naive import BOS, EOS, FIRST_WORD, MASK, PAD, UNK, batch_of, check_histogram
-from tests.modeling.naive_udlm import TableModel, as_dict, canvases, chain_law, make_model, random_joint, slow_sampler
+from tests.modeling.naive_udlm import (
+    TableModel,
+    as_dict,
+    canvases,
+    chain_law,
+    make_model,
+    posterior,
+    random_joint,
+    slow_sampler,
+)
 from xlm_hf.modeling.udlm import UDLMConfig, UDLMForUniformDiffusion, UDLMGenerationConfig
+from xlm_hf.modules.counter_random import uniform
 from xlm_hf.modules.edits import EDIT_KINDS
+from xlm_hf.modules.kernel_samplers import Move, Resampling
+from xlm_hf.modules.kernels import UniformKernel
+from xlm_hf.modules.noise_schedules import make_schedule
+from xlm_hf.modules.vocabulary_head import LogitsOnDemand
 
 PROMPTS = [[8, 9, 10], [11], [12, 13, 14, 15, 16, 17], []]
 SEEDS = [3, 1, 4, 9]
@@ -60,6 +75,38 @@ def test_psi_samples_follow_their_law(options):
     law = chain_law(model, 3, grid(3), share=share)
     assert (law - chain_law(model, 3, grid(3))).abs().sum() > 0.05
     check_law(model, law, 3, sampler="psi", num_steps=3, **options)
+
+
+@pytest.mark.parametrize("is_denoiser", [False, True])
+@pytest.mark.parametrize("kind", ["step", "to data and back", "anew", "greedy"])
+def test_a_single_move_follows_its_law(kind, is_denoiser):
+    """From one token at t to s, where a whole chain would hide what a step does wrong."""
+    num, t, s = 30_000, 0.7, 0.4
+    predicted = torch.tensor([[0.15, 0.6, 0.25]], dtype=torch.float64)
+    kernel = UniformKernel(schedule=make_schedule("log_linear"), writable_ids=torch.arange(3))
+    scores = predicted.log()
+    if is_denoiser:
+        scores = scores + torch.tensor([[0.0, 0.0, math.log1p(3 * 0.3 / 0.7)]])
+    every = torch.ones(num, dtype=torch.bool)
+    flags = {"to data and back": {"to_data": every}, "greedy": {"is_greedy": every}}.get(kind, {})
+    times = [torch.full((num,), x, dtype=torch.float64) for x in ((s, s) if kind == "anew" else (t, s))]
+    if kind == "anew" and is_denoiser:
+        scores = predicted.log() + torch.tensor([[0.0, 0.0, math.log1p(3 * 0.6 / 0.4)]])
+    uniforms = uniform(3, torch.arange(7)[:, None], torch.arange(num))
+    config = UDLMGenerationConfig(do_sample=True)
+    move = (Resampling if kind == "anew" else Move)(
+        kernel, config, is_denoiser, torch.full((num,), 2), *times, uniforms, **flags
+    )
+    tokens, own = move(LogitsOnDemand.of(scores.float().expand(num, 3)))
+    z = torch.tensor([[2]])
+    law = {
+        "step": lambda: posterior(predicted[None], z, 0.3, 0.6),
+        "to data and back": lambda: 0.6 * posterior(predicted[None], z, 0.3, 1.0) + 0.4 / 3,
+        "anew": lambda: 0.6 * predicted + 0.4 / 3,
+        "greedy": lambda: torch.tensor([0.0, 1.0, 0.0]),
+    }[kind]().flatten()
+    check_histogram(tokens.tolist(), dict(enumerate(law.tolist())))
+    torch.testing.assert_close(own, torch.full((num,), 0.25))
 
 
 def test_psi_in_a_loop_stays_at_its_time():
