@@ -16,7 +16,15 @@ CORE = [
     if not {"modeling", "configs", "hub_cards"} & set(file.relative_to(ROOT / "xlm_hf").parts)
 ]
 # What every task or metric uses; the other files of the two folders are one of them each.
-SHARED_BY_TASKS = {"__init__.py", "cache.py", "corpora.py", "detokenizers.py", "tokenizers.py"}
+SHARED_BY_TASKS = {
+    "__init__.py",
+    "blanks.py",
+    "cache.py",
+    "corpora.py",
+    "detokenizers.py",
+    "puzzles.py",
+    "tokenizers.py",
+}
 FAMILY_FILES = list((ROOT / "modeling").rglob("*.py"))
 
 

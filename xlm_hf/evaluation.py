@@ -23,8 +23,9 @@ from xlm_hf.tasks.tokenizers import decode_text
 
 RECORD_FIELDS = (
     *("example_id", "prompt_ids", "prediction_ids", "reference_ids", "prompt", "prediction", "reference"),
-    *("steps", "nfe", "tokens_per_forward", "finish_reason"),
+    *("references", "steps", "nfe", "tokens_per_forward", "finish_reason"),
 )
+_TEXT = datasets.Value("string")
 
 
 @dataclass
@@ -41,7 +42,9 @@ class EvaluationSet:
             one also gives the `likelihood_metrics`, and `unknown_rate`, the share of `[UNK]` in the texts.
         generate: whether to decode every example and score it.
         metrics: `evaluate` modules for the decoded sequences. Each gets those of `predictions`, `references` and
-            `prompts` that its features name: as text where the feature is a string, as token ids otherwise.
+            `prompts` that its features name: as text where the feature is a string, as token ids where it is a list of
+            integers. A list of strings gets every reference of an example, as its column `references` has them: texts
+            as they were before they were tokenised.
         kind: "lm", "seq2seq" or "infill". In infilling the whole sequence is the prediction, and the input with its
             blanks is the prompt. A metric whose `_compute` takes `blanks` is told where they were.
         num_draws: of a loss, how often each example is corrupted; draw d is the corruption of epoch d.
@@ -211,7 +214,7 @@ def decode_records(
         output: what `generate(return_history=True)` returned.
         batch: what it was given.
         examples: what the batch was made of: `prompt_ids` if any, `input_ids` with blanks for "infill", and the
-            reference as `reference_ids`, `target_ids` or, for "lm", `input_ids`.
+            reference as `reference_ids`, `target_ids` or, for "lm", `input_ids`. A column `references` goes on.
         kind: of `EvaluationSet`.
         tokenizer: turns ids into text.
     """
@@ -240,6 +243,8 @@ def decode_records(
         }
         for name in ("prompt", "prediction", "reference"):
             record[name] = decode_text(tokenizer, record[f"{name}_ids"])
+        if "references" in example:
+            record["references"] = example["references"]
         records.append(record)
     return records
 
@@ -272,8 +277,10 @@ def _generation_metrics(records: list[dict[str, Any]], evaluation_set: Evaluatio
     for metric in evaluation_set.metrics:
         inputs = {}
         for name, feature in metric.features.items():
-            column = name[:-1] if feature == datasets.Value("string") else f"{name[:-1]}_ids"
-            inputs[name] = [record[column] for record in records]
+            if feature == datasets.List(_TEXT):
+                inputs[name] = [record.get(name, [record[name[:-1]]]) for record in records]
+            else:
+                inputs[name] = [record[name[:-1] if feature == _TEXT else f"{name[:-1]}_ids"] for record in records]
         if evaluation_set.kind == "infill" and "blanks" in inspect.signature(metric._compute).parameters:
             mask = tokenizer.mask_token_id
             inputs["blanks"] = [[token == mask for token in record["prompt_ids"]] for record in records]

@@ -77,7 +77,7 @@ def files_of(source: Source, splits: Mapping[str, str] | None = None) -> dict[st
         source: see `locate`.
         splits: the option of that name, e.g. `{"test": "test_scaffolds[:100]"}`.
     """
-    if not isinstance(source, Path):
+    if not isinstance(source, Path) or not source.exists():
         return {}
     if source.is_file():
         return {"train": [source]}
@@ -126,7 +126,7 @@ def content_key(source: Source, splits: Mapping[str, str] | None = None) -> Any:
     return key
 
 
-def read(source: Source, scratch: Path, options: Mapping[str, Any], columns: Sequence[str]) -> DatasetDict:
+def read(source: Source, scratch: Path, options: Mapping[str, Any]) -> DatasetDict:
     """The splits of a source; validation and test sets that it lacks are drawn from its training documents.
 
     Args:
@@ -134,10 +134,9 @@ def read(source: Source, scratch: Path, options: Mapping[str, Any], columns: Seq
         scratch: folder for the Arrow files.
         options: `splits`, `subset`, `revision`, `sample_by`, `validation_fraction`, `test_fraction` and `seed` of
             `xlm_hf.tasks.text.text_corpus`.
-        columns: that every split must have.
 
     Raises:
-        ValueError: if there is no training set, too few documents to draw from, or no such column.
+        ValueError: if there is no training set, or too few documents to draw from.
     """
     found = source if isinstance(source, DatasetDict) else _load(source, scratch, options)
     if "train" not in found:
@@ -145,13 +144,17 @@ def read(source: Source, scratch: Path, options: Mapping[str, Any], columns: Seq
             f"{source} has no training set, only {', '.join(found)}: name a file of it, or say which split to train on "
             "with splits, e.g. task.splits={train: validation}."
         )
+    fractions = {name: options[f"{name}_fraction"] for name in ("validation", "test") if name not in found}
+    return _with_drawn_splits(found, fractions, options["seed"])
+
+
+def check_columns(found: DatasetDict, columns: Sequence[str]) -> None:
+    """Raise ValueError if a split lacks one of the columns."""
     for split, data in found.items():
         for column in columns:
             if column not in data.column_names:
                 closest = did_you_mean(column, data.column_names)
                 raise ValueError(f"split {split!r} has no column {column!r}: {closest} Set the option that names it.")
-    fractions = {name: options[f"{name}_fraction"] for name in ("validation", "test") if name not in found}
-    return _with_drawn_splits(found, fractions, options["seed"])
 
 
 def _with_drawn_splits(found: DatasetDict, fractions: Mapping[str, float], seed: int) -> DatasetDict:

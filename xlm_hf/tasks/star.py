@@ -9,13 +9,12 @@ import os
 
 import numpy as np
 import pyarrow as pa
-import torch
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerFast
 
-from xlm_hf.modules.counter_random import uniform
 from xlm_hf.modules.messages import did_you_mean
 from xlm_hf.tasks import Task
+from xlm_hf.tasks.blanks import check_blank_rate, with_blanks
 from xlm_hf.tasks.cache import cached
 from xlm_hf.tasks.tokenizers import NUMBER_TOKENS, number_tokenizer
 
@@ -90,30 +89,6 @@ def star_graphs(
     return task if blank_rate is None else with_blanks(task, blank_rate, seed)
 
 
-def with_blanks(task: Task, blank_rate: float, seed: int) -> Task:
-    """The infill task of a seq2seq task: `input_ids` are prompt and target with blanks, `target_ids` both in full.
-
-    Each token of a target is blank with probability `blank_rate`, and at least one is; which ones is a function of
-    (seed, example_id).
-    """
-    splits = {}
-    for split, dataset in task.splits.items():
-        columns = dataset[:]
-        positions = torch.arange(max(map(len, columns["target_ids"])))
-        keys = uniform(seed, torch.tensor(columns["example_id"])[:, None], positions).tolist()
-        inputs, targets = [], []
-        for prompt, path, row in zip(columns["prompt_ids"], columns["target_ids"], keys, strict=True):
-            threshold = max(blank_rate, min(row[: len(path)]))
-            hidden = [
-                task.tokenizer.mask_token_id if key <= threshold else t for t, key in zip(path, row, strict=False)
-            ]
-            inputs.append(prompt + hidden)
-            targets.append(prompt + path)
-        columns = {"example_id": columns["example_id"], "input_ids": inputs, "target_ids": targets}
-        splits[split] = Dataset.from_dict(columns)
-    return Task(name=task.name, kind="infill", splits=DatasetDict(splits), tokenizer=task.tokenizer)
-
-
 def _build(
     settings: dict[str, int], sizes: dict[str, int], path_format: str
 ) -> tuple[DatasetDict, PreTrainedTokenizerFast]:
@@ -127,8 +102,8 @@ def _build(
 
 
 def _check(settings: dict[str, int], sizes: dict[str, int], path_format: str, blank_rate: float | None) -> None:
-    if blank_rate is not None and not 0 < blank_rate <= 1:
-        raise ValueError(f"blank_rate must be in (0, 1] and is {blank_rate}.")
+    if blank_rate is not None:
+        check_blank_rate(blank_rate)
     if path_format not in PATH_FORMATS:
         raise ValueError(f"unknown path_format {path_format!r}: {did_you_mean(str(path_format), PATH_FORMATS)}")
     least = {

@@ -20,7 +20,7 @@ from xlm_hf.data import Mixture
 from xlm_hf.modules.messages import check_options, did_you_mean
 from xlm_hf.tasks import Task, for_families
 from xlm_hf.tasks.cache import Prepared, cached
-from xlm_hf.tasks.corpora import content_key, files_of, locate, read
+from xlm_hf.tasks.corpora import check_columns, content_key, files_of, locate, read
 from xlm_hf.tasks.detokenizers import DETOKENIZERS
 from xlm_hf.tasks.tokenizers import ready_tokenizer, tokenizer_key, train_tokenizer
 
@@ -92,7 +92,7 @@ def text_corpus(
     if streaming:
         train = [data.to_iterable_dataset(num_shards=min(_NUM_SHARDS, len(data))) for data in train]
     splits["train"] = Mixture(train, weights) if mixture else train[0]
-    return Task(name, "lm", splits, made, files_of(locate(path, text_column), options["splits"]))
+    return Task(name, "lm", splits, made, files_of(Path(path).expanduser(), splits=options["splits"]))
 
 
 def _corpus(
@@ -116,7 +116,8 @@ def _corpus(
     }
 
     def build(scratch: Path) -> Prepared:
-        raw = read(source, scratch, options, [options["text_column"]])
+        raw = read(source, scratch, options)
+        check_columns(raw, [options["text_column"]])
         texts = partial(_texts, options["text_column"], DETOKENIZERS.get(options["detokenizer"]))
         made = tokenizer or train_tokenizer(
             options["tokenizer"], map(texts, raw["train"].iter(BATCH_SIZE)), options["vocab_size"]

@@ -1,0 +1,1 @@
+"""Share of texts that are one of several answers."""

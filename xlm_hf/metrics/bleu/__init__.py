@@ -1,0 +1,1 @@
+"""BLEU against one or several references."""

@@ -1,0 +1,1 @@
+"""chrF against one or several references."""

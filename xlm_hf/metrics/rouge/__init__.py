@@ -1,0 +1,1 @@
+"""ROUGE against one or several references."""
