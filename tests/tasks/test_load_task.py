@@ -18,7 +18,7 @@ from xlm_hf.tasks.tokenizers import number_tokenizer
 SHIPPED = sorted(
     file.name.removesuffix(".yaml")
     for file in importlib.resources.files("xlm_hf.configs").joinpath("task").iterdir()
-    if file.name.endswith(".yaml")
+    if file.name.endswith(".yaml") and not file.name.startswith("_")
 )
 FEW = {"num_train": 7, "num_validation": 3, "num_test": 4}
 

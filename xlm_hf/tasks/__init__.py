@@ -107,8 +107,8 @@ def load_task(task: str | Mapping[str, Any], /, **overrides: Any) -> Task:
 def _shipped_config(name: str) -> Mapping[str, Any]:
     files = importlib.resources.files("xlm_hf.configs").joinpath("task").iterdir()
     configs = {file.name.removesuffix(".yaml"): file for file in files if file.name.endswith(".yaml")}
-    if name not in configs:
-        raise ValueError(f"unknown task {name!r}: {did_you_mean(name, configs)}")
+    if (known := [name for name in configs if not name.startswith("_")]) and name not in known:
+        raise ValueError(f"unknown task {name!r}: {did_you_mean(name, known)}")
 
     def read(name: str) -> Any:
         config: Any = OmegaConf.create(configs[name].read_text(encoding="utf-8"))

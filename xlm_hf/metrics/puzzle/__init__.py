@@ -1,0 +1,1 @@
+"""What the checker of a puzzle says of answers."""
