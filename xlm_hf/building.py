@@ -308,7 +308,7 @@ def build_evaluation_sets(
     Raises:
         ValueError: for an unknown option, split or field.
     """
-    known = [field.name for field in fields(EvaluationSet) if field.name not in ("dataset", "kind")]
+    known = [field.name for field in fields(EvaluationSet) if field.name not in ("dataset", "kind", "training_set")]
     sets = []
     for entry in entries:
         check_options("An entry of task.evaluation", entry, [*known, "split", "num_samples"])
@@ -324,6 +324,7 @@ def build_evaluation_sets(
             dataset=_unconditional(entry, task) if "num_samples" in entry else task.splits[entry["split"]],
             collator=made,
             kind=made.kind,
+            training_set=task.splits.get("train"),
             loss=loss if entry.get("loss") else None,
             metrics=_build_metrics(entry),
         )

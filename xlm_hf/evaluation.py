@@ -16,7 +16,7 @@ from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from xlm_hf.data import KeyedExamples
+from xlm_hf.data import KeyedExamples, Mixture
 from xlm_hf.likelihoods import likelihood_metrics, text_counts
 from xlm_hf.modules.counter_random import random_bits
 from xlm_hf.tasks.tokenizers import decode_text
@@ -26,6 +26,7 @@ RECORD_FIELDS = (
     *("references", "steps", "nfe", "tokens_per_forward", "finish_reason"),
 )
 _TEXT = datasets.Value("string")
+_READ_AT_ONCE = 1000
 
 
 @dataclass
@@ -50,6 +51,7 @@ class EvaluationSet:
         num_draws: of a loss, how often each example is corrupted; draw d is the corruption of epoch d.
         prediction_fields: the fields of a record to keep, from `RECORD_FIELDS`; None keeps all. `example_id` and the
             metrics of the example are always kept.
+        training_set: of the task, for a metric whose `_compute` takes `training_texts`: the whole texts in it.
     """
 
     name: str
@@ -62,6 +64,7 @@ class EvaluationSet:
     kind: str = "seq2seq"
     num_draws: int = 1
     prediction_fields: Sequence[str] | None = None
+    training_set: Any = None
 
 
 def default_evaluation(kind: str, metrics: Sequence[Any] = (), num_samples: int = 0) -> list[dict[str, Any]]:
@@ -270,6 +273,17 @@ def _decode(model, evaluation_set: EvaluationSet, tokenizer, batch_size: int, se
     return sorted(gather_object(records), key=lambda record: record["example_id"])
 
 
+def training_texts(data: Any, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """The texts that a training set teaches to write, one after the other, but for pieces that go on elsewhere."""
+    for dataset in data.sets if isinstance(data, Mixture) else [data]:
+        for batch in dataset.iter(_READ_AT_ONCE):
+            texts = batch["target_ids" if "target_ids" in batch else "input_ids"]
+            continues = batch.get("continues", [False] * len(texts))
+            for ids, is_piece in zip(texts, continues, strict=True):
+                if not is_piece:
+                    yield decode_text(tokenizer, ids)
+
+
 def _generation_metrics(records: list[dict[str, Any]], evaluation_set: EvaluationSet, tokenizer) -> dict[str, float]:
     nfe = sum(record["nfe"] for record in records)
     written = sum(record["nfe"] * record["tokens_per_forward"] for record in records)
@@ -281,10 +295,14 @@ def _generation_metrics(records: list[dict[str, Any]], evaluation_set: Evaluatio
                 inputs[name] = [record.get(name, [record[name[:-1]]]) for record in records]
             else:
                 inputs[name] = [record[name[:-1] if feature == _TEXT else f"{name[:-1]}_ids"] for record in records]
-        if evaluation_set.kind == "infill" and "blanks" in inspect.signature(metric._compute).parameters:
+        parameters = inspect.signature(metric._compute).parameters
+        if evaluation_set.kind == "infill" and "blanks" in parameters:
             mask = tokenizer.mask_token_id
             inputs["blanks"] = [[token == mask for token in record["prompt_ids"]] for record in records]
-        results = metric.compute(**inputs)
+        known = {}
+        if "training_texts" in parameters:
+            known["training_texts"] = training_texts(evaluation_set.training_set, tokenizer)
+        results = metric.compute(**inputs, **known)
         per_example = metric.per_example(**inputs) if hasattr(metric, "per_example") else {}
         for name, values in per_example.items():
             for record, value in zip(records, values, strict=True):

@@ -46,13 +46,13 @@ def _result(a: int, sign: str, b: int) -> int | None:
 def check(prompt: list[str], answer: list[str]) -> dict[str, float]:
     """`violations`: wrong steps and steps that use what is not there, numbers left over, a missed goal."""
     given, goal = "".join(prompt).split(":")
-    left, violations, result = Counter(map(int, given.split(","))), 0, None
+    left, violations, result = Counter(map(int, given.split(","))), 0, 0
     for step in "".join(answer).split(","):
         match = re.fullmatch(r"(\d+)([-+*/])(\d+)=(\d+)", step)
-        a, b, result = (int(match[i]) for i in (1, 3, 4)) if match else (0, 0, None)
+        # No number is 0, so a step that is none is wrong.
+        a, b, result = (int(match[i]) for i in (1, 3, 4)) if match else (0, 0, 0)
         if match is None or _result(a, match[2], b) != result or Counter([a, b]) - left:
             violations += 1
-        left = left - Counter([a, b])
-        left[result] += result is not None
+        left = left - Counter([a, b]) + Counter([result])
     violations += max(0, left.total() - 1) + (result != int(goal))
     return {"solved": float(not violations), "violations": violations}

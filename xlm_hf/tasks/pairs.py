@@ -93,9 +93,9 @@ def _prepare(source: Any, scratch: Path, options: dict[str, Any], ready: PreTrai
     raw = read(source, scratch, options)
     # A column of a column has a name such as `translation.en`.
     raw = raw.flatten()
-    columns = [_column(raw, options[f"{side}_column"], side) for side in ("source", "target")]
-    check_columns(raw, columns)
-    pairs = {split: _pairs(data, *columns, is_grouped=split != "train") for split, data in raw.items()}
+    prompts, targets = (_column(raw, options[f"{side}_column"], side) for side in ("source", "target"))
+    check_columns(raw, [prompts, targets])
+    pairs = {split: _pairs(data, prompts, targets, is_grouped=split != "train") for split, data in raw.items()}
 
     def texts() -> Iterator[list[str]]:
         for start in range(0, len(pairs["train"]), _BATCH_SIZE):

@@ -1,0 +1,1 @@
+"""Validity, uniqueness, novelty, properties and diversity of molecules."""
