@@ -46,7 +46,7 @@ def text_pairs(
 
     In the training set every pair is an example. In the others all pairs of one source are one example: the first
     target is its `target_ids`, and all of them, as they were written, are its `references`. A target may itself be a
-    list of texts. One without a target is left out.
+    list of texts; a source without one is left out.
 
     Args:
         name: of the task and of its cache folder.
@@ -58,14 +58,8 @@ def text_pairs(
         max_length: most tokens of an example; a longer source is cut off.
         max_target_length: most tokens of a target; a longer one is cut off, and has no end.
         blank_rate: makes it an infill task, see `with_blanks`; None leaves the whole target to be written.
-        sample_by: see `text_corpus`, and so are the options from here on.
-        splits: which splits of the source to use.
-        validation_fraction: of the training pairs, if there is no such split.
-        test_fraction: likewise.
-        seed: of the drawn splits and the blanks.
-        subset: of a data set of the Hub.
-        revision: of a data set of the Hub.
-        cache_dir: see `xlm_hf.tasks.cache.cached`.
+
+    The other options are those of `xlm_hf.tasks.text.text_corpus`; `seed` is of the drawn splits and of the blanks.
 
     Raises:
         ValueError: for lengths that leave no token to the source, a source that is not there, or a missing column.

@@ -10,7 +10,9 @@ infilling.
 import hashlib
 import inspect
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Any, TypeAlias
@@ -65,23 +67,13 @@ def puzzle(symbols: Callable[..., Iterable[str]]) -> Callable[[Callable[..., Puz
             **options: Any,
         ) -> Task:
             sizes = {"test": num_test, "validation": num_validation, "train": num_train}
-            for split, size in sizes.items():
-                if size < 1:
-                    raise ValueError(f"num_{split}={size} must be at least 1: raise it.")
             options = {**{p.name: p.default for p in own}, **options}
-            key = {"code": _code(generate), **options, "sizes": sizes, "seed": seed, "test": _content(test_path)}
-
-            def prepare(_: Path) -> Prepared:
-                tokenizer = symbol_tokenizer(symbols(**options))
-                drawn = list(_distinct(lambda random: generate(random, **options), sum(sizes.values()), seed))
-                splits, start = {}, 0
-                for split, size in sizes.items():
-                    splits[split], start = drawn[start : start + size], start + size
-                if test_path is not None:
-                    splits["test"] = _read(test_path, test_columns)
-                return DatasetDict({split: _dataset(rows, tokenizer) for split, rows in splits.items()}), tokenizer
-
-            splits, tokenizer = cached(name, {**key, "test_columns": list(test_columns)}, prepare, cache_dir)
+            test = None if test_path is None else (test_path, tuple(test_columns))
+            key = {"code": _code(generate), "options": options, "sizes": sizes, "seed": seed, "test": _content(test)}
+            made = partial(generate, **options)
+            splits, tokenizer = cached(
+                name, key, lambda _: _prepare(made, symbols(**options), sizes, seed, test), cache_dir
+            )
             kind = "infill" if "input_ids" in splits["train"].column_names else "seq2seq"
             return Task(name, kind, splits, tokenizer, {} if test_path is None else {"test": [Path(test_path)]})
 
@@ -101,12 +93,31 @@ def _code(generate: Callable[..., Puzzle]) -> str:
     return hashlib.sha256(b"".join(files)).hexdigest()
 
 
-def _content(path: str | None) -> str | None:
-    if path is None:
+def _content(test: tuple[str, tuple[str, ...]] | None) -> Any:
+    if test is None:
         return None
+    path, columns = test
     if not Path(path).is_file():
         raise ValueError(f"test_path={path!r} is no file: name one with a puzzle in each row.")
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest(), columns
+
+
+def _prepare(
+    generate: Callable[[Random], Puzzle],
+    symbols: Iterable[str],
+    sizes: Mapping[str, int],
+    seed: int,
+    test: tuple[str, tuple[str, ...]] | None,
+) -> Prepared:
+    for split, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"num_{split}={size} must be at least 1: raise it.")
+    tokenizer = symbol_tokenizer(symbols)
+    drawn = _distinct(generate, sum(sizes.values()), seed)
+    splits = {split: list(islice(drawn, size)) for split, size in sizes.items()}
+    if test is not None:
+        splits["test"] = _read(*test)
+    return DatasetDict({split: _dataset(rows, tokenizer) for split, rows in splits.items()}), tokenizer
 
 
 def _distinct(generate: Callable[[Random], Puzzle], count: int, seed: int) -> Iterator[Puzzle]:
@@ -130,7 +141,7 @@ def _distinct(generate: Callable[[Random], Puzzle], count: int, seed: int) -> It
             )
 
 
-def _read(path: str, columns: tuple[str, str]) -> list[Puzzle]:
+def _read(path: str, columns: tuple[str, ...]) -> list[Puzzle]:
     builder = Path(path).suffix.removeprefix(".").replace("jsonl", "json")
     # As a number a row of digits would lose its zeros.
     as_text = {"converters": dict.fromkeys(columns, str)} if builder == "csv" else {}

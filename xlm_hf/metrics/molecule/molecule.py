@@ -1,5 +1,6 @@
 """Molecules that texts stand for: how many are valid, different and new, and what they are like."""
 
+import importlib
 import importlib.util
 
 import datasets
@@ -41,7 +42,6 @@ class Molecule(evaluate.Metric):
 
     def _compute(self, predictions, training_texts=None, unique_at=(), with_diversity=True):
         from rdkit import Chem
-        from rdkit.Chem import QED, Crippen, Descriptors
 
         molecules = [molecule for molecule in _molecules(predictions) if molecule is not None]
         valid = [Chem.MolToSmiles(molecule) for molecule in molecules]
@@ -53,9 +53,9 @@ class Molecule(evaluate.Metric):
         if training_texts is not None:
             known = {Chem.MolToSmiles(molecule) for molecule in _molecules(training_texts) if molecule is not None}
             result["novel"] = len(set(valid) - known) / len(valid)
-        properties = {"qed": QED.qed, "logp": Crippen.MolLogP, "molecular_weight": Descriptors.MolWt}
-        for name, function in properties.items():
-            result[name] = sum(map(function, molecules)) / len(molecules)
+        descriptors = importlib.import_module("rdkit.Chem.Descriptors")
+        for name, function in (("qed", "qed"), ("logp", "MolLogP"), ("molecular_weight", "MolWt")):
+            result[name] = sum(map(getattr(descriptors, function), molecules)) / len(molecules)
         if with_diversity:
             result["diversity"] = _diversity(molecules)
         return result
