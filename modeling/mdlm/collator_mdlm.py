@@ -77,11 +77,12 @@ class MDLMCollator(CanvasCollator):
         seed: int = 0,
         packing: bool = False,
         canvas_length: int | None = None,
+        condition_dropout: float = 0.0,
         masking: str = "exact",
         noise_schedule: str | Mapping[str, Any] = "log_linear",
         mask_beta: float | None = None,
     ):
-        super().__init__(tokenizer, max_length, kind, prediction, seed, packing, canvas_length)
+        super().__init__(tokenizer, max_length, kind, prediction, seed, packing, canvas_length, condition_dropout)
         if mask_beta is not None and mask_beta <= 0:
             raise ValueError(f"mask_beta must be greater than 0 and is {mask_beta}.")
         if masking not in MASKINGS:

@@ -20,6 +20,9 @@ class MDLMGenerationConfig(CanvasGenerationConfig):
             again (arXiv 2503.00307). "confidence" commits by an order of the positions. The first three draw from the
             law of the model's process; an order other than "random" seeks its mode. The options of each are those of
             `AncestralSampler`, `FirstHittingSampler`, `RemdmSampler` and `ConfidenceSampler`.
+        guidance_scale: how strongly the prompt guides what is written (classifier-free guidance, arXiv 2207.12598): w
+            makes the logits w x those given the prompt + (1 - w) x those without it, in two forward passes. None is
+            w = 1, in one. The model must have been trained with `condition_dropout`.
     """
 
     samplers: ClassVar[dict[str, type[Sampler]]] = {
@@ -31,6 +34,7 @@ class MDLMGenerationConfig(CanvasGenerationConfig):
     renamed_samplers = {"rule": "confidence", "remask": "remdm"}
 
     sampler: str = "ancestral"
+    guidance_scale: float | None = None
 
 
 class MDLMGenerationMixin(MaskedGenerationMixin):

@@ -89,12 +89,13 @@ class UDLMCollator(CanvasCollator):
         seed: int = 0,
         packing: bool = False,
         canvas_length: int | None = None,
+        condition_dropout: float = 0.0,
         noise_schedule: str | Mapping[str, Any] = "log_linear",
         noising: str = "exact",
         noise_beta: float | None = None,
         curriculum: Mapping[str, float] | None = None,
     ):
-        super().__init__(tokenizer, max_length, kind, prediction, seed, packing, canvas_length)
+        super().__init__(tokenizer, max_length, kind, prediction, seed, packing, canvas_length, condition_dropout)
         if noising not in NOISINGS:
             raise ValueError(f"noising {noising!r} does not exist: {did_you_mean(noising, NOISINGS)}")
         if noise_beta is not None and noise_beta <= 0:

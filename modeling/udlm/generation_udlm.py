@@ -21,11 +21,15 @@ class UDLMGenerationConfig(NonAutoregressiveGenerationConfig):
         sampler: "ancestral" is the reverse process on `num_steps` steps (arXiv 2412.10193). In "psi" a share of the
             positions forgets its noise in each step (arXiv 2602.21185). The options of each are those of
             `KernelSampler` and `PsiSampler`.
+        guidance_scale: how strongly the prompt guides what is written (classifier-free guidance, arXiv 2207.12598): w
+            makes the logits w x those given the prompt + (1 - w) x those without it, in two forward passes. None is
+            w = 1, in one. The model must have been trained with `condition_dropout`.
     """
 
     samplers: ClassVar[dict[str, type[Sampler]]] = {"ancestral": KernelSampler, "psi": PsiSampler}
 
     sampler: str = "ancestral"
+    guidance_scale: float | None = None
 
 
 class UDLMGenerationMixin(MaskedGenerationMixin):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from tests.modeling.naive_udlm import (
 from xlm_hf.modeling.udlm import UDLMConfig, UDLMForUniformDiffusion, UDLMGenerationConfig
 from xlm_hf.modules.counter_random import uniform
 from xlm_hf.modules.edits import EDIT_KINDS
-from xlm_hf.modules.kernel_samplers import Move, Resampling
+from xlm_hf.modules.kernel_samplers import Move, PsiSampler, Resampling
 from xlm_hf.modules.kernels import UniformKernel
 from xlm_hf.modules.noise_schedules import make_schedule
 from xlm_hf.modules.vocabulary_head import LogitsOnDemand
@@ -110,6 +111,41 @@ def test_a_single_move_follows_its_law(kind, is_denoiser):
     else:
         check_histogram(tokens.tolist(), dict(enumerate(law.tolist())))
     torch.testing.assert_close(own, torch.full((num,), 0.25))
+
+
+def test_the_times_and_shares_of_psi_are_those_of_their_formulas():
+    n = torch.tensor([20, 40])
+    loop = PsiSampler(schedule="loop", loop_time=0.2, eta=0.05)
+    times = torch.stack([loop.times(torch.full_like(n, i), n) for i in range(21)])
+    # 45 % of 20 steps are 9, 95 % are 19.
+    expected = [1 - 0.8 * i / 9 for i in range(9)] + [0.2] * 11 + [0.0]
+    assert times[:, 0].tolist() == pytest.approx(expected)
+    assert times[18:, 1].tolist() == pytest.approx([0.2] * 3)
+    process = SimpleNamespace(kernel=UniformKernel(schedule=make_schedule("log_linear"), writable_ids=torch.arange(3)))
+    t, s = (torch.tensor(x, dtype=torch.float64) for x in ([1.0, 0.6, 0.2, 0.2], [0.8, 0.4, 0.2, 0.0]))
+    # sigma_max = min(1, s / (1 - t)), sigma / s.
+    shares = PsiSampler(schedule="cap", eta=0.3).share_to_data(process, t, s)
+    assert shares.tolist() == pytest.approx([0.3 / 0.8, 0.3 / 0.4, 0.25 / 0.2, 0.0])
+    shares = PsiSampler(schedule="rescale", eta=0.3).share_to_data(process, t, s)
+    assert shares.tolist() == pytest.approx([0.3 / 0.8, 0.3 / 0.4, 0.3 * 0.25 / 0.2, 0.0])
+    assert loop.share_to_data(process, t, s).tolist() == pytest.approx([0.0, 0.0, 0.05 / 0.2, 0.0])
+
+
+def test_tokens_that_are_given_are_told_as_clean_and_prompts_are_told_the_time():
+    model, seen = make_model(), []
+    forward = model.forward
+
+    def record(*args, **kwargs):
+        seen.append(kwargs["alpha"])
+        return forward(*args, **kwargs)
+
+    model.forward = record
+    ids = torch.tensor([[8, MASK, 10, MASK], [PAD, 9, 11, BOS]])
+    model.generate(ids, seed=[3, 1], num_steps=2, max_new_tokens=2)
+    assert seen[0].tolist() == [[1, 0, 1, 0, 1, 1], [0] * 6]
+    assert seen[1].tolist() == [[1, 0.5, 1, 0.5, 1, 1], [0.5] * 6]
+    model.generate(ids[1:], seed=[1], num_steps=2, max_new_tokens=2)
+    assert seen[3].tolist() == [0.5]
 
 
 def test_psi_in_a_loop_stays_at_its_time():

@@ -29,7 +29,8 @@ class MaskedCanvas:
         attention_mask: (B, L) bool, True for everything but the padding of ragged rows.
         masked: (B, L) bool, what is still to be written; a position behind an end-of-sequence token no longer is.
         positions: (B, L) int64, the position of each token in its own row.
-        nfe: (B,) int64, forward passes that each row took part in.
+        nfe: (B,) int64, calls of the model that each row took part in.
+        passes_per_call: forward passes of each of them.
         stopped: (B,) bool, rows that a criterion ended as they stand.
         is_padded: whether the attention mask says anything.
     """
@@ -51,7 +52,7 @@ class MaskedCanvas:
         self.attention_mask = torch.cat((prompt_mask, appended), dim=1)
         self.masked = (self.ids == mask_token_id) & self.attention_mask
         self.positions = (self.attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
-        self.nfe = torch.zeros_like(lengths)
+        self.nfe, self.passes_per_call = torch.zeros_like(lengths), 1
         self.is_padded = not bool(self.attention_mask.all())
         self.stopped = torch.zeros_like(lengths, dtype=torch.bool)
         self.mask_token_id, self.log = mask_token_id, log
@@ -103,11 +104,12 @@ class MaskedCanvas:
             self.prompt_width, int((kept.any(dim=0) * torch.arange(1, kept.shape[1] + 1).to(kept.device)).max())
         )
         history = self._steps.masked_fill(~kept, -1)[:, :width]
+        nfe = self.nfe * self.passes_per_call
         stopped = self._is_eos().any(dim=-1) | self.stopped
         return NonAutoregressiveGenerationOutput(
             sequences=self.ids.masked_fill(behind_eos, self.pad_token_id)[:, :width],
-            tokens_per_forward=(history >= 0).sum(dim=-1) / self.nfe.clamp(min=1),
-            nfe=self.nfe,
+            tokens_per_forward=(history >= 0).sum(dim=-1) / nfe.clamp(min=1),
+            nfe=nfe,
             finish_reason=["stop" if row else "length" for row in stopped.tolist()],
             history=history if return_history else None,
         )

@@ -96,11 +96,16 @@ class MaskedGenerationMixin(NonAutoregressiveGenerationMixin):
             input_ids, mask = left_align_padding(input_ids, torch.cat((mask, lacks_bos[:, None]), dim=1))
             input_ids = input_ids.masked_fill(~mask, config.pad_token_id)
         self._check_layout(input_ids, mask, extended)
+        is_guided = getattr(call.config, "guidance_scale", None) is not None
+        if is_guided and not extended.all():
+            raise ValueError("guidance_scale is about prompts, and a prompt with mask tokens is filled in: unset it.")
         lengths = self._canvas_lengths(call.config, mask.sum(dim=-1), extended)
         if canvas_lengths is not None:
             lengths = torch.minimum(lengths, canvas_lengths)
         special = (config.mask_token_id, config.pad_token_id, config.eos_token_id)
-        return MaskedCanvas(input_ids, mask, lengths, *special, call.log)
+        canvas = MaskedCanvas(input_ids, mask, lengths, *special, call.log)
+        canvas.passes_per_call = 2 if is_guided else 1
+        return canvas
 
     def _check_layout(self, input_ids: torch.Tensor, mask: torch.Tensor, extended: torch.Tensor) -> None:
         """Raise ValueError for a `[BOS]` in the middle of a prompt; at its start it may belong to a foreign layout."""
@@ -132,14 +137,25 @@ class MaskedGenerationMixin(NonAutoregressiveGenerationMixin):
         """One forward pass over `rows` (R,), and what `function` makes in it of the logits at the `wanted` (R, L).
 
         They come in reading order, `num_wanted` of them, after the options' `suppress_tokens` and the logits processor
-        (see `LogitsOnDemand.processed`).
+        (see `LogitsOnDemand.processed`). With the option `guidance_scale` they are guided by the prompts.
         """
         ids, index = canvas.ids[rows], true_indices(wanted, num_wanted)
+        scale = getattr(call.config, "guidance_scale", None)
 
         def head_function(hidden_states, head, suppressed_ids):
+            if scale is not None:
+                # The head is a linear map, so that what is true of logits is true of what they are made of.
+                given, without = hidden_states.chunk(2)
+                hidden_states = scale * given + (1 - scale) * without
             logits = LogitsOnDemand(hidden_states, head, suppressed_ids)
             return function(logits.processed(call.config.suppress_tokens, call.logits_processor, ids, index, step))
 
-        mask = canvas.attention_mask[rows] if canvas.is_padded else None
-        inputs = {"attention_mask": mask, "logits_index": index, **self.time_inputs(alpha)}
-        return self(ids, head_function=head_function, **inputs).head_output
+        mask, seen, of_seen = canvas.attention_mask[rows] if canvas.is_padded else None, ids, index
+        if scale is not None:
+            # Once as they are, and once without their prompts.
+            mask = canvas.attention_mask[rows]
+            is_prompt = torch.arange(mask.shape[1], device=mask.device) < canvas.prompt_width - 1
+            mask, alpha, seen = (torch.cat(x) for x in ((mask, mask & ~is_prompt), (alpha, alpha), (ids, ids)))
+            of_seen = torch.cat((index, index + ids.numel()))
+        inputs = {"attention_mask": mask, "logits_index": of_seen, **self.time_inputs(alpha)}
+        return self(seen, head_function=head_function, **inputs).head_output

@@ -116,6 +116,11 @@ class Documents:
         self.key = self.key[self.example]
         self.key = np.where(self.number == 0, self.key, random_bits(self.key, self.number.view(np.uint64)))
 
+    def drop_prompts(self, dropped: np.ndarray) -> None:
+        """Leave the prompts of some documents out: `dropped` (D,) bool."""
+        self.prompt_ids = self.prompt_ids[~np.repeat(dropped, self.prompt_lengths)]
+        self.prompt_lengths = np.where(dropped, 0, self.prompt_lengths)
+
     def column(self, name: str) -> np.ndarray:
         """The integers `name` of each document's example, (D,) int64."""
         return column(self.examples, name)[self.example]

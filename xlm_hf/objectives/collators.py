@@ -222,6 +222,11 @@ class CanvasCollator(Collator):
         canvas_length: how the length of a target is modelled. A number is the length of every canvas: padding up to it
             is content, seen, corrupted and predicted like any other token; a target that fills the canvas has no
             `[EOS]`. None takes lengths as given: a canvas is the target and, where the document ends, `[EOS]`.
+        condition_dropout: for training alone, the share of the documents whose prompts are left out, so that the model
+            also learns what it writes without (classifier-free guidance, arXiv 2207.12598).
+
+    Raises:
+        ValueError: for a share out of its range.
     """
 
     layouts = {"lm": "[BOS] target [EOS]", "seq2seq": "prompt [BOS] target [EOS]", "infill": "target"}
@@ -235,11 +240,22 @@ class CanvasCollator(Collator):
         seed: int = 0,
         packing: bool = False,
         canvas_length: int | None = None,
+        condition_dropout: float = 0.0,
     ):
         super().__init__(tokenizer, max_length, kind, prediction, seed, packing)
+        if not 0 <= condition_dropout < 1:
+            raise ValueError(f"condition_dropout must be in [0, 1) and is {condition_dropout}.")
+        self.condition_dropout = condition_dropout
         self.canvas_length = canvas_length
         written = {tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
         self.is_suppressed = np.isin(np.arange(len(tokenizer)), list(set(tokenizer.all_special_ids) - written))
+
+    def documents(self, examples: Examples) -> Documents:
+        """See `Collator`; some prompts are left out."""
+        documents = super().documents(examples)
+        if self.condition_dropout:
+            documents.drop_prompts(documents.uniforms(self.seed, "condition") < self.condition_dropout)
+        return documents
 
     def check_content(self, ids: np.ndarray) -> None:
         """Raise ValueError for a special token that belongs into no canvas."""
