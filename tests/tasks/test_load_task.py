@@ -158,6 +158,8 @@ def test_the_evaluation_that_a_config_once_listed_is_that_of_its_kind(name):
 def test_a_task_that_says_nothing_of_its_evaluation_has_its_losses_measured():
     assert evaluation_entries(OmegaConf.create({"path": "???"}), "lm") == OF_TEXT[:2] == default_evaluation("lm")
     assert [entry.get("metrics") for entry in default_evaluation("infill")] == [None, [], None, []]
+    # Only plain text is written from nothing.
+    assert default_evaluation("seq2seq", num_samples=3) == default_evaluation("seq2seq")
 
 
 def test_load_task_within_a_hydra_application(tmp_path):

@@ -125,6 +125,13 @@ def test_a_pattern_that_is_none_is_refused():
         train_tokenizer("regex:(", iter([["a"]]), 10)
 
 
+@pytest.mark.parametrize(("name", "least"), [("word", 7), (SMILES, 7), ("bpe", 262), ("unigram", 262)])
+def test_a_vocabulary_that_is_too_small_is_refused(name, least):
+    with pytest.raises(ValueError, match=rf"vocab_size={least - 1} must be at least {least} for the tokenizer"):
+        train_tokenizer(name, iter([["a b"]]), least - 1)
+    assert len(train_tokenizer(name, iter([["a b"]]), least)) <= least
+
+
 def test_which_names_are_made_from_the_training_set():
     assert [ready_tokenizer(name) for name in TRAINED] == [None] * len(TRAINED)
     assert len(ready_tokenizer("byte")) == 262

@@ -68,8 +68,11 @@ def train_tokenizer(name: str, texts: Iterator[list[str]], vocab_size: int) -> P
         vocab_size: most entries of the vocabulary, but for "char". What is not among them is `[UNK]`, except in pieces.
 
     Raises:
-        ValueError: for a pattern that is none.
+        ValueError: for a pattern that is none, or a vocabulary that is too small for the special tokens and the bytes.
     """
+    least = len(SPECIAL_TOKENS) + {"bpe": 256, "unigram": 256}.get(name, 1)
+    if vocab_size < least and name != "char":
+        raise ValueError(f"vocab_size={vocab_size} must be at least {least} for the tokenizer {name!r}: raise it.")
     if name in ("bpe", "unigram"):
         return _piece_tokenizer(name, texts, vocab_size)
     unknown, special = SPECIAL_TOKENS["unk_token"], list(SPECIAL_TOKENS.values())
