@@ -88,7 +88,8 @@ def side_chains(tokens: list[str]) -> list[bool] | None:
         left -= ends
     is_blank: list[bool] = []
     # The number of the last atom, the atom that the next one is bound to, and both for every open bracket.
-    number, before, opened = -1, -1, []
+    number, before = -1, -1
+    opened: list[tuple[bool, int]] = []
     for position, token in enumerate(tokens):
         if _ATOM.fullmatch(token):
             number = before = number + 1
