@@ -25,9 +25,11 @@ class FlexMDMCollator(Collator):
     In infilling the mask tokens of an example are what is absent or masked, and a run of them is one open gap: how many
     tokens it hides is not told. All other gaps are closed.
 
+    Further arguments are those of `Collator`.
+
     Args:
-        tokenizer, max_length, kind, prediction, seed, packing: of `Collator`.
-        insertion_schedule, unmasking_schedule: alpha and beta, as `make_schedule` takes them; those of the model.
+        insertion_schedule: alpha, as `make_schedule` takes it; that of the model.
+        unmasking_schedule: likewise beta.
         noise_beta: None trains on the bound, with t = v^2 for uniform v, which keeps the variance of its weights
             finite. A number, for training alone, draws t from Beta(noise_beta, 1), and every mask and every gap counts
             1 in the loss: a larger one shows emptier states.

@@ -94,7 +94,7 @@ class FlexMDMForFlexibleMaskedDiffusion(FlexMDMPreTrainedModel, FlexMDMGeneratio
         gap_index: torch.Tensor | None = None,
         head_function: HeadFunction | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> FlexMDMOutput:
         """Score every token at every position, and count what is missing beside it.
 

@@ -24,8 +24,9 @@ class Molecule(evaluate.Metric):
         valid (float): |V| / strings.
         unique (float): |set(V)| / |V|; `unique_at_K` of the first K of V.
         novel (float): |set(V) - training set| / |V|.
-        qed, logp, molecular_weight (float): means over V of drug-likeness (Bickerton et al., 2012), of the partition
-            coefficient (Crippen) and of the mass in daltons.
+        qed (float): mean over V of the drug-likeness (Bickerton et al., 2012).
+        logp (float): mean over V of the partition coefficient (Crippen).
+        molecular_weight (float): mean over V of the mass in daltons.
         diversity (float): 1 - mean Tanimoto similarity over all pairs of V, each with itself included: Morgan
             fingerprints of radius 2 with 1,024 bits (IntDiv of MOSES, arXiv 1811.12823).
     """

@@ -19,7 +19,9 @@ class Rouge(evaluate.Metric):
         use_stemmer (bool): whether English words count by their stems.
 
     Returns:
-        rouge1, rouge2, rougeL (float): 0 to 1.
+        rouge1 (float): 0 to 1, as the other two.
+        rouge2 (float): likewise.
+        rougeL (float): likewise.
     """
 
     def _info(self):
