@@ -32,6 +32,8 @@ def test_shares_are_those_of_sets():
     values = load_metric("molecule").per_example(predictions=[*VALID, *INVALID])
     assert values == {"valid": [1] * 7 + [0] * 7}
     assert "novel" not in metric.compute(predictions=VALID)
+    # What is new counts once, however often it is written.
+    assert metric.compute(predictions=[VALID[6]] * 3 + VALID[:1], training_texts=["CCO"])["novel"] == 1 / 4
     assert load_metric("molecule").compute(predictions=INVALID) == {"valid": 0.0}
 
 
