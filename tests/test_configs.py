@@ -49,7 +49,7 @@ def few_texts(tmp_path_factory):
 def few_examples(task, few_texts):
     if task == "smiles_scaffold":
         pytest.importorskip("rdkit")
-        folder = Path(few_texts[0].removeprefix("task.path=")) / "molecules"
+        folder = Path(few_texts[0].removeprefix("task.path=")).parent / "molecules"
         folder.mkdir(exist_ok=True)
         (folder / "train.txt").write_text("Cc1ccccc1\nC1CC1CO\n" * 20)
         return [f"task.path={folder}", "task.validation_fraction=0.3", "task.test_fraction=0.3"]
