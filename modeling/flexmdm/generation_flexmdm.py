@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import pad
 
 from xlm_hf.modules.counter_random import uniform
-from xlm_hf.modules.devices import is_synchronous, rounded_up, true_indices
+from xlm_hf.modules.devices import is_synchronous, rounded_up, shape_of_call, true_indices
 from xlm_hf.modules.edits import DELETE, EditBuffer, slots_of_counts
 from xlm_hf.modules.generation import (
     GenerationCall,
@@ -49,10 +49,14 @@ class TauLeapingSampler(Sampler):
         self._check_positive("insertion_steps")
         self._check_choice("counts", ("independent", "rounded"))
 
+    def candidates(self, masked: torch.Tensor, due: torch.Tensor) -> torch.Tensor:
+        """Which of the masks (B, W) may become tokens, when those that are `due` (B, W) have had their time."""
+        return due
+
     def chosen(
-        self, logits: LogitsOnDemand, masked: torch.Tensor, due: torch.Tensor, seeds: torch.Tensor
+        self, logits: LogitsOnDemand, candidates: torch.Tensor, due: torch.Tensor, seeds: torch.Tensor
     ) -> torch.Tensor:
-        """Which of the masks (R, W) become tokens, when those that are `due` (R, W) have had their time."""
+        """Which of the candidates (R, W) do, by their logits."""
         return due
 
 
@@ -70,10 +74,14 @@ class ConfidenceSampler(TauLeapingSampler):
         super().__post_init__()
         self._check_choice("order", ("confidence", "margin", "entropy"))
 
-    def chosen(self, logits, masked, due, seeds) -> torch.Tensor:
+    def candidates(self, masked, due) -> torch.Tensor:
+        """All masks of the rows in which any turns."""
+        return masked & due.any(dim=-1, keepdim=True)
+
+    def chosen(self, logits, candidates, due, seeds) -> torch.Tensor:
         """See `TauLeapingSampler`."""
-        scores = order_scores(self.order, statistics_in_place(logits, masked), seeds, masked)
-        return commit_top_k(commit_ranks(scores, masked), masked, due.sum(dim=-1))
+        scores = order_scores(self.order, statistics_in_place(logits, candidates), seeds, candidates)
+        return commit_top_k(commit_ranks(scores, candidates), candidates, due.sum(dim=-1))
 
 
 class FlexMDMGenerationConfig(NonAutoregressiveGenerationConfig):
@@ -108,10 +116,11 @@ class FlexMDMState(EditBuffer):
         """The masks (B, W) of the rows that are open."""
         return (self.tokens == self.mask_token_id) & ~self.finished[:, None]
 
-    def open_slots(self, rows: torch.Tensor, exists: torch.Tensor) -> torch.Tensor:
-        """Those slots (R, W' + 1) of `exists` into which masks may come."""
-        closed = self.extra["is_closed"][rows, : exists.shape[1] - 1]
-        return exists & ~torch.cat((self.is_first_closed[rows, None], closed), dim=1)
+    def open_gaps(self) -> torch.Tensor:
+        """The gaps (B, W + 1) into which masks may come."""
+        columns = torch.arange(self.width + 1, device=self.lengths.device)
+        is_closed = torch.cat((self.is_first_closed[:, None], self.extra["is_closed"]), dim=1)
+        return (columns <= self.lengths[:, None]) & ~is_closed
 
 
 class FlexMDMGenerationMixin(NonAutoregressiveGenerationMixin):
@@ -142,9 +151,8 @@ class FlexMDMGenerationMixin(NonAutoregressiveGenerationMixin):
         state.num_steps = torch.full_like(free, state.sampler.num_steps) if state.sampler.num_steps else free
         state.is_first_closed = is_closed.gather(1, first)[:, 0]
         state.extra["turns_at"] = torch.zeros(state.tokens.shape, dtype=torch.float64, device=ids.device)
-        state.extra["is_closed"] = pad(
-            is_closed.gather(1, order) & kept.gather(1, order), (0, state.width - order.shape[1])
-        )
+        of_start = (is_closed & kept).gather(1, order)
+        state.extra["is_closed"] = pad(of_start, (0, state.width - order.shape[1]))
         if call.log is not None:
             fields = {"row": torch.arange(len(ids), device=ids.device)[:, None], "step": torch.tensor(0)}
             position = (mask.cumsum(dim=-1) - 1).flip(1)
@@ -170,74 +178,76 @@ class FlexMDMGenerationMixin(NonAutoregressiveGenerationMixin):
         return *left_align_padding(ids, mask), is_filled
 
     def generation_step(self: Any, call: GenerationCall, state: FlexMDMState, step: int) -> bool:
-        """One forward pass over the open rows: masks that are due become tokens, and new ones come; False if none."""
-        rows, num_gaps, width, (num_masks,) = state.shape_of_step(state.masks().sum())
-        if num_gaps == 0:
-            return False
-        seeds, num_steps = call.seeds[rows], state.num_steps[rows]
-        is_last = step >= num_steps
-        now, then = (1 - (step + k) / num_steps.double() for k in (0, 1))
-        now, then = now.clamp(min=0), then.clamp(min=0)
-        ids, mask, exists = state.view(rows, width)
-        exists, masked = state.open_slots(rows, exists), state.masks()[rows, :width]
-        num_masks = rounded_up(num_masks, len(rows) * width, rows.device)
-        ids, mask, gap_index, logits_index = self._inputs(state, rows, ids, mask, exists, masked, num_gaps, num_masks)
-        turns_at = state.extra["turns_at"][rows, :width]
-        due = masked & ((turns_at >= then[:, None]) | is_last[:, None])
+        """Masks that are due become tokens, and new ones come; False if no row is open.
+
+        Rows in which neither can happen in this step are left out of its forward pass.
+        """
+        masked, sampler, is_last = state.masks(), state.sampler, step >= state.num_steps
+        now, then = ((1 - (step + k) / state.num_steps.double()).clamp(min=0) for k in (0, 1))
+        absent, no_more_come = [self.insertion_schedule.mask_probability(t) for t in (now, then)], then == 0
+        if sampler.insertion_steps is not None:
+            absent = [share * (step + k < sampler.insertion_steps) for k, share in enumerate(absent)]
+            no_more_come = no_more_come | (step + 1 >= sampler.insertion_steps)
+        comes = (absent[0] - absent[1]) / absent[0].where(absent[0] > 0, 1.0)
+        due = masked & ((state.extra["turns_at"] >= then[:, None]) | is_last[:, None])
+        may_grow = ~state.finished & (comes > 0) & (state.lengths < state.capacity)
+        called = ~state.finished & (is_last | due.any(dim=-1) | may_grow)
+        gaps, candidates = state.open_gaps() & may_grow[:, None], sampler.candidates(masked, due)
+        sizes = ((state.lengths * called).max(), candidates.sum(), (~state.finished).sum())
+        rows, num_gaps, (width, num_candidates, num_open) = shape_of_call(called, gaps, *sizes)
+        if num_open == 0 or len(rows) == 0:
+            return num_open > 0
+        width = rounded_up(width, state.width, rows.device)
+        num_candidates = rounded_up(num_candidates, len(rows) * width, rows.device)
+        masked, due, candidates = (of_masks[rows, :width] for of_masks in (masked, due, candidates))
+        gaps, seeds = gaps[rows, : width + 1], call.seeds[rows]
+        inputs = self._inputs(state, rows, gaps, candidates, num_gaps, num_candidates)
+        ids, logits_index = inputs["input_ids"], inputs["logits_index"]
 
         def unmask(hidden_states, head, suppressed_ids) -> torch.Tensor:
             logits = LogitsOnDemand(hidden_states, head, suppressed_ids)
             logits = logits.processed(call.config.suppress_tokens, call.logits_processor, ids, logits_index, step)
-            chosen = state.sampler.chosen(logits, masked, due, seeds)
+            chosen = sampler.chosen(logits, candidates, due, seeds)
             uniforms = uniform(seeds[:, None], step, torch.arange(width, device=rows.device), _TOKEN)
-            return _drawn(logits, masked, num_masks, chosen, uniforms, call.config)
+            return _drawn(logits, candidates, num_candidates, chosen, uniforms, call.config)
 
-        outputs = self(
-            ids,
-            attention_mask=mask,
-            times=now.float(),
-            logits_index=logits_index,
-            gap_index=gap_index,
-            head_function=unmask,
-        )
-        state.nfe += ~state.finished
+        outputs = self(**inputs, times=now[rows].float(), head_function=unmask)
+        state.nfe += called
         tokens = outputs.head_output
         # The masks that stay keep the times of those that were not due, whichever these were.
-        stays = masked & (tokens < 0)
+        turns_at = state.extra["turns_at"][rows, :width]
         later = turns_at.flatten()[true_indices(masked & ~due, masked.numel())]
-        state.extra["turns_at"][rows, :width] = turns_at.masked_scatter(stays, later)
-        absent = [self.insertion_schedule.mask_probability(t) for t in (now, then)]
-        no_more_come = step + 1 >= num_steps
-        if (insertion_steps := state.sampler.insertion_steps) is not None:
-            absent = [share * (step + k < insertion_steps) for k, share in enumerate(absent)]
-            no_more_come |= step + 1 >= insertion_steps
-        comes = (absent[0] - absent[1]) / absent[0].where(absent[0] > 0, 1.0)
-        slots, inserted = self._insertions(call, state, rows, exists, outputs, comes, step)
+        state.extra["turns_at"][rows, :width] = turns_at.masked_scatter(masked & (tokens < 0), later)
+        slots, inserted = self._insertions(call, state, rows, gaps, outputs, comes[rows], step)
         masks = torch.full_like(slots, self.config.mask_token_id)
         state.apply(rows, step, slots, masks, inserted, substitutes=pad(tokens, (0, state.width - width), value=-1))
-        self._time_new_masks(state, rows, seeds, step, absent)
-        done = is_last | (no_more_come & ~state.masks()[rows].any(dim=-1))
-        state.finish(rows, done)
+        self._time_new_masks(state, rows, seeds, step, [share[rows] for share in absent])
+        nothing_left = (no_more_come | (state.lengths == state.capacity)) & ~state.masks().any(dim=-1)
+        state.finish(rows, (is_last | nothing_left)[rows])
         return True
 
-    def _inputs(self: Any, state, rows, ids, mask, exists, masked, num_gaps: int, num_masks: int):
+    def _inputs(self: Any, state, rows, gaps, candidates, num_gaps: int, num_candidates: int):
         """What the network sees, with the end token where it reads one, and the indices of the gaps and the masks."""
         ahead, end = state.prompt.shape[1], self.config.end_token_id
+        ids, mask, _ = state.view(rows, candidates.shape[1])
         if end is not None:
             at = ahead + state.lengths[rows, None]
             ids, mask = pad(ids, (0, 1), value=self.config.pad_token_id).scatter(1, at, end), pad(mask, (0, 1))
             mask = mask.scatter(1, at, True)
-        of_gaps = pad(exists, (ahead - (end is None), 0))
-        of_masks = pad(masked, (ahead, int(end is not None)))
-        return ids, mask, true_indices(of_gaps, num_gaps), true_indices(of_masks, num_masks)
+        of_gaps = pad(gaps, (ahead - (end is None), 0))
+        of_masks = pad(candidates, (ahead, int(end is not None)))
+        index = {"gap_index": true_indices(of_gaps, num_gaps), "logits_index": true_indices(of_masks, num_candidates)}
+        return {"input_ids": ids, "attention_mask": mask, **index}
 
-    def _insertions(self: Any, call, state, rows, exists, outputs, comes: torch.Tensor, step: int):
+    def _insertions(self: Any, call, state, rows, gaps, outputs, comes: torch.Tensor, step: int):
         """Slots (R, K) of the masks that come in a step, each missing token with the probability `comes` (R,)."""
         seeds, sampler, capacity = call.seeds[rows, None], state.sampler, state.capacity[rows, None]
         numbers = torch.arange(state.width + 1, device=rows.device)
+        if not len(outputs.expected_counts):
+            return torch.zeros_like(seeds), torch.zeros_like(seeds, dtype=torch.bool)
         # Which of the gaps each slot is.
-        slots = (exists.flatten().cumsum(dim=0) - 1).view_as(exists).clamp(min=0)
-        expected = outputs.expected_counts.double()[slots].masked_fill(~exists, 0.0)
+        slots = (gaps.flatten().cumsum(dim=0) - 1).view_as(gaps).clamp(min=0)
+        expected = outputs.expected_counts.double()[slots].masked_fill(~gaps, 0.0)
         if sampler.counts == "independent" and outputs.count_logits is None:
             rates = (expected * comes[:, None]).cumsum(dim=-1)
             # A Poisson number of masks in all, of which each chooses its gap.
@@ -245,15 +255,15 @@ class FlexMDMGenerationMixin(NonAutoregressiveGenerationMixin):
             num = (at_most <= uniform(seeds, step, 0, _NUMBER)).sum(dim=-1, keepdim=True).minimum(capacity + 1)
             total = rates[:, -1:].contiguous()
             below = torch.minimum(uniform(seeds, step, numbers, _GAP) * total, total.nextafter(torch.zeros_like(total)))
-            chosen = torch.searchsorted(rates, below, right=True).clamp(max=exists.shape[1] - 1)
+            chosen = torch.searchsorted(rates, below, right=True).clamp(max=gaps.shape[1] - 1)
             return chosen, numbers < num
         if sampler.counts == "rounded":
             offset = uniform(seeds, step, 0, _NUMBER) if call.config.do_sample else 0.5
             counts = (expected.cumsum(dim=-1) + offset).floor().long().diff(dim=-1, prepend=torch.zeros_like(seeds))
         else:
-            logits, uniforms = outputs.count_logits[slots], uniform(seeds, step, numbers[: exists.shape[1]], _NUMBER)
+            logits, uniforms = outputs.count_logits[slots], uniform(seeds, step, numbers[: gaps.shape[1]], _NUMBER)
             counts = sample_categorical(logits, uniforms) if call.config.do_sample else logits.argmax(dim=-1)
-            counts = counts.masked_fill(~exists, 0)
+            counts = counts.masked_fill(~gaps, 0)
         missing, is_missing = slots_of_counts(counts, state.width)
         is_missing &= (numbers[:-1] < capacity) & (uniform(seeds, step, numbers[:-1], _COMES) < comes[:, None])
         return missing, is_missing
