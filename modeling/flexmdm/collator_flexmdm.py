@@ -137,22 +137,24 @@ class FlexMDMCollator(Collator):
             torch.from_numpy(documents.uniforms(self.seed, stream, documents.target_lengths))
             for stream in ("insertion", "unmasking")
         )
-        times = torch.from_numpy(np.repeat(t, documents.target_lengths))
-        absent = hidden & (come < self.insertion.mask_probability(times)).numpy()
-        came_at = self.insertion.inverse(1 - come)
-        still_mask = self.unmasking.mask_probability(times) / self.unmasking.mask_probability(came_at)
-        return absent, hidden & ~absent & (turn < still_mask).numpy()
+        # What depends on the time alone is computed once for each document.
+        shares = [s.mask_probability(torch.from_numpy(t)).numpy() for s in (self.insertion, self.unmasking)]
+        absent_share, mask_share = (np.repeat(share, documents.target_lengths) for share in shares)
+        absent = hidden & (come.numpy() < absent_share)
+        of_turns = self.unmasking.mask_probability(self.insertion.inverse(1 - come)).numpy()
+        return absent, hidden & ~absent & (turn.numpy() * of_turns < mask_share)
 
     @staticmethod
     def open_gaps(hidden: np.ndarray, there: np.ndarray, lengths: np.ndarray, gaps: np.ndarray) -> np.ndarray:
         """Which gaps are open: those beside a hidden token."""
+        is_open = np.ones(gaps.sum(), dtype=bool)
+        if hidden.all():
+            return is_open
         first, has_tokens = segment_starts(gaps), lengths > 0
         before_hidden = np.append(hidden[1:], False)
         before_hidden[(lengths.cumsum() - 1)[has_tokens]] = False
-        is_open = np.ones(gaps.sum(), dtype=bool)
         is_first = np.zeros_like(is_open)
         is_first[first] = True
         is_open[~is_first] = (hidden | before_hidden)[there]
-        if not hidden.all():
-            is_open[first[has_tokens]] = hidden[segment_starts(lengths)[has_tokens]]
+        is_open[first[has_tokens]] = hidden[segment_starts(lengths)[has_tokens]]
         return is_open

@@ -186,6 +186,29 @@ def test_samples_follow_the_enumerated_law_of_three_steps(case, schedules):
     assert "stop" in output.finish_reason
 
 
+@pytest.mark.parametrize("options", [{}, {"insertion_steps": 1}], ids=str)
+def test_masks_turn_at_the_times_of_the_data(options):
+    """In rows of one token: the law of the step that writes it, given the one in which its mask came."""
+    model = TableModel(RandomTables(), **SCHEDULES)
+    _, output = decoded(model, 20_000, 1, 3, return_history=True, **options)
+    came = output.edits[output.edits[:, 2] == EDIT_KINDS.index("insert")]
+    found = Counter(zip(came[:, 1].tolist(), output.history[came[:, 0], 1].tolist(), strict=True))
+    for step in {step for step, _ in found}:
+        law = turn_probabilities(model, step, 3, *absent_shares(model, step, 3, options))
+        law = {forward: p for forward, p in law.items() if p > 1e-12}
+        written = Counter({forward: num for (first, forward), num in found.items() if first == step})
+        assert set(written) <= set(law)
+        assert len(law) == 1 or p_value(written, law) > 1e-4
+
+
+def test_the_order_does_not_change_how_many_masks_turn():
+    model, steps = TableModel(RandomTables()), []
+    for sampler in ("tau_leaping", "confidence"):
+        _, output = decoded(model, 500, 6, 6, return_history=True, insertion_steps=1, sampler=sampler)
+        steps.append(output.history.sort(dim=-1).values)
+    assert steps[0].equal(steps[1])
+
+
 def hazard_times_step(model):
     """A known mistake: the hazard times the step in place of the probability that a missing token comes."""
     insertions = model._insertions
@@ -274,10 +297,12 @@ def test_a_row_decodes_alone_as_in_any_batch(options, prompts):
     own = {name: options.pop(name) for name in ("gap_head", "conditioning") if name in options}
     model, seeds = make_model(**own), [5, 1, 4, 2]
     options = {"do_sample": True, "max_new_tokens": 7, **options}
-    together = texts_of(model.generate(batch_of(prompts), seed=torch.tensor(seeds), **options))
+    outputs = model.generate(batch_of(prompts), seed=torch.tensor(seeds), **options)
+    together = texts_of(outputs)
     assert texts_of(model.generate(batch_of(prompts, "right"), seed=torch.tensor(seeds), **options)) == together
-    for prompt, seed, expected in zip(prompts, seeds, together, strict=True):
+    for prompt, seed, expected, nfe in zip(prompts, seeds, together, outputs.nfe, strict=True):
         output = model.generate(torch.tensor([prompt]), seed=torch.tensor([seed]), **options)
+        assert output.nfe == nfe
         assert texts_of(output) == [expected]
         rest = iter(expected)
         assert all(token in rest for token in prompt if token != MASK)
