@@ -133,16 +133,15 @@ class FlexMDMCollator(Collator):
 
     def corrupted(self, documents: Documents, t: np.ndarray, hidden: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Which tokens are absent and which are masks at the times t (D,) of their documents, among the `hidden`."""
-        come, turn = (
-            torch.from_numpy(documents.uniforms(self.seed, stream, documents.target_lengths))
-            for stream in ("insertion", "unmasking")
-        )
+        streams, lengths = ("insertion", "unmasking"), documents.target_lengths
+        come, turn = (documents.uniforms(self.seed, stream, lengths) for stream in streams)
         # What depends on the time alone is computed once for each document.
         shares = [s.mask_probability(torch.from_numpy(t)).numpy() for s in (self.insertion, self.unmasking)]
-        absent_share, mask_share = (np.repeat(share, documents.target_lengths) for share in shares)
-        absent = hidden & (come.numpy() < absent_share)
-        of_turns = self.unmasking.mask_probability(self.insertion.inverse(1 - come)).numpy()
-        return absent, hidden & ~absent & (turn.numpy() * of_turns < mask_share)
+        absent_share, mask_share = (np.repeat(share, lengths) for share in shares)
+        absent = hidden & (come < absent_share)
+        came_at = self.insertion.inverse(1 - torch.from_numpy(come))
+        still_mask = turn * self.unmasking.mask_probability(came_at).numpy() < mask_share
+        return absent, hidden & ~absent & still_mask
 
     @staticmethod
     def open_gaps(hidden: np.ndarray, there: np.ndarray, lengths: np.ndarray, gaps: np.ndarray) -> np.ndarray:
