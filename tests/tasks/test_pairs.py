@@ -55,6 +55,7 @@ def test_a_pair_is_an_example_and_a_source_one_of_the_evaluation(tokenizer, fold
     ]
     assert test["example_id"][:] == list(range(4))
     assert not any(test["continues"][:])
+    assert train["num_characters"][:] == [len(row["target"]) for row in rows(9)]
     assert list(task.files) == ["train", "validation", "test"]
 
 
@@ -71,6 +72,9 @@ def test_what_is_too_long_is_cut_off(folder, tmp_path):
         assert short["target_ids"] == [ids[:6] for ids in long["target_ids"]]
         # What is cut off has no end.
         assert short["continues"] == [len(ids) > 6 for ids in long["target_ids"]]
+        # Of the original text: here a token is a character.
+        assert long["num_characters"] == [len(ids) for ids in long["target_ids"]]
+        assert short["num_characters"] == [min(6, len(ids)) for ids in long["target_ids"]]
     assert cut.splits["test"]["references"][:] == whole.splits["test"]["references"][:]
     assert 0 < sum(cut.splits["train"]["continues"]) < 18
 

@@ -15,12 +15,15 @@ from xlm_hf.tasks.corpora import check_columns, content_key, files_of, locate, r
 from xlm_hf.tasks.tokenizers import ready_tokenizer, tokenizer_key, train_tokenizer
 
 # Part of the cache key: raise it with every change that makes other examples from the same texts and settings.
-PREPARATION_VERSION = 1
+PREPARATION_VERSION = 2
 
 _BATCH_SIZE = 1000
 _NOT_OF_THE_TEXTS = ("name", "blank_rate", "cache_dir")
 _IDS = List(Value("int32"))
-_FEATURES = {"example_id": Value("int64"), "prompt_ids": _IDS, "target_ids": _IDS, "continues": Value("bool")}
+_FEATURES = {
+    **{"example_id": Value("int64"), "prompt_ids": _IDS, "target_ids": _IDS},
+    **{"continues": Value("bool"), "num_characters": Value("int64")},
+}
 
 
 def text_pairs(
@@ -135,12 +138,17 @@ def _encoded(
         batch = pairs[start : start + _BATCH_SIZE]
         prompts, targets = (
             # A special token's name in a text is text.
-            tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+            tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)
             for texts in ([prompt for prompt, _ in batch], [targets[0] for _, targets in batch])
         )
-        columns["prompt_ids"] += [ids[: options["max_length"] - longest] for ids in prompts]
-        columns["target_ids"] += [ids[:longest] for ids in targets]
-        columns["continues"] += [len(ids) > longest for ids in targets]
+        columns["prompt_ids"] += [ids[: options["max_length"] - longest] for ids in prompts["input_ids"]]
+        columns["target_ids"] += [ids[:longest] for ids in targets["input_ids"]]
+        is_cut = [len(ids) > longest for ids in targets["input_ids"]]
+        columns["continues"] += is_cut
+        columns["num_characters"] += [
+            encoding.offsets[longest - 1][1] if cut else len(texts[0])
+            for (_, texts), encoding, cut in zip(batch, targets.encodings, is_cut, strict=True)
+        ]
     columns["example_id"] = list(range(len(pairs)))
     features = dict(_FEATURES)
     if is_grouped:
