@@ -1,0 +1,250 @@
+"""From examples to batches for edit flows: which edits have been made, and which remain."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from xlm_hf.modules.counter_random import unit_interval
+from xlm_hf.modules.messages import did_you_mean
+from xlm_hf.objectives.alignment import BLANK, aligned, columns_of
+from xlm_hf.objectives.collation import Documents, Examples, ragged, random_subset, segment_numbers
+from xlm_hf.objectives.collators import Collator, Entry
+from xlm_hf.objectives.head_operator import IGNORED_ID
+
+COUPLINGS = ("empty", "uniform", "source")
+NONE, KEPT, DELETED, SUBSTITUTED = range(-1, 3)  # what remains to be done to the token of a slot
+
+
+class EditFlowCollator(Collator):
+    """Documents `[CLS] prompt [BOS] x`, x between what the flow begins with and the target, and the edits that remain.
+
+    Beginning and target stand above each other in columns, with blanks where one of them has no token. Every column in
+    which they differ is an edit, made at its own time, uniform in (0, 1) (arXiv 2506.09018, section 3). With K of them, n =
+    floor(r (K + 1)) remain, r ~ Beta(drop_beta, 1), every n-subset alike. The network is told how much time is left:
+    the n-th smallest of K uniform draws, which is its law given n. So weights have a finite variance, where those of a
+    uniform time have an infinite one. With drop_beta = 1, n ~ U{0..K}. All draws are functions of (seed, epoch,
+    example_id) and the document's number alone.
+
+    Args:
+        tokenizer, max_length, kind, prediction, seed, packing: of `Collator`.
+        coupling: how the columns are made. "empty": the flow begins with nothing, and every token of the target is
+            inserted. "uniform": it begins with `noise_length` random tokens, of which half, drawn at random, are
+            substituted by a random increasing subset of the target's tokens (at most all of them); the others are
+            deleted between. "source": it begins with the column `source_ids`, and the columns are the alignment with the
+            fewest edits: the column `alignment` (see `xlm_hf.objectives.alignment`), which is computed where it is not
+            there.
+        noise_length: of "uniform".
+        drop_beta: for training alone, above; each document then counts as with drop_beta = 1. A larger one shows states
+            in which more remains to be done.
+        prompt_dropout: for training alone: the share of documents whose prompts are left out, so that generation can
+            be guided (`guidance_scale`).
+
+    A training batch holds, for D documents in B rows of at most L tokens, with S slots in all:
+        input_ids (B, L): the documents at their times, padded on the right.
+        attention_mask (B, L): True for tokens.
+        segment_ids, position_ids (B, L): document and position of each token, where a row holds several documents.
+        time_left (B,): float32, 1 - alpha in (0, 1]; (B, L) where a row holds several documents.
+        slot_index (S,): `[BOS]` and all tokens after it, as indices into the flattened (B x L) tokens.
+        slot_documents (S,): their documents, in ascending order.
+        first_slots (D,): where `[BOS]` of each document stands in `slot_index`.
+        insertion_counts (S,): how many insertions into each slot remain.
+        filled_slots (F,): the slots with at least one, as indices into `slot_index`.
+        target_rows (T,): for each remaining insertion, where its slot stands in `filled_slots`; in ascending order.
+        target_ids (T,): its token.
+        weights (D,): float32, the weight of a document's loss in the bound.
+        loss_weights (D,): float32, in its place in the loss, unless drop_beta is 1.
+        sequence_tokens (D,): tokens of the text, and 1 for its end where there is one.
+        example_id: of the examples, as given.
+    and, unless the coupling is "empty":
+        token_edits (S,): what remains to be done to the token of a slot: KEPT, DELETED, SUBSTITUTED; NONE for `[BOS]`.
+        changed_slots (U,): the slots of the tokens that are substituted, as indices into `slot_index`.
+        substitute_ids (U,): by which tokens.
+    """
+
+    layouts = {"lm": "[CLS] [BOS] target", "seq2seq": "[CLS] prompt [BOS] target"}
+    entries = {
+        **Collator.entries,
+        "source_ids": Entry("example"),
+        "source_mask": Entry("example"),
+        "time_left": Entry("row"),
+        "slot_index": Entry("slot", index_of="position"),
+        # Slots that fill up a list are a group of their own, so that no softmax runs over them.
+        "slot_documents": Entry("slot", index_of="document", padding="next"),
+        "first_slots": Entry("document", index_of="slot"),
+        "insertion_counts": Entry("slot", padding=IGNORED_ID),
+        "token_edits": Entry("slot", padding=NONE),
+        "filled_slots": Entry("filled", index_of="slot"),
+        "target_rows": Entry("target", index_of="filled"),
+        "target_ids": Entry("target", padding=IGNORED_ID),
+        "changed_slots": Entry("changed", index_of="slot"),
+        "substitute_ids": Entry("changed", padding=IGNORED_ID),
+        "weights": Entry("document"),
+        "loss_weights": Entry("document"),
+        "sequence_tokens": Entry("document"),
+    }
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        kind: str,
+        prediction: bool = False,
+        seed: int = 0,
+        packing: bool = False,
+        coupling: str = "empty",
+        noise_length: int = 100,
+        drop_beta: float = 1.0,
+        prompt_dropout: float = 0.0,
+    ):
+        super().__init__(tokenizer, max_length, kind, prediction, seed, packing)
+        if coupling not in COUPLINGS:
+            raise ValueError(f"unknown coupling {coupling!r}: {did_you_mean(coupling, COUPLINGS)}")
+        if drop_beta <= 0:
+            raise ValueError(f"drop_beta must be greater than 0 and is {drop_beta}.")
+        if not 0 <= prompt_dropout < 1:
+            raise ValueError(f"prompt_dropout must be in [0, 1) and is {prompt_dropout}.")
+        self.coupling, self.noise_length = coupling, noise_length
+        self.drop_beta, self.prompt_dropout = drop_beta, prompt_dropout
+        special = set(tokenizer.all_special_ids) - ({tokenizer.unk_token_id} - {tokenizer.eos_token_id})
+        self.is_special = np.isin(np.arange(len(tokenizer)), list(special))
+
+    def training_batch(self, documents: Documents) -> dict[str, torch.Tensor]:
+        """The documents at their times, and the edits that remain."""
+        if self.prompt_dropout:
+            dropped = documents.uniforms(self.seed, "prompt") < self.prompt_dropout
+            documents.prompt_ids = documents.prompt_ids[~np.repeat(dropped, documents.prompt_lengths)]
+            documents.prompt_lengths = np.where(dropped, 0, documents.prompt_lengths)
+        self.check_content(documents.target_ids)
+        before, after, lengths = self.columns(documents)
+        self.check_lengths(documents.prompt_lengths + len(self.specials) + lengths, "sequence", self.specials)
+        remains, time_left, weights, loss_weights = self.remaining(documents, before != after, lengths)
+        now, of_columns = np.where(remains, before, after), segment_numbers(lengths)
+        is_there = now != BLANK
+        num_there = np.bincount(of_columns[is_there], minlength=len(lengths))
+        rows, starts = self.rows_of(documents, num_there)
+        rows.write(starts, num_there, now[is_there])
+
+        # A slot for [BOS] and for each token; that of a column is the last one up to it.
+        num_slots = num_there + 1
+        of_slots = is_there.cumsum() + of_columns
+        inserted = remains & (before == BLANK)
+        counts = np.bincount(of_slots[inserted], minlength=num_slots.sum())
+        is_filled = counts > 0
+        skewed = {} if self.drop_beta == 1 else {"loss_weights": loss_weights.astype(np.float32)}
+        return rows.batch(
+            time_left=rows.shared(time_left.astype(np.float32)),
+            slot_index=rows.index(starts - 1, num_slots),
+            slot_documents=segment_numbers(num_slots),
+            first_slots=num_slots.cumsum() - num_slots,
+            insertion_counts=counts,
+            filled_slots=np.flatnonzero(is_filled),
+            target_rows=is_filled.cumsum()[of_slots[inserted]] - 1,
+            target_ids=after[inserted],
+            weights=weights.astype(np.float32),
+            sequence_tokens=documents.target_lengths + documents.ends,
+            **self.token_edits(before, after, remains, is_there, of_slots, len(counts)),
+            **skewed,
+        )
+
+    def columns(self, documents: Documents) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens (C,) of beginning and target in the columns, BLANK where there is none, and columns of each (D,)."""
+        targets, lengths = documents.target_ids, documents.target_lengths
+        if self.coupling == "empty":
+            return np.full_like(targets, BLANK), targets, lengths
+        if self.coupling == "uniform":
+            return self.noise_columns(documents)
+        sources, source_lengths = self.sources(documents.examples)
+        if all("alignment" in example for example in documents.examples):
+            moves, num_columns = ragged([example["alignment"] for example in documents.examples])
+        else:
+            moves, num_columns = aligned(sources, source_lengths, targets, lengths)
+        return *columns_of(moves, sources, targets), num_columns
+
+    def noise_columns(self, documents: Documents) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """`columns` of random tokens: some are substituted by tokens of the target, the others deleted between."""
+        lengths = documents.target_lengths
+        substituted = np.minimum(self.noise_length // 2, lengths)
+        deleted = self.noise_length - substituted
+        num_columns = lengths + deleted
+        bits = documents.random_bits(self.seed, num_columns, stream="noise columns")
+        is_deleted, _ = random_subset(bits, num_columns, deleted)
+        bits = documents.random_bits(self.seed, lengths, stream="substituted")
+        is_substituted, _ = random_subset(bits, lengths, substituted)
+        before, after = np.full((2, len(is_deleted)), BLANK)
+        after[~is_deleted] = documents.target_ids
+        has_noise = is_deleted.copy()
+        has_noise[~is_deleted] = is_substituted
+        writable = np.flatnonzero(~self.is_special)
+        draws = documents.uniforms(self.seed, "noise", num_columns)[has_noise]
+        before[has_noise] = writable[(draws * len(writable)).astype(np.int64)]
+        return before, after, num_columns
+
+    def remaining(
+        self, documents: Documents, differs: np.ndarray, lengths: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Which edits remain, where columns differ (C,).
+
+        Returns:
+            (C,) bool; and (D,) the time that is left, and the weights of the bound and of the training loss.
+        """
+        num_edits = np.bincount(segment_numbers(lengths)[differs], minlength=len(lengths))
+        share = documents.low_discrepancy_draws(self.seed) ** (1 / self.drop_beta)
+        n = (share * (num_edits + 1)).astype(np.int64)
+        chosen, greatest = random_subset(documents.random_bits(self.seed, num_edits), num_edits, n)
+        remains = np.zeros(len(differs), dtype=bool)
+        remains[differs] = chosen
+        # With nothing left to do, the latest of the times at which the edits were made.
+        with np.errstate(divide="ignore"):
+            rest = -np.expm1(np.log(documents.uniforms(self.seed, "time")) / (num_edits + 1))
+        time_left = np.where(n > 0, unit_interval(greatest), rest)
+        slots = num_edits + 1
+        loss_weights = np.where(n > 0, slots / np.maximum(n, 1), 1 / rest)
+        probabilities = ((n + 1) / slots) ** self.drop_beta - (n / slots) ** self.drop_beta
+        return remains, time_left, loss_weights / (probabilities * slots), loss_weights
+
+    def token_edits(self, before, after, remains, is_there, of_slots, num_slots: int) -> dict[str, np.ndarray]:
+        """What remains to be done to the tokens that are there."""
+        if self.coupling == "empty":
+            return {}
+        is_deleted, is_substituted = (is_there & remains & ((after == BLANK) == deleted) for deleted in (True, False))
+        token_edits = np.full(num_slots, NONE)
+        for kind, is_kind in ((KEPT, is_there), (DELETED, is_deleted), (SUBSTITUTED, is_substituted)):
+            token_edits[of_slots[is_kind]] = kind
+        return {
+            "token_edits": token_edits,
+            "changed_slots": of_slots[is_substituted],
+            "substitute_ids": after[is_substituted],
+        }
+
+    def check_content(self, ids: np.ndarray) -> None:
+        """Raise ValueError for a special token, which no sequence gets."""
+        special = ids[self.is_special[ids]]
+        if len(special):
+            raise ValueError(
+                f"A text holds the special token {special[0]}, which this model never writes: tokenize the data without "
+                "special tokens, and keep documents apart by task.document_masks=true."
+            )
+
+    def sources(self, examples: Examples) -> tuple[np.ndarray, np.ndarray]:
+        """The sources of examples one after the other, and the length of each."""
+        if any("source_ids" not in example for example in examples):
+            raise ValueError(
+                "coupling='source' needs a column source_ids: choose a task that has it, such as star_correction."
+            )
+        ids, lengths = ragged([example["source_ids"] for example in examples])
+        self.check_ids(ids)
+        self.check_content(ids)
+        return ids, lengths
+
+    def prediction_batch(self, examples: Examples) -> dict[str, torch.Tensor]:
+        """The prompts for `generate` and, if the flow begins with given texts, these, padded on the right."""
+        batch: dict[str, Any] = super().prediction_batch(examples)
+        if self.coupling == "source":
+            ids, lengths = self.sources(examples)
+            mask = np.arange(max(lengths.max(), 1)) < lengths[:, None]
+            padded = np.full(mask.shape, self.pad_token_id)
+            padded[mask] = ids
+            batch.update(source_ids=torch.from_numpy(padded), source_mask=torch.from_numpy(mask))
+        return batch

@@ -1,0 +1,303 @@
+"""Generation by an edit flow: tokens are inserted, deleted and substituted at the rates that the network gives."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch.nn.functional import pad
+
+from xlm_hf.modules.counter_random import uniform
+from xlm_hf.modules.devices import is_synchronous, true_indices
+from xlm_hf.modules.edits import EditBuffer
+from xlm_hf.modules.generation import (
+    GenerationCall,
+    NonAutoregressiveGenerationConfig,
+    NonAutoregressiveGenerationMixin,
+    Sampler,
+)
+from xlm_hf.modules.unmasking import draw_tokens
+from xlm_hf.modules.vocabulary_head import LogitsOnDemand
+
+INSERT, DELETE, SUBSTITUTE = range(3)  # kinds of edits, in the last dimension of rates
+# Last counter of a random number: what it decides.
+_INSERTS, _CHANGES, _DELETES, _INSERTED, _SUBSTITUTE, _WHEN, _WHICH, _NOISE = range(8)
+
+
+class EditRates(NamedTuple):
+    """Rates at which edits are made, as functions of the time that is left: counts / (slack + time left).
+
+    With no slack a count is the number of edits of a kind that are still to come: all of them are made before the time is
+    over. With much of it the rate stays the same, so that fewer and fewer edits are expected as the time runs out.
+
+    Attributes:
+        counts: (..., K) for the K kinds of edits: the insertion of a token right of this one, and unless there are
+            insertions alone the deletion and the substitution of this one. With `insertion_head="joint"` the insertion
+            rate at `[BOS]` is that of the whole sequence, and those elsewhere mean nothing.
+        slack: (..., K), greater than 0.
+    """
+
+    counts: torch.Tensor
+    slack: torch.Tensor
+
+    def expected(self, time_left: torch.Tensor) -> torch.Tensor:
+        """Edits (..., K) expected in the time that is left, at the rate of now: time left x rate."""
+        return self.counts * (time_left / (self.slack + time_left))
+
+    def between(self, now: torch.Tensor, then: torch.Tensor) -> torch.Tensor:
+        """Edits (..., K) expected while the time left falls from `now` to `then`: the integral of the rate."""
+        return self.counts * torch.log((self.slack + now) / (self.slack + then))
+
+
+class ChosenEdits(NamedTuple):
+    """The edits of a step, and the time after it.
+
+    Attributes:
+        inserts: (R, W + 1) bool, the slots that get a token.
+        deletes, substitutes: (R, W + 1) bool, the slots whose tokens, those left of them, are deleted or substituted;
+            None if there are insertions alone.
+        time_left: (R,) after the step.
+    """
+
+    inserts: torch.Tensor
+    deletes: torch.Tensor | None
+    substitutes: torch.Tensor | None
+    time_left: torch.Tensor
+
+
+@dataclass
+class TauLeapingSampler(Sampler):
+    """All edits of a step at once, at rates that are frozen but for the time (arXiv 2506.09018, section 3).
+
+    A slot gets at most one token in a step. Which edits are made is drawn even without `do_sample`.
+
+    Attributes:
+        num_steps: steps from the beginning to the text; None means one for each token that a row may write.
+    """
+
+    num_steps: int | None = None
+
+    def __post_init__(self):
+        self._check_positive("num_steps")
+
+    def chosen(self, edits: torch.Tensor, now, then, seeds, step: int, do_sample: bool) -> ChosenEdits:
+        """The edits of a step, from those that are expected in it.
+
+        Args:
+            edits: (R, W + 1, K) expected edits of each slot and its token.
+            now, then: (R,) the time that is left before the step and after it.
+            seeds: (R,) of the rows.
+            step: its number.
+            do_sample: whether choices are drawn.
+        """
+        numbers = torch.arange(edits.shape[1], device=edits.device)
+
+        def draw(what: int) -> torch.Tensor:
+            return uniform(seeds[:, None], step, numbers, what)
+
+        inserts = draw(_INSERTS) < -torch.expm1(-edits[..., INSERT])
+        if edits.shape[2] == 1:
+            return ChosenEdits(inserts, None, None, then)
+        changes = edits[..., DELETE] + edits[..., SUBSTITUTE]
+        is_changed = draw(_CHANGES) < -torch.expm1(-changes)
+        is_deleted = draw(_DELETES) * changes < edits[..., DELETE]
+        return ChosenEdits(inserts, is_changed & is_deleted, is_changed & ~is_deleted, then)
+
+
+@dataclass
+class EventSampler(TauLeapingSampler):
+    """One edit after the other, each by a forward pass of its own.
+
+    Within a step the rates are frozen until an edit is made. If none is made before the step ends, the network looks
+    again there; without this, an edit whose count is frozen above 0 would almost surely be made, however unlikely it
+    becomes. Without `do_sample` an edit is made when it has become as likely as not, and it is the likeliest.
+
+    Attributes:
+        num_steps: how often at least the network looks again; None means once for each token that a row may write.
+    """
+
+    def chosen(self, edits: torch.Tensor, now, then, seeds, step: int, do_sample: bool) -> ChosenEdits:
+        """See `TauLeapingSampler`; the time of an edit is where the expected edits, spread evenly, reach its draw."""
+        of_rows = edits.flatten(1)
+        cumulative = of_rows.cumsum(dim=-1)
+        total = cumulative[:, -1]
+        if do_sample:
+            until = -torch.log1p(-uniform(seeds, step, 0, _WHEN))
+            below = uniform(seeds, step, 0, _WHICH) * total
+            below = torch.minimum(below, total.nextafter(torch.zeros_like(total)))
+            which = torch.searchsorted(cumulative, below[:, None], right=True).clamp(max=of_rows.shape[1] - 1)
+        else:
+            until, which = torch.full_like(total, math.log(2)), of_rows.argmax(dim=-1, keepdim=True)
+        happens = until < total
+        chosen = torch.zeros_like(of_rows, dtype=torch.bool).scatter_(1, which, happens[:, None]).view_as(edits)
+        time_left = torch.where(happens, now - (now - then) * (until / total.where(happens, 1.0)), then)
+        changes = (None, None) if edits.shape[2] == 1 else (chosen[..., DELETE], chosen[..., SUBSTITUTE])
+        return ChosenEdits(chosen[..., INSERT], *changes, time_left)
+
+
+class EditFlowGenerationConfig(NonAutoregressiveGenerationConfig):
+    """Options of `EditFlowForEditLM.generate`, beside those of the base class.
+
+    Attributes:
+        sampler: "tau_leaping", all edits of a step at once; "event", one edit after the other. Their options are those
+            of `TauLeapingSampler` and `EventSampler`.
+        guidance_scale: w of classifier-free guidance (arXiv 2207.12598): rates become r_0^(1 - w) r^w, and logits
+            (1 - w) z_0 + w z, r_0 and z_0 being those without the prompt. Other values than 1 need a model that was
+            trained with `prompt_dropout`, and a second row for each.
+    """
+
+    samplers: ClassVar[dict[str, type[Sampler]]] = {"tau_leaping": TauLeapingSampler, "event": EventSampler}
+
+    sampler: str = "tau_leaping"
+    guidance_scale: float = 1.0
+
+    def validate(self, strict: bool = False, user_set_attributes: set[str] | None = None) -> None:
+        """Check every option; raises ValueError naming the option, its value and its range."""
+        super().validate()
+        self._check_positive("guidance_scale")
+
+
+class EditFlowState(EditBuffer):
+    """The rows of a decode and their times.
+
+    Attributes:
+        sampler: decides which edits a step makes.
+        num_steps: (B,) steps of each row's time grid.
+        window: (B,) the step of the grid that each row is in.
+        time_left: (B,) float64.
+    """
+
+    sampler: TauLeapingSampler
+    num_steps: torch.Tensor
+    window: torch.Tensor
+    time_left: torch.Tensor
+
+
+class EditFlowGenerationMixin(NonAutoregressiveGenerationMixin):
+    """Adds `generate` to the edit flow. Prompts read `[CLS] prompt [BOS]`; a bare one is wrapped.
+
+    With the coupling "source", `generate` takes the texts to be edited as `source_ids` (B, N), and `source_mask` (B, N),
+    1 for their tokens; by default all but padding.
+    """
+
+    generation_inputs: ClassVar[tuple[str, ...]] = ("source_ids", "source_mask")
+
+    def open_generation(self: Any, call: GenerationCall, input_ids, attention_mask, **inputs) -> EditFlowState:
+        """Sequences that hold after their prompts what the flow begins with."""
+        special = (self.config.cls_token_id, self.config.bos_token_id)
+        prompt, mask = self.completed_prompts(input_ids, attention_mask, *special)
+        capacity = self.capacity_after(call.config, mask.sum(dim=-1))
+        start, lengths = self._start(call, len(prompt), **inputs)
+        if start is not None and bool((lengths > capacity).any()):
+            raise ValueError(
+                f"The flow begins with {int(lengths.max())} tokens and has {int(capacity.min())} positions for them: raise "
+                "max_new_tokens, or max_position_embeddings of the model."
+            )
+        state = EditFlowState(prompt, mask, capacity, self.config.pad_token_id, call.log, start, lengths)
+        state.sampler = call.config.make_sampler()
+        num_steps = state.sampler.num_steps
+        state.num_steps = torch.full_like(capacity, num_steps) if num_steps else capacity.clone()
+        state.window, state.time_left = torch.zeros_like(capacity), torch.ones_like(capacity, dtype=torch.float64)
+        return state
+
+    def _start(self: Any, call: GenerationCall, B: int, source_ids=None, source_mask=None):
+        """What the flow begins with, (B, N) padded on the right, and how much of it there is (B,); None for nothing."""
+        config = self.config
+        if config.coupling != "source" and source_ids is not None:
+            raise ValueError(f"source_ids are for coupling='source' and this model has {config.coupling!r}: leave them out.")
+        if config.coupling == "empty":
+            return None, None
+        if config.coupling == "uniform":
+            suppressed = torch.zeros(config.vocab_size, dtype=torch.bool, device=self.device)
+            suppressed[list({*(config.suppressed_ids or ()), *(call.config.suppress_tokens or ())})] = True
+            writable = true_indices(~suppressed, int((~suppressed).sum()))
+            numbers = torch.arange(config.noise_length, device=self.device)
+            draws = uniform(call.seeds[:, None], 0, numbers, _NOISE)
+            return writable[(draws * len(writable)).long()], torch.full((B,), config.noise_length, device=self.device)
+        if source_ids is None or len(source_ids) != B:
+            raise ValueError("This model edits given texts: pass source_ids, a text for each prompt.")
+        self.check_token_ids(source_ids)
+        mask = source_ids != config.pad_token_id if source_mask is None else source_mask.bool()
+        order = mask.logical_not().int().argsort(dim=-1, stable=True)
+        order = order[:, : int(mask.sum(dim=-1).max())]
+        kept = mask.gather(1, order)
+        return source_ids.gather(1, order).masked_fill(~kept, config.pad_token_id), mask.sum(dim=-1)
+
+    def generation_step(self: Any, call: GenerationCall, state: EditFlowState, step: int) -> bool:
+        """One forward pass over the open rows, and the edits that it leads to; False if none is open."""
+        rows, num_slots, width, _ = state.shape_of_step()
+        if num_slots == 0:
+            return False
+        guided, num_steps = call.config.guidance_scale != 1, state.num_steps[rows]
+        now, window = state.time_left[rows], state.window[rows]
+        then = self.noise_schedule.mask_probability(1 - (window + 1).double() / num_steps)
+        ids, mask, exists = state.view(rows, width)
+        index, of_slots = state.slots(exists, num_slots)
+
+        def edit(hidden_states, head, suppressed_ids, rates: EditRates) -> tuple[ChosenEdits, torch.Tensor, Any]:
+            scale, K = call.config.guidance_scale, self.config.num_edit_kinds
+            of_rows = index // ids.shape[1]
+            edits = rates.between(now[of_rows].repeat(1 + guided)[:, None], then[of_rows].repeat(1 + guided)[:, None])
+            hidden_states = hidden_states.view(min(K, 2), 1 + guided, len(index), -1)
+            if guided:
+                given, free = edits.chunk(2)
+                edits = free ** (1 - scale) * given**scale
+                # The head is linear, so this is the guidance of its logits.
+                hidden_states = hidden_states[:, 1:] + scale * (hidden_states[:, :1] - hidden_states[:, 1:])
+            logits = [
+                LogitsOnDemand(states[0], head, suppressed_ids).processed(
+                    call.config.suppress_tokens, call.logits_processor, ids, index, step
+                )
+                for states in hidden_states
+            ]
+            return self._edits(call, state, rows, logits, edits, of_slots, step, now, then)
+
+        inputs = {"attention_mask": mask, "time_left": now.float(), "slot_index": index}
+        if guided:
+            # The same rows without their prompts: of these only [CLS] and [BOS] are seen.
+            columns, P = torch.arange(ids.shape[1], device=ids.device), state.prompt.shape[1]
+            free = mask & ((columns >= P - 1) | (columns == mask.int().argmax(dim=-1, keepdim=True)))
+            inputs = {"attention_mask": torch.cat((mask, free)), "time_left": inputs["time_left"].repeat(2)}
+            inputs["slot_index"] = torch.cat((index, index + ids.numel()))
+        output = self(ids.repeat(1 + guided, 1), head_function=edit, **inputs)
+        state.nfe += (~state.finished) * (1 + guided)
+        chosen, tokens, substitutes = output.head_output
+        state.time_left[rows] = chosen.time_left
+        ends = chosen.time_left == then
+        state.window[rows] += ends
+        slots = torch.arange(width + 1, device=rows.device).expand_as(tokens)
+        deleted = None
+        if chosen.deletes is not None:
+            deleted = pad(chosen.deletes[:, 1:], (0, state.width - width))
+            substitutes = pad(substitutes[:, 1:], (0, state.width - width), value=-1)
+        state.apply(rows, step, slots, tokens, chosen.inserts, deleted, substitutes)
+        state.finish(rows, ends & (window + 1 == num_steps))
+        return True
+
+    def _edits(self: Any, call, state, rows, logits, edits, of_slots, step, now, then):
+        """The edits of a step, and the tokens (R, W + 1) that are inserted and that stand in for others."""
+        seeds, exists = call.seeds[rows], of_slots >= 0
+        edits = edits.double()[of_slots].masked_fill(~exists[..., None], 0.0)
+        if self.config.insertion_head == "joint":
+            log_mass = logits[0].statistic("log_mass")[of_slots].double().masked_fill(~exists, -torch.inf)
+            edits[..., INSERT] = edits[:, :1, INSERT] * log_mass.softmax(dim=-1)
+        if len(logits) > 1:
+            # [BOS] is not edited.
+            edits[:, 0, DELETE:] = 0.0
+        chosen = state.sampler.chosen(edits, now, then, seeds, step, call.config.do_sample)
+        numbers = torch.arange(of_slots.shape[1], device=rows.device)
+
+        def drawn(which: torch.Tensor, logits: LogitsOnDemand, what: int, own: torch.Tensor | None) -> torch.Tensor:
+            index = true_indices(which, int(which.sum()) if is_synchronous(which.device) else which.numel())
+            scores = logits[of_slots.flatten()[index].clamp(min=0)]
+            if own is not None:
+                scores = scores.scatter(1, own.flatten()[index][:, None], -torch.inf)
+            uniforms = uniform(seeds[:, None], step, numbers, what).flatten()[index]
+            tokens = draw_tokens(scores, uniforms, call.config)
+            return torch.full_like(of_slots, -1).masked_scatter(which, tokens)
+
+        tokens = drawn(chosen.inserts, logits[0], _INSERTED, None)
+        if chosen.substitutes is None:
+            return chosen, tokens, None
+        own = pad(state.tokens[rows, : of_slots.shape[1] - 1], (1, 0))
+        return chosen, tokens, drawn(chosen.substitutes, logits[1], _SUBSTITUTE, own)
