@@ -55,8 +55,9 @@ class EditFlowLoss:
 
         Returns:
             `LossOutput` whose items are tokens. Its metrics:
-                token_cross_entropy, token_accuracy: over the remaining insertions and substitutions, without weights.
-                edit_deviance: sum of n - 1 - log n over the remaining edits, and of n over all others, per document.
+                edit_cross_entropy, edit_accuracy: of the tokens of the remaining insertions and substitutions, without weights.
+                edit_deviance: per document, sum of n - c - c log n + c log c over slots and tokens with c remaining edits of
+                    a kind, which is 0 where n = c.
                 sequence_nelbo: nats per document, the bound above.
         """
         has_changes, slots = "token_edits" in batch, batch["slot_index"]
@@ -90,7 +91,7 @@ class EditFlowLoss:
             substitution_slots=batch.get("changed_slots"),
             head_function=cross_entropies,
         )
-        deviances = self._deviances(outputs.rates, batch, documents, is_joint)
+        deviances, least = self._deviances(outputs.rates, batch, documents, is_joint)
         losses, of_losses = outputs.head_output, [of_targets, batch.get("changed_slots")]
         token_nats = torch.zeros_like(deviances)
         for part, of_slots in zip(losses, of_losses, strict=False):
@@ -102,9 +103,9 @@ class EditFlowLoss:
             loss_sum=sum(part.loss_sum for part in losses) + (weights * deviances).sum(),
             num_items=self.num_items(batch),
             metrics={
-                "token_cross_entropy": (token_nats.sum(), num_tokens),
-                "token_accuracy": (sum(part.correct.sum() for part in losses), num_tokens),
-                "edit_deviance": (deviances.detach().sum(), len(deviances)),
+                "edit_cross_entropy": (token_nats.sum(), num_tokens),
+                "edit_accuracy": (sum(part.correct.sum() for part in losses), num_tokens),
+                "edit_deviance": (deviances.detach().sum() - least, len(deviances)),
                 "sequence_nelbo": (nelbo.sum(), len(nelbo)),
             },
             sequence_nats=nelbo,
@@ -112,15 +113,15 @@ class EditFlowLoss:
             sequence_given={"source": torch.full_like(batch["sequence_tokens"], has_changes, dtype=torch.bool)},
         )
 
-    def _deviances(self, rates, batch: dict[str, Tensor], documents: Tensor, is_joint: bool) -> Tensor:
-        """(D,) expected edits less 1 + log n for each of those that remain, without their tokens."""
+    def _deviances(self, rates, batch: dict[str, Tensor], documents: Tensor, is_joint: bool) -> tuple[Tensor, Tensor]:
+        """(D,) expected edits less 1 + log n for each that remains, without their tokens; and the least sum of all."""
         time_left = batch["time_left"]
         time_left = time_left if time_left.dim() == 2 else time_left[:, None]
         expected = rates.expected(take_of_rows(time_left[..., None], batch["input_ids"].shape[1], batch["slot_index"]))
         # A count is as small as its type allows.
         expected = expected.clamp(min=torch.finfo(expected.dtype).tiny)
         counts = batch["insertion_counts"]
-        is_slot, counts = counts >= 0, counts.clamp(min=0)
+        is_slot, counts = counts >= 0, counts.clamp(min=0).to(expected.dtype)
 
         def summed(of_slots: Tensor) -> Tensor:
             zeros = torch.zeros_like(batch["weights"], dtype=expected.dtype)
@@ -128,7 +129,7 @@ class EditFlowLoss:
 
         inserted = expected[:, INSERT]
         if is_joint:
-            inserted, counts = inserted[batch["first_slots"]], summed(counts.to(expected.dtype))
+            inserted, counts = inserted[batch["first_slots"]], summed(counts)
             total = inserted - counts * (1 + inserted.log())
         else:
             total = summed(inserted - counts * (1 + inserted.log()))
@@ -137,4 +138,4 @@ class EditFlowLoss:
             for kind, remains in ((DELETE, DELETED), (SUBSTITUTE, SUBSTITUTED)):
                 n = expected[:, kind]
                 total = total + summed((n - (edits == remains) * (1 + n.log())).where(edits >= KEPT, 0.0))
-        return total
+        return total, -torch.special.xlogy(counts, counts).sum()
