@@ -211,13 +211,14 @@ def decode_records(
     kind: str,
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[dict[str, Any]]:
-    """One record for each row of a decode, with the `RECORD_FIELDS`.
+    """One record for each row of a decode, with the `RECORD_FIELDS`, and `source_ids` and `source` of a text that is corrected.
 
     Args:
         output: what `generate(return_history=True)` returned.
         batch: what it was given.
         examples: what the batch was made of: `prompt_ids` if any, `input_ids` with blanks for "infill", and the
-            reference as `reference_ids`, `target_ids` or, for "lm", `input_ids`. A column `references` goes on.
+            reference as `reference_ids`, `target_ids` or, for "lm", `input_ids`. The columns `references` and `source_ids`
+            go on.
         kind: of `EvaluationSet`.
         tokenizer: turns ids into text.
     """
@@ -244,10 +245,10 @@ def decode_records(
             "tokens_per_forward": float(output.tokens_per_forward[row]),
             "finish_reason": output.finish_reason[row],
         }
-        for name in ("prompt", "prediction", "reference"):
-            record[name] = decode_text(tokenizer, record[f"{name}_ids"])
-        if "references" in example:
-            record["references"] = example["references"]
+        record.update({name: example[name] for name in ("references", "source_ids") if name in example})
+        for name in ("prompt", "prediction", "reference", "source"):
+            if f"{name}_ids" in record:
+                record[name] = decode_text(tokenizer, record[f"{name}_ids"])
         records.append(record)
     return records
 

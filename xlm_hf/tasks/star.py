@@ -16,6 +16,7 @@ from xlm_hf.modules.messages import did_you_mean
 from xlm_hf.tasks import Task
 from xlm_hf.tasks.blanks import check_blank_rate, with_blanks
 from xlm_hf.tasks.cache import cached
+from xlm_hf.tasks.correction import with_sources
 from xlm_hf.tasks.tokenizers import NUMBER_TOKENS, number_tokenizer
 
 # Part of the cache key: raise it with every change that makes other graphs or other columns from the same settings.
@@ -37,6 +38,7 @@ def star_graphs(
     num_labels: int,
     path_format: str = "edges",
     blank_rate: float | None = None,
+    edit_rate: float | None = None,
     num_train: int = 50_000,
     num_validation: int = 100,
     num_test: int = 5_000,
@@ -63,6 +65,7 @@ def star_graphs(
         num_labels: nodes are labelled 0 .. num_labels - 1.
         path_format: "edges" writes the path a-b-c as `a b b c`, "nodes" as `a b c`.
         blank_rate: makes it an infill task, see `with_blanks`; None leaves the whole path to be written.
+        edit_rate: makes it a correction task, see `xlm_hf.tasks.correction.with_sources`; None gives no wrong paths.
         num_train: examples of the train split.
         num_validation: examples of the validation split.
         num_test: examples of the test split.
@@ -86,6 +89,8 @@ def star_graphs(
     key = {"generator": GENERATOR_VERSION, **settings, "sizes": sizes, "path_format": path_format}
     splits, tokenizer = cached(name, key, lambda _: _build(settings, sizes, path_format), cache_dir)
     task = Task(name=name, kind="seq2seq", splits=splits, tokenizer=tokenizer)
+    if edit_rate is not None:
+        return with_sources(task, edit_rate, seed)
     return task if blank_rate is None else with_blanks(task, blank_rate, seed)
 
 

@@ -1,0 +1,1 @@
+"""Edit distances of predictions, and of what they correct, to their references."""
