@@ -320,13 +320,14 @@ def build_evaluation_sets(
                 raise ValueError(f"prediction_fields has no {name!r}: {did_you_mean(name, RECORD_FIELDS)}")
         options = {name: value for name, value in entry.items() if name not in ("split", "num_samples")}
         made = collator(entry["collator"])
+        dataset = _unconditional(entry, task) if "num_samples" in entry else task.splits[entry["split"]]
         options.update(
-            dataset=_unconditional(entry, task) if "num_samples" in entry else task.splits[entry["split"]],
+            dataset=dataset,
             collator=made,
             kind=made.kind,
             training_set=task.splits.get("train"),
             loss=loss if entry.get("loss") else None,
-            metrics=_build_metrics(entry),
+            metrics=_build_metrics(entry, dataset),
         )
         sets.append(EvaluationSet(**options))
     return sets
@@ -357,16 +358,19 @@ def _unconditional(entry: dict[str, Any], task: Task) -> datasets.Dataset:
     return datasets.Dataset.from_dict(columns)
 
 
-def _build_metrics(entry: dict[str, Any]) -> list[Any]:
+def _build_metrics(entry: dict[str, Any], dataset: datasets.Dataset) -> list[Any]:
     """The metrics of an evaluation set; one whose required option is null is left out."""
     inputs = ["predictions", "prompts", *(["references"] if "split" in entry else [])]
+    inputs += ["sources"] if "source_ids" in dataset.column_names else []
+    remedies = {"sources": "choose a task of correction, such as star_correction"}
     metrics = []
     for spec in entry.get("metrics", []):
         metric = load_metric(spec)
         where = f"The metric {spec if isinstance(spec, str) else next(iter(spec.values()))!r} of {entry['name']!r}"
         for name in metric.features:
             if name not in inputs:
-                raise ValueError(f"{where} needs {name} and gets {', '.join(inputs)}: add a split for references.")
+                remedy = remedies.get(name, "add a split for references")
+                raise ValueError(f"{where} needs {name} and gets {', '.join(inputs)}: {remedy}.")
         parameters = inspect.signature(metric._compute).parameters.values()
         required = [p.name for p in parameters if p.default is p.empty and p.name not in metric.features]
         if missing := [name for name in required if isinstance(spec, str) or name not in spec]:
