@@ -41,7 +41,7 @@ def names_of(metrics, start):
     return [name for name in metrics if name.startswith(start) and not name.endswith("standard_error")]
 
 
-GROWING = ("flexmdm", "ilm")
+GROWING = ("edit_flow", "flexmdm", "ilm")
 
 
 @pytest.mark.parametrize("family", GROWING)

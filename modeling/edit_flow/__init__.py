@@ -8,11 +8,7 @@ from .generation_edit_flow import EditFlowGenerationConfig
 from .loss_edit_flow import EditFlowLoss
 from .modeling_edit_flow import EditFlowForEditLM, EditFlowOutput
 
-register_family(
-    EditFlowConfig,
-    EditFlowForEditLM,
-    auto_classes=("AutoModel", "AutoModelForCausalLM"),
-)
+register_family(EditFlowConfig, EditFlowForEditLM, auto_classes=("AutoModel", "AutoModelForCausalLM"))
 
 __all__ = [
     "EditFlowCollator",

@@ -204,7 +204,9 @@ class EditFlowGenerationMixin(NonAutoregressiveGenerationMixin):
         """What the flow begins with, (B, N) padded on the right, and how much of it there is (B,); None for nothing."""
         config = self.config
         if config.coupling != "source" and source_ids is not None:
-            raise ValueError(f"source_ids are for coupling='source' and this model has {config.coupling!r}: leave them out.")
+            raise ValueError(
+                f"source_ids are for coupling='source' and this model has {config.coupling!r}: leave them out."
+            )
         if config.coupling == "empty":
             return None, None
         if config.coupling == "uniform":

@@ -73,9 +73,7 @@ class EditFlowLoss:
                 rows, groups = of_targets, batch["slot_documents"]
             of_tokens = weights[documents[of_targets]]
             inserted = hidden_states[: len(groups)]
-            losses = linear_cross_entropy(
-                inserted, head, suppressed_ids, batch["target_ids"], of_tokens, rows, groups
-            )
+            losses = linear_cross_entropy(inserted, head, suppressed_ids, batch["target_ids"], of_tokens, rows, groups)
             if not has_changes:
                 return [losses]
             changed = batch["changed_slots"]

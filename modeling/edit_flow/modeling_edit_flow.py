@@ -143,6 +143,4 @@ class EditFlowForEditLM(EditFlowPreTrainedModel, EditFlowGenerationMixin):
                 wanted.append(self.substitution_proj(changed))
             of_rates = None if head_function is None else partial(head_function, rates=rates)
             fields = self.apply_head(torch.cat(wanted), of_rates)
-        return EditFlowOutput(
-            **fields, rates=rates, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+        return EditFlowOutput(**fields, rates=rates, hidden_states=outputs.hidden_states, attentions=outputs.attentions)

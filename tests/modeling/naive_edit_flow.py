@@ -381,7 +381,9 @@ def slow_loss(model, batch):
     L, total = ids.shape[1], 0.0
     weights = batch.get("loss_weights", batch["weights"])
     filled = batch["filled_slots"][batch["target_rows"]].tolist()
-    changes = dict(zip(batch.get("changed_slots", torch.tensor([])).tolist(), batch.get("substitute_ids", []), strict=True))
+    changes = dict(
+        zip(batch.get("changed_slots", torch.tensor([])).tolist(), batch.get("substitute_ids", []), strict=True)
+    )
     for document, weight in enumerate(weights):
         slots = (batch["slot_documents"] == document).nonzero().squeeze(-1).tolist()
         flat = batch["slot_index"][slots]

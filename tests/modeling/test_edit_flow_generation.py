@@ -341,5 +341,3 @@ def test_what_cannot_be_is_refused_in_one_sentence():
         network(noise_schedule="geometric")
     with pytest.raises(ValueError, match="guidance_scale must be greater than 0"):
         model.generate(guidance_scale=0.0)
-
-

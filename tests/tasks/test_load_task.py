@@ -89,7 +89,7 @@ def test_shipped_configs_read_as_hydra_composes_them(name):
     assert config.name == name
 
 
-@pytest.mark.parametrize("name", [name for name in SHIPPED if name.startswith("star_") and name != "star_infill"])
+@pytest.mark.parametrize("name", ["star_easy", "star_medium", "star_hard"])
 @pytest.mark.parametrize("path_format", ["edges", "nodes"])
 def test_a_composed_task_and_its_evaluation(name, path_format, tmp_path):
     few = [f"task.{option}={value}" for option, value in FEW.items()]

@@ -267,7 +267,11 @@ CHANGES = {
 
 
 def test_every_parameter_is_in_the_cache_key(tmp_path, monkeypatch):
-    assert set(CHANGES) == set(inspect.signature(star.star_graphs).parameters) - {"cache_dir", "blank_rate"}
+    assert set(CHANGES) == set(inspect.signature(star.star_graphs).parameters) - {
+        "cache_dir",
+        "blank_rate",
+        "edit_rate",
+    }
 
     def folders():
         return {path.name for path in tmp_path.iterdir() if path.is_dir()}
