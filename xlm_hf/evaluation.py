@@ -211,7 +211,7 @@ def decode_records(
     kind: str,
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[dict[str, Any]]:
-    """One record for each row of a decode, with the `RECORD_FIELDS`, and `source_ids` and `source` of a text that is corrected.
+    """One record for each row of a decode, with the `RECORD_FIELDS`; of a correction also `source_ids` and `source`.
 
     Args:
         output: what `generate(return_history=True)` returned.

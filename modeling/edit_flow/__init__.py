@@ -6,15 +6,8 @@ from .collator_edit_flow import EditFlowCollator
 from .configuration_edit_flow import EditFlowConfig
 from .generation_edit_flow import EditFlowGenerationConfig
 from .loss_edit_flow import EditFlowLoss
-from .modeling_edit_flow import EditFlowForEditLM, EditFlowOutput
+from .modeling_edit_flow import EditFlowForEditLM
 
 register_family(EditFlowConfig, EditFlowForEditLM, auto_classes=("AutoModel", "AutoModelForCausalLM"))
 
-__all__ = [
-    "EditFlowCollator",
-    "EditFlowConfig",
-    "EditFlowForEditLM",
-    "EditFlowGenerationConfig",
-    "EditFlowLoss",
-    "EditFlowOutput",
-]
+__all__ = ["EditFlowCollator", "EditFlowConfig", "EditFlowForEditLM", "EditFlowGenerationConfig", "EditFlowLoss"]

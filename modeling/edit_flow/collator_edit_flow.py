@@ -6,11 +6,11 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from xlm_hf.modules.counter_random import unit_interval
 from xlm_hf.modules.messages import did_you_mean
-from xlm_hf.objectives.alignment import BLANK, aligned, columns_of
-from xlm_hf.objectives.collation import Documents, Examples, ragged, random_subset, segment_numbers
+from xlm_hf.objectives.alignment import BLANK, aligned, columns_of, random_columns
+from xlm_hf.objectives.collation import Documents, Examples, ragged, segment_numbers
 from xlm_hf.objectives.collators import Collator, Entry
+from xlm_hf.objectives.corruption import remaining_events
 from xlm_hf.objectives.head_operator import IGNORED_ID
 
 COUPLINGS = ("empty", "uniform", "source")
@@ -21,23 +21,21 @@ class EditFlowCollator(Collator):
     """Documents `[CLS] prompt [BOS] x`, x between what the flow begins with and the target, and the edits that remain.
 
     Beginning and target stand above each other in columns, with blanks where one of them has no token. Every column in
-    which they differ is an edit, made at its own time, uniform in (0, 1) (arXiv 2506.09018, section 3). With K of them, n =
-    floor(r (K + 1)) remain, r ~ Beta(drop_beta, 1), every n-subset alike. The network is told how much time is left:
-    the n-th smallest of K uniform draws, which is its law given n. So weights have a finite variance, where those of a
-    uniform time have an infinite one. With drop_beta = 1, n ~ U{0..K}. All draws are functions of (seed, epoch,
-    example_id) and the document's number alone.
+    which they differ is an edit, made at its own time, uniform in (0, 1) (arXiv 2506.09018, section 3). With K of them,
+    n = floor(r (K + 1)) remain, r ~ Beta(drop_beta, 1), every n-subset alike; `remaining_events` says how much time is
+    left then. With drop_beta = 1, n ~ U{0..K}. All draws are functions of (seed, epoch, example_id) and the document's
+    number alone.
 
     Args:
         tokenizer, max_length, kind, prediction, seed, packing: of `Collator`.
         coupling: how the columns are made. "empty": the flow begins with nothing, and every token of the target is
-            inserted. "uniform": it begins with `noise_length` random tokens, of which half, drawn at random, are
-            substituted by a random increasing subset of the target's tokens (at most all of them); the others are
-            deleted between. "source": it begins with the column `source_ids`, and the columns are the alignment with the
-            fewest edits: the column `alignment` (see `xlm_hf.objectives.alignment`), which is computed where it is not
-            there.
+            inserted. "uniform": it begins with `noise_length` random tokens, of which half are substituted by a random
+            increasing subset of the target's tokens (at most all of them); the others are deleted between. "source": it
+            begins with the column `source_ids`, and the columns are the alignment with the fewest edits: the column
+            `alignment` (see `xlm_hf.objectives.alignment`), which is computed where it is not there.
         noise_length: of "uniform".
-        drop_beta: for training alone, above; each document then counts as with drop_beta = 1. A larger one shows states
-            in which more remains to be done.
+        drop_beta: for training alone: a larger one than 1 shows states in which more remains to be done. Each then
+            counts as with 1.
         prompt_dropout: for training alone: the share of documents whose prompts are left out, so that generation can
             be guided (`guidance_scale`).
 
@@ -107,8 +105,6 @@ class EditFlowCollator(Collator):
             raise ValueError(f"prompt_dropout must be in [0, 1) and is {prompt_dropout}.")
         self.coupling, self.noise_length = coupling, noise_length
         self.drop_beta, self.prompt_dropout = drop_beta, prompt_dropout
-        special = set(tokenizer.all_special_ids) - ({tokenizer.unk_token_id} - {tokenizer.eos_token_id})
-        self.is_special = np.isin(np.arange(len(tokenizer)), list(special))
 
     def training_batch(self, documents: Documents) -> dict[str, torch.Tensor]:
         """The documents at their times, and the edits that remain."""
@@ -119,8 +115,14 @@ class EditFlowCollator(Collator):
         self.check_content(documents.target_ids)
         before, after, lengths = self.columns(documents)
         self.check_lengths(documents.prompt_lengths + len(self.specials) + lengths, "sequence", self.specials)
-        remains, time_left, weights, loss_weights = self.remaining(documents, before != after, lengths)
-        now, of_columns = np.where(remains, before, after), segment_numbers(lengths)
+        differs, of_columns = before != after, segment_numbers(lengths)
+        num_edits = np.bincount(of_columns[differs], minlength=len(lengths))
+        draws = (documents.low_discrepancy_draws(self.seed), documents.uniforms(self.seed, "time"))
+        bits = documents.random_bits(self.seed, num_edits)
+        chosen, time_left, weights, even_weights = remaining_events(bits, num_edits, *draws, self.drop_beta)
+        remains = np.zeros_like(differs)
+        remains[differs] = chosen
+        now = np.where(remains, before, after)
         is_there = now != BLANK
         num_there = np.bincount(of_columns[is_there], minlength=len(lengths))
         rows, starts = self.rows_of(documents, num_there)
@@ -132,7 +134,7 @@ class EditFlowCollator(Collator):
         inserted = remains & (before == BLANK)
         counts = np.bincount(of_slots[inserted], minlength=num_slots.sum())
         is_filled = counts > 0
-        skewed = {} if self.drop_beta == 1 else {"loss_weights": loss_weights.astype(np.float32)}
+        skewed = {} if self.drop_beta == 1 else {"loss_weights": even_weights.astype(np.float32)}
         return rows.batch(
             time_left=rows.shared(time_left.astype(np.float32)),
             slot_index=rows.index(starts - 1, num_slots),
@@ -154,55 +156,17 @@ class EditFlowCollator(Collator):
         if self.coupling == "empty":
             return np.full_like(targets, BLANK), targets, lengths
         if self.coupling == "uniform":
-            return self.noise_columns(documents)
+            writable, num = np.flatnonzero(~self.is_suppressed), lengths + self.noise_length
+            noise = writable[(documents.uniforms(self.seed, "noise", num) * len(writable)).astype(np.int64)]
+            bits = documents.random_bits(self.seed, num, stream="columns")
+            of_targets = documents.random_bits(self.seed, lengths, stream="substituted")
+            return random_columns(targets, lengths, self.noise_length, bits, of_targets, noise)
         sources, source_lengths = self.sources(documents.examples)
         if all("alignment" in example for example in documents.examples):
             moves, num_columns = ragged([example["alignment"] for example in documents.examples])
         else:
             moves, num_columns = aligned(sources, source_lengths, targets, lengths)
         return *columns_of(moves, sources, targets), num_columns
-
-    def noise_columns(self, documents: Documents) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """`columns` of random tokens: some are substituted by tokens of the target, the others deleted between."""
-        lengths = documents.target_lengths
-        substituted = np.minimum(self.noise_length // 2, lengths)
-        deleted = self.noise_length - substituted
-        num_columns = lengths + deleted
-        bits = documents.random_bits(self.seed, num_columns, stream="noise columns")
-        is_deleted, _ = random_subset(bits, num_columns, deleted)
-        bits = documents.random_bits(self.seed, lengths, stream="substituted")
-        is_substituted, _ = random_subset(bits, lengths, substituted)
-        before, after = np.full((2, len(is_deleted)), BLANK)
-        after[~is_deleted] = documents.target_ids
-        has_noise = is_deleted.copy()
-        has_noise[~is_deleted] = is_substituted
-        writable = np.flatnonzero(~self.is_special)
-        draws = documents.uniforms(self.seed, "noise", num_columns)[has_noise]
-        before[has_noise] = writable[(draws * len(writable)).astype(np.int64)]
-        return before, after, num_columns
-
-    def remaining(
-        self, documents: Documents, differs: np.ndarray, lengths: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Which edits remain, where columns differ (C,).
-
-        Returns:
-            (C,) bool; and (D,) the time that is left, and the weights of the bound and of the training loss.
-        """
-        num_edits = np.bincount(segment_numbers(lengths)[differs], minlength=len(lengths))
-        share = documents.low_discrepancy_draws(self.seed) ** (1 / self.drop_beta)
-        n = (share * (num_edits + 1)).astype(np.int64)
-        chosen, greatest = random_subset(documents.random_bits(self.seed, num_edits), num_edits, n)
-        remains = np.zeros(len(differs), dtype=bool)
-        remains[differs] = chosen
-        # With nothing left to do, the latest of the times at which the edits were made.
-        with np.errstate(divide="ignore"):
-            rest = -np.expm1(np.log(documents.uniforms(self.seed, "time")) / (num_edits + 1))
-        time_left = np.where(n > 0, unit_interval(greatest), rest)
-        slots = num_edits + 1
-        loss_weights = np.where(n > 0, slots / np.maximum(n, 1), 1 / rest)
-        probabilities = ((n + 1) / slots) ** self.drop_beta - (n / slots) ** self.drop_beta
-        return remains, time_left, loss_weights / (probabilities * slots), loss_weights
 
     def token_edits(self, before, after, remains, is_there, of_slots, num_slots: int) -> dict[str, np.ndarray]:
         """What remains to be done to the tokens that are there."""
@@ -217,15 +181,6 @@ class EditFlowCollator(Collator):
             "changed_slots": of_slots[is_substituted],
             "substitute_ids": after[is_substituted],
         }
-
-    def check_content(self, ids: np.ndarray) -> None:
-        """Raise ValueError for a special token, which no sequence gets."""
-        special = ids[self.is_special[ids]]
-        if len(special):
-            raise ValueError(
-                f"A text holds the special token {special[0]}, which this model never writes: tokenize the data without "
-                "special tokens, and keep documents apart by task.document_masks=true."
-            )
 
     def sources(self, examples: Examples) -> tuple[np.ndarray, np.ndarray]:
         """The sources of examples one after the other, and the length of each."""

@@ -13,8 +13,8 @@ class EditFlowConfig(RotaryTransformerConfig):
     """Architecture of an edit flow: a backbone told the time, rates of edits, and what is inserted or substituted.
 
     A sequence reads `[CLS] prompt [BOS] tokens`, as that of an insertion language model. The gap to the right of
-    `[BOS]`, and of every token after it, is a slot into which tokens can be inserted. Tokens after `[BOS]` can be deleted and
-    substituted, unless the flow begins with nothing.
+    `[BOS]`, and of every token after it, is a slot into which tokens can be inserted. Tokens after `[BOS]` can be
+    deleted and substituted, unless the flow begins with nothing.
 
     Attributes:
         cls_token_id: first token of a sequence.
@@ -25,10 +25,9 @@ class EditFlowConfig(RotaryTransformerConfig):
             `noise_length` random tokens. "source": a text that is given, which is to be corrected.
         noise_length: of "uniform"; the number of random tokens.
         insertion_head: "independent", a rate and a distribution over tokens for each slot; "joint", one rate for the
-            whole sequence times a softmax over all pairs of a slot and a token, as in an insertion language model, whose
-            weights then fit.
-        noise_schedule: the time grid of the samplers, as `make_schedule` takes it: alpha_t is the share of the edits that
-            are made at time t. Training does not depend on it.
+            whole sequence times a softmax over all pairs of a slot and a token, as in an insertion language model,
+            whose weights then fit.
+        noise_schedule: the time grid of the samplers, as `make_schedule` takes it. Training does not depend on it.
         suppress_tokens: ids that no sequence gets; their logits are -inf in training and in generation.
 
     Raises:
@@ -53,8 +52,8 @@ class EditFlowConfig(RotaryTransformerConfig):
             raise ValueError("This model must be told the time: choose conditioning='adaln' or 'token'.")
         if not make_schedule(self.noise_schedule).is_whole():
             raise ValueError(
-                f"noise_schedule {self.noise_schedule!r} does not run from 1 to 0, so edits would be left over: choose "
-                "linear, cosine or polynomial."
+                f"noise_schedule {self.noise_schedule!r} does not run from 1 to 0, so edits would be left over: "
+                "choose linear, cosine or polynomial."
             )
 
     @property

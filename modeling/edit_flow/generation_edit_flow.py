@@ -8,7 +8,6 @@ import torch
 from torch.nn.functional import pad
 
 from xlm_hf.modules.counter_random import uniform
-from xlm_hf.modules.devices import is_synchronous, true_indices
 from xlm_hf.modules.edits import EditBuffer
 from xlm_hf.modules.generation import (
     GenerationCall,
@@ -16,19 +15,19 @@ from xlm_hf.modules.generation import (
     NonAutoregressiveGenerationMixin,
     Sampler,
 )
-from xlm_hf.modules.unmasking import draw_tokens
+from xlm_hf.modules.unmasking import draw_where
 from xlm_hf.modules.vocabulary_head import LogitsOnDemand
 
 INSERT, DELETE, SUBSTITUTE = range(3)  # kinds of edits, in the last dimension of rates
-# Last counter of a random number: what it decides.
-_INSERTS, _CHANGES, _DELETES, _INSERTED, _SUBSTITUTE, _WHEN, _WHICH, _NOISE = range(8)
+# Last counter of a random number: what it decides; the first three are whether a slot and a token are edited, and how.
+_INSERTED, _SUBSTITUTE, _WHEN, _WHICH, _NOISE = range(3, 8)
 
 
 class EditRates(NamedTuple):
     """Rates at which edits are made, as functions of the time that is left: counts / (slack + time left).
 
-    With no slack a count is the number of edits of a kind that are still to come: all of them are made before the time is
-    over. With much of it the rate stays the same, so that fewer and fewer edits are expected as the time runs out.
+    With no slack a count is the number of edits of a kind that are still to come: all of them are made before the time
+    is over. With much of it the rate stays the same, so that fewer and fewer edits are expected as the time runs out.
 
     Attributes:
         counts: (..., K) for the K kinds of edits: the insertion of a token right of this one, and unless there are
@@ -49,22 +48,6 @@ class EditRates(NamedTuple):
         return self.counts * torch.log((self.slack + now) / (self.slack + then))
 
 
-class ChosenEdits(NamedTuple):
-    """The edits of a step, and the time after it.
-
-    Attributes:
-        inserts: (R, W + 1) bool, the slots that get a token.
-        deletes, substitutes: (R, W + 1) bool, the slots whose tokens, those left of them, are deleted or substituted;
-            None if there are insertions alone.
-        time_left: (R,) after the step.
-    """
-
-    inserts: torch.Tensor
-    deletes: torch.Tensor | None
-    substitutes: torch.Tensor | None
-    time_left: torch.Tensor
-
-
 @dataclass
 class TauLeapingSampler(Sampler):
     """All edits of a step at once, at rates that are frozen but for the time (arXiv 2506.09018, section 3).
@@ -80,28 +63,25 @@ class TauLeapingSampler(Sampler):
     def __post_init__(self):
         self._check_positive("num_steps")
 
-    def chosen(self, edits: torch.Tensor, now, then, seeds, step: int, do_sample: bool) -> ChosenEdits:
+    def chosen(self, edits: torch.Tensor, now, then, seeds, step: int, do_sample: bool):
         """The edits of a step, from those that are expected in it.
 
         Args:
-            edits: (R, W + 1, K) expected edits of each slot and its token.
+            edits: (R, W + 1, 3) expected edits of each slot, and of the token left of it.
             now, then: (R,) the time that is left before the step and after it.
             seeds: (R,) of the rows.
             step: its number.
             do_sample: whether choices are drawn.
+
+        Returns:
+            (R, W + 1, 3) bool, which are made, and (R,) the time that is left then.
         """
         numbers = torch.arange(edits.shape[1], device=edits.device)
-
-        def draw(what: int) -> torch.Tensor:
-            return uniform(seeds[:, None], step, numbers, what)
-
-        inserts = draw(_INSERTS) < -torch.expm1(-edits[..., INSERT])
-        if edits.shape[2] == 1:
-            return ChosenEdits(inserts, None, None, then)
-        changes = edits[..., DELETE] + edits[..., SUBSTITUTE]
-        is_changed = draw(_CHANGES) < -torch.expm1(-changes)
-        is_deleted = draw(_DELETES) * changes < edits[..., DELETE]
-        return ChosenEdits(inserts, is_changed & is_deleted, is_changed & ~is_deleted, then)
+        inserts, changes, kinds = (uniform(seeds[:, None], step, numbers, what) for what in range(3))
+        expected = edits[..., DELETE] + edits[..., SUBSTITUTE]
+        is_changed, is_deleted = changes < -torch.expm1(-expected), kinds * expected < edits[..., DELETE]
+        is_inserted = inserts < -torch.expm1(-edits[..., INSERT])
+        return torch.stack((is_inserted, is_changed & is_deleted, is_changed & ~is_deleted), dim=-1), then
 
 
 @dataclass
@@ -116,7 +96,7 @@ class EventSampler(TauLeapingSampler):
         num_steps: how often at least the network looks again; None means once for each token that a row may write.
     """
 
-    def chosen(self, edits: torch.Tensor, now, then, seeds, step: int, do_sample: bool) -> ChosenEdits:
+    def chosen(self, edits: torch.Tensor, now, then, seeds, step: int, do_sample: bool):
         """See `TauLeapingSampler`; the time of an edit is where the expected edits, spread evenly, reach its draw."""
         of_rows = edits.flatten(1)
         cumulative = of_rows.cumsum(dim=-1)
@@ -129,10 +109,8 @@ class EventSampler(TauLeapingSampler):
         else:
             until, which = torch.full_like(total, math.log(2)), of_rows.argmax(dim=-1, keepdim=True)
         happens = until < total
-        chosen = torch.zeros_like(of_rows, dtype=torch.bool).scatter_(1, which, happens[:, None]).view_as(edits)
-        time_left = torch.where(happens, now - (now - then) * (until / total.where(happens, 1.0)), then)
-        changes = (None, None) if edits.shape[2] == 1 else (chosen[..., DELETE], chosen[..., SUBSTITUTE])
-        return ChosenEdits(chosen[..., INSERT], *changes, time_left)
+        made = torch.zeros_like(of_rows, dtype=torch.bool).scatter_(1, which, happens[:, None]).view_as(edits)
+        return made, torch.where(happens, now - (now - then) * (until / total.where(happens, 1.0)), then)
 
 
 class EditFlowGenerationConfig(NonAutoregressiveGenerationConfig):
@@ -150,11 +128,6 @@ class EditFlowGenerationConfig(NonAutoregressiveGenerationConfig):
 
     sampler: str = "tau_leaping"
     guidance_scale: float = 1.0
-
-    def validate(self, strict: bool = False, user_set_attributes: set[str] | None = None) -> None:
-        """Check every option; raises ValueError naming the option, its value and its range."""
-        super().validate()
-        self._check_positive("guidance_scale")
 
 
 class EditFlowState(EditBuffer):
@@ -176,8 +149,8 @@ class EditFlowState(EditBuffer):
 class EditFlowGenerationMixin(NonAutoregressiveGenerationMixin):
     """Adds `generate` to the edit flow. Prompts read `[CLS] prompt [BOS]`; a bare one is wrapped.
 
-    With the coupling "source", `generate` takes the texts to be edited as `source_ids` (B, N), and `source_mask` (B, N),
-    1 for their tokens; by default all but padding.
+    With the coupling "source", `generate` takes the texts to be edited as `source_ids` (B, N), and `source_mask` (B,
+    N), 1 for their tokens; by default all but padding.
     """
 
     generation_inputs: ClassVar[tuple[str, ...]] = ("source_ids", "source_mask")
@@ -190,8 +163,8 @@ class EditFlowGenerationMixin(NonAutoregressiveGenerationMixin):
         start, lengths = self._start(call, len(prompt), **inputs)
         if start is not None and bool((lengths > capacity).any()):
             raise ValueError(
-                f"The flow begins with {int(lengths.max())} tokens and has {int(capacity.min())} positions for them: raise "
-                "max_new_tokens, or max_position_embeddings of the model."
+                f"The flow begins with {int(lengths.max())} tokens and has {int(capacity.min())} positions for them: "
+                "raise max_new_tokens, or max_position_embeddings of the model."
             )
         state = EditFlowState(prompt, mask, capacity, self.config.pad_token_id, call.log, start, lengths)
         state.sampler = call.config.make_sampler()
@@ -204,18 +177,16 @@ class EditFlowGenerationMixin(NonAutoregressiveGenerationMixin):
         """What the flow begins with, (B, N) padded on the right, and how much of it there is (B,); None for nothing."""
         config = self.config
         if config.coupling != "source" and source_ids is not None:
-            raise ValueError(
-                f"source_ids are for coupling='source' and this model has {config.coupling!r}: leave them out."
-            )
+            raise ValueError(f"This model begins with {config.coupling!r} and takes no source_ids: leave them out.")
         if config.coupling == "empty":
             return None, None
         if config.coupling == "uniform":
-            suppressed = torch.zeros(config.vocab_size, dtype=torch.bool, device=self.device)
-            suppressed[list({*(config.suppressed_ids or ()), *(call.config.suppress_tokens or ())})] = True
-            writable = true_indices(~suppressed, int((~suppressed).sum()))
+            suppressed = {*(config.suppressed_ids or ()), *(call.config.suppress_tokens or ())}
+            writable = [i for i in range(config.vocab_size) if i not in suppressed]
             numbers = torch.arange(config.noise_length, device=self.device)
-            draws = uniform(call.seeds[:, None], 0, numbers, _NOISE)
-            return writable[(draws * len(writable)).long()], torch.full((B,), config.noise_length, device=self.device)
+            draws = uniform(call.seeds[:, None], 0, numbers, _NOISE) * len(writable)
+            start = torch.tensor(writable, device=self.device)[draws.long()]
+            return start, torch.full_like(call.seeds, len(numbers))
         if source_ids is None or len(source_ids) != B:
             raise ValueError("This model edits given texts: pass source_ids, a text for each prompt.")
         self.check_token_ids(source_ids)
@@ -236,22 +207,17 @@ class EditFlowGenerationMixin(NonAutoregressiveGenerationMixin):
         ids, mask, exists = state.view(rows, width)
         index, of_slots = state.slots(exists, num_slots)
 
-        def edit(hidden_states, head, suppressed_ids, rates: EditRates) -> tuple[ChosenEdits, torch.Tensor, Any]:
-            scale, K = call.config.guidance_scale, self.config.num_edit_kinds
-            of_rows = index // ids.shape[1]
-            edits = rates.between(now[of_rows].repeat(1 + guided)[:, None], then[of_rows].repeat(1 + guided)[:, None])
-            hidden_states = hidden_states.view(min(K, 2), 1 + guided, len(index), -1)
+        def edit(hidden_states, head, suppressed_ids, rates: EditRates):
+            scale, of_rows = call.config.guidance_scale, (index // ids.shape[1]).repeat(1 + guided)
+            edits = rates.between(now[of_rows, None], then[of_rows, None])
+            hidden_states = hidden_states.view(-1, 1 + guided, len(index), hidden_states.shape[-1])
             if guided:
                 given, free = edits.chunk(2)
                 edits = free ** (1 - scale) * given**scale
                 # The head is linear, so this is the guidance of its logits.
                 hidden_states = hidden_states[:, 1:] + scale * (hidden_states[:, :1] - hidden_states[:, 1:])
-            logits = [
-                LogitsOnDemand(states[0], head, suppressed_ids).processed(
-                    call.config.suppress_tokens, call.logits_processor, ids, index, step
-                )
-                for states in hidden_states
-            ]
+            options = (call.config.suppress_tokens, call.logits_processor, ids, index, step)
+            logits = [LogitsOnDemand(x[0], head, suppressed_ids).processed(*options) for x in hidden_states]
             return self._edits(call, state, rows, logits, edits, of_slots, step, now, then)
 
         inputs = {"attention_mask": mask, "time_left": now.float(), "slot_index": index}
@@ -263,43 +229,37 @@ class EditFlowGenerationMixin(NonAutoregressiveGenerationMixin):
             inputs["slot_index"] = torch.cat((index, index + ids.numel()))
         output = self(ids.repeat(1 + guided, 1), head_function=edit, **inputs)
         state.nfe += (~state.finished) * (1 + guided)
-        chosen, tokens, substitutes = output.head_output
-        state.time_left[rows] = chosen.time_left
-        ends = chosen.time_left == then
-        state.window[rows] += ends
+        made, time_left, tokens, substitutes = output.head_output
+        ends = time_left == then
+        state.time_left[rows], state.window[rows] = time_left, window + ends
         slots = torch.arange(width + 1, device=rows.device).expand_as(tokens)
-        deleted = None
-        if chosen.deletes is not None:
-            deleted = pad(chosen.deletes[:, 1:], (0, state.width - width))
-            substitutes = pad(substitutes[:, 1:], (0, state.width - width), value=-1)
-        state.apply(rows, step, slots, tokens, chosen.inserts, deleted, substitutes)
+        changes = {}
+        if substitutes is not None:
+            changes["deleted"] = pad(made[:, 1:, DELETE], (0, state.width - width))
+            changes["substitutes"] = pad(substitutes[:, 1:], (0, state.width - width), value=-1)
+        state.apply(rows, step, slots, tokens, made[..., INSERT], **changes)
         state.finish(rows, ends & (window + 1 == num_steps))
         return True
 
     def _edits(self: Any, call, state, rows, logits, edits, of_slots, step, now, then):
-        """The edits of a step, and the tokens (R, W + 1) that are inserted and that stand in for others."""
+        """The edits of a step, the time after it, and tokens (R, W + 1): the inserted ones, and those for others."""
         seeds, exists = call.seeds[rows], of_slots >= 0
-        edits = edits.double()[of_slots].masked_fill(~exists[..., None], 0.0)
+        edits = pad(edits.double()[of_slots].masked_fill(~exists[..., None], 0.0), (0, 3 - edits.shape[-1]))
         if self.config.insertion_head == "joint":
             log_mass = logits[0].statistic("log_mass")[of_slots].double().masked_fill(~exists, -torch.inf)
             edits[..., INSERT] = edits[:, :1, INSERT] * log_mass.softmax(dim=-1)
-        if len(logits) > 1:
-            # [BOS] is not edited.
-            edits[:, 0, DELETE:] = 0.0
-        chosen = state.sampler.chosen(edits, now, then, seeds, step, call.config.do_sample)
+        # [BOS] is not edited.
+        edits[:, 0, DELETE:] = 0.0
+        made, time_left = state.sampler.chosen(edits, now, then, seeds, step, call.config.do_sample)
         numbers = torch.arange(of_slots.shape[1], device=rows.device)
-
-        def drawn(which: torch.Tensor, logits: LogitsOnDemand, what: int, own: torch.Tensor | None) -> torch.Tensor:
-            index = true_indices(which, int(which.sum()) if is_synchronous(which.device) else which.numel())
-            scores = logits[of_slots.flatten()[index].clamp(min=0)]
-            if own is not None:
-                scores = scores.scatter(1, own.flatten()[index][:, None], -torch.inf)
-            uniforms = uniform(seeds[:, None], step, numbers, what).flatten()[index]
-            tokens = draw_tokens(scores, uniforms, call.config)
-            return torch.full_like(of_slots, -1).masked_scatter(which, tokens)
-
-        tokens = drawn(chosen.inserts, logits[0], _INSERTED, None)
-        if chosen.substitutes is None:
-            return chosen, tokens, None
+        draws = [uniform(seeds[:, None], step, numbers, what) for what in (_INSERTED, _SUBSTITUTE)]
+        tokens = draw_where(logits[0], of_slots, made[..., INSERT], draws[0], call.config)
+        if len(logits) == 1:
+            return made, time_left, tokens, None
         own = pad(state.tokens[rows, : of_slots.shape[1] - 1], (1, 0))
-        return chosen, tokens, drawn(chosen.substitutes, logits[1], _SUBSTITUTE, own)
+        return (
+            made,
+            time_left,
+            tokens,
+            draw_where(logits[1], of_slots, made[..., SUBSTITUTE], draws[1], call.config, own),
+        )

@@ -1,6 +1,7 @@
 """The training objective of edit flows: the bound on the negative log-likelihood of the text, given its beginning."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +12,7 @@ from xlm_hf.objectives.loss_output import LossOutput, model_inputs
 from xlm_hf.objectives.row_functions import CrossEntropy
 
 from .collator_edit_flow import DELETED, KEPT, SUBSTITUTED
-
-INSERT, DELETE, SUBSTITUTE = range(3)  # kinds of edits, in the last dimension of rates
+from .generation_edit_flow import DELETE, INSERT, SUBSTITUTE
 
 
 @dataclass
@@ -31,19 +31,20 @@ class SubstituteCrossEntropy(CrossEntropy):
 
 
 class EditFlowLoss:
-    """Expected edits less the logarithms of those that remain, a Poisson deviance and cross-entropies (arXiv 2506.09018).
+    """Expected edits less the logarithms of those that remain (arXiv 2506.09018): Poisson deviances, cross-entropies.
 
-    With alpha the share of the time that is over, n_e = (1 - alpha) r_e the expected number of an edit e at its rate r_e,
-    (an insertion of v into a slot has the rate of the slot times the probability of v),
+    With alpha the share of the time that is over, and n_e = (1 - alpha) r_e the expected number of an edit e at its
+    rate r_e (an insertion of v into a slot has the rate of the slot times the probability of v),
 
-        -log p(x | x_0) <= E_alpha[ 1 / (1 - alpha) ( sum over all e of n_e - sum over remaining e of (1 + log n_e) ) ].
+        -log p(x | x_0) <= E_alpha[ 1 / (1 - alpha) ( sum over all e of n_e - sum over remaining e of 1 + log n_e ) ].
 
-    The collator draws alpha and the state, and gives weights in place of 1 / (1 - alpha). If the flow begins with nothing, the
-    bound holds with equality for every text at the exact expectations, and it is one of -log p(x). Otherwise it is one
-    of the text given its beginning x_0, and never tight: no Markov process knows which tokens are to go. Its metrics
-    then have another name (`..._given_source`).
+    The collator draws alpha and the state, and gives weights in place of 1 / (1 - alpha). If the flow begins with
+    nothing, the bound holds with equality for every text at the exact expectations, and is one of -log p(x). Otherwise
+    it is one of the text given its beginning x_0, and never tight: no Markov process knows which tokens are to go. Its
+    metrics then have another name (`..._given_source`).
 
-    With `insertion_head="joint"` the insertions of a sequence have one rate, and a softmax over all pairs (slot, token).
+    With `insertion_head="joint"` the insertions of a sequence have one rate, and a softmax over all pairs (slot,
+    token).
     """
 
     def num_items(self, batch: dict[str, Tensor]) -> Tensor:
@@ -55,25 +56,26 @@ class EditFlowLoss:
 
         Returns:
             `LossOutput` whose items are tokens. Its metrics:
-                edit_cross_entropy, edit_accuracy: of the tokens of the remaining insertions and substitutions, without weights.
-                edit_deviance: per document, sum of n - c - c log n + c log c over slots and tokens with c remaining edits of
-                    a kind, which is 0 where n = c.
+                edit_cross_entropy, edit_accuracy: of the tokens of the remaining insertions and substitutions, without
+                    weights.
+                edit_deviance: per document, sum of n - c - c log n + c log c over slots and tokens with c remaining
+                    edits of a kind, which is 0 where n = c.
                 sequence_nelbo: nats per document, the bound above.
         """
         has_changes, slots = "token_edits" in batch, batch["slot_index"]
         # Slots that fill up a list belong to no document.
         documents = batch["slot_documents"].clamp(max=len(batch["weights"]) - 1)
         weights = batch.get("loss_weights", batch["weights"])
-        is_joint = model.config.insertion_head == "joint"
+        config: Any = model.config
+        is_joint = config.insertion_head == "joint"
         of_targets = batch["filled_slots"][batch["target_rows"]]
 
         def cross_entropies(hidden_states, head, suppressed_ids, rates) -> list[HeadLosses]:
             rows, groups = batch["target_rows"], torch.arange(len(batch["filled_slots"]), device=slots.device)
             if is_joint:
                 rows, groups = of_targets, batch["slot_documents"]
-            of_tokens = weights[documents[of_targets]]
-            inserted = hidden_states[: len(groups)]
-            losses = linear_cross_entropy(inserted, head, suppressed_ids, batch["target_ids"], of_tokens, rows, groups)
+            options = (batch["target_ids"], weights[documents[of_targets]], rows, groups)
+            losses = linear_cross_entropy(hidden_states[: len(groups)], head, suppressed_ids, *options)
             if not has_changes:
                 return [losses]
             changed = batch["changed_slots"]
@@ -90,13 +92,11 @@ class EditFlowLoss:
             head_function=cross_entropies,
         )
         deviances, least = self._deviances(outputs.rates, batch, documents, is_joint)
-        losses, of_losses = outputs.head_output, [of_targets, batch.get("changed_slots")]
-        token_nats = torch.zeros_like(deviances)
-        for part, of_slots in zip(losses, of_losses, strict=False):
+        losses, token_nats = outputs.head_output, torch.zeros_like(deviances)
+        for part, of_slots in zip(losses, (of_targets, batch.get("changed_slots")), strict=False):
             token_nats = token_nats.index_add(0, documents[of_slots], part.losses.to(token_nats.dtype))
         nelbo = batch["weights"] * (deviances.detach() + token_nats)
-        token_ids = [batch["target_ids"], batch["substitute_ids"]] if has_changes else [batch["target_ids"]]
-        num_tokens = sum((ids >= 0).sum() for ids in token_ids)
+        num_tokens = sum((batch[name] >= 0).sum() for name in ("target_ids", "substitute_ids") if name in batch)
         return LossOutput(
             loss_sum=sum(part.loss_sum for part in losses) + (weights * deviances).sum(),
             num_items=self.num_items(batch),

@@ -1,4 +1,4 @@
-"""The edit flow language model (Edit Flows, arXiv 2506.09018): at which rates tokens are inserted, deleted, replaced."""
+"""The edit flow language model (arXiv 2506.09018): at which rates tokens are inserted, deleted and substituted."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -30,8 +30,8 @@ class EditFlowOutput(LanguageModelOutput):
 
     Attributes:
         rates: `EditRates` of all tokens (B, L, K), or (S, K) with `slot_index`.
-        substitution_logits: (B, L, V) score token v in place of token i, its own included; None without substitutions,
-            with a head function and with `slot_index`.
+        substitution_logits: (B, L, V), or (S, V), score token v in place of token i, its own included; None without
+            substitutions, and with a head function.
     """
 
     rates: EditRates | None = None
@@ -57,15 +57,10 @@ class EditRateHead(nn.Module):
         return EditRates(nn.functional.softplus(counts), slack.sigmoid() + _LEAST_SLACK)
 
 
-class EditFlowPreTrainedModel(RotaryTransformerPreTrainedModel):
-    """Ties the family to its configuration."""
-
-    config: EditFlowConfig
-
-
-class EditFlowForEditLM(EditFlowPreTrainedModel, EditFlowGenerationMixin):
+class EditFlowForEditLM(RotaryTransformerPreTrainedModel, EditFlowGenerationMixin):
     """Edit flow: the rate of every insertion, deletion and substitution, given a sequence and the time that is left."""
 
+    config: EditFlowConfig
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     generation_config_class = EditFlowGenerationConfig
 
@@ -86,13 +81,11 @@ class EditFlowForEditLM(EditFlowPreTrainedModel, EditFlowGenerationMixin):
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
         time_left: torch.Tensor | None = None,
         slot_index: torch.Tensor | None = None,
         insertion_slots: torch.Tensor | None = None,
         substitution_slots: torch.Tensor | None = None,
         head_function: Any = None,
-        inputs_embeds: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> EditFlowOutput:
         """Rate every edit.
@@ -100,16 +93,14 @@ class EditFlowForEditLM(EditFlowPreTrainedModel, EditFlowGenerationMixin):
         Args:
             input_ids: (B, L) token ids.
             attention_mask: (B, L), 1 for tokens and 0 for padding on either side.
-            position_ids: (B, L) rotary positions; by default each row counts its own tokens.
             time_left: (B,), or (B, L) for packed rows: from 1, where no edit is made, to 0, the text.
             slot_index: (S,) indices into the flattened (B x L) tokens whose edits are wanted; None means all.
             insertion_slots: (I,) for which of them the head function gets hidden states of insertions; None means all.
             substitution_slots: (U,) likewise of substitutions, which come behind those of insertions.
-            head_function: what is made of the hidden states instead of logits (see `head_fields`). It is called with
-                `rates` by name too, since which tokens are wanted depends on them.
-            inputs_embeds: (B, L, hidden_size) vectors in place of the embeddings of `input_ids`.
-            **kwargs: `segment_ids` of packed rows, what else the backbone takes, `output_hidden_states`,
-                `output_attentions`.
+            head_function: with `slot_index`, what is made of the hidden states instead of logits (see `head_fields`).
+                It is called with `rates` by name too, since which tokens are wanted depends on them.
+            **kwargs: `position_ids`, `segment_ids` of packed rows, `inputs_embeds` and what else the backbone takes,
+                `output_hidden_states`, `output_attentions`.
 
         Returns:
             `EditFlowOutput`; the logits of `config.suppressed_ids` are -inf.
@@ -122,25 +113,20 @@ class EditFlowForEditLM(EditFlowPreTrainedModel, EditFlowGenerationMixin):
         outputs = self.model(
             input_ids,
             attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
             output_index=slot_index,
             timesteps=-(time_left + _LEAST_TIME).log(),
             **kwargs,
         )
         states = outputs.last_hidden_state
         rates = self.rate_head(states)
-        fields: dict[str, Any] = {}
-        if slot_index is None and head_function is None:
+        if head_function is None:
             fields = self.apply_head(states, None)
             if self.substitution_proj is not None:
                 fields["substitution_logits"] = self.apply_head(self.substitution_proj(states), None)["logits"]
         else:
-            states = states.flatten(0, -2)
             wanted = [states if insertion_slots is None else states[insertion_slots]]
             if self.substitution_proj is not None:
                 changed = states if substitution_slots is None else states[substitution_slots]
                 wanted.append(self.substitution_proj(changed))
-            of_rates = None if head_function is None else partial(head_function, rates=rates)
-            fields = self.apply_head(torch.cat(wanted), of_rates)
+            fields = self.apply_head(torch.cat(wanted), partial(head_function, rates=rates))
         return EditFlowOutput(**fields, rates=rates, hidden_states=outputs.hidden_states, attentions=outputs.attentions)

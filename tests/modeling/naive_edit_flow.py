@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from tests.modeling.naive import BOS, CLS, FIRST_WORD, PAD
-from xlm_hf.modeling.edit_flow import EditFlowConfig, EditFlowGenerationConfig, EditFlowOutput
+from xlm_hf.modeling.edit_flow import EditFlowConfig, EditFlowGenerationConfig
 from xlm_hf.modeling.edit_flow.generation_edit_flow import EditFlowGenerationMixin, EditRates
+from xlm_hf.modeling.edit_flow.modeling_edit_flow import EditFlowOutput
 from xlm_hf.modules.noise_schedules import make_schedule
 from xlm_hf.modules.vocabulary_head import head_fields
 
@@ -338,7 +339,8 @@ def event_law(tables, texts, start, grid, capacity, num=200):
     """The law of the text with one edit at a time, by a Volterra equation for each step, backwards from its end.
 
     With F(x, s) the probabilities of all texts at the end t of the step, from x at the time s, and H the edits expected
-    from s to t, F(x, s) = exp(-H) 1[x] + integral over s' of H / (s - t) exp(-H (s - s') / (s - t)) sum p(x') F(x', s').
+    from s to t, F(x, s) = exp(-H) 1[x] + integral over s' of H / (s - t) exp(-H (s - s') / (s - t)) sum p(x') F(x',
+    s').
     """
     number = {there: i for i, there in enumerate(texts)}
     law = np.array([start.get(there, 0.0) for there in texts])

@@ -190,3 +190,30 @@ def draw_tokens(logits: torch.Tensor, uniforms: torch.Tensor, config: Any) -> to
     if not config.do_sample:
         return logits.argmax(dim=-1)
     return sample_categorical(filter_logits(logits, config.temperature, config.top_k, config.top_p), uniforms)
+
+
+def draw_where(
+    logits: LogitsOnDemand,
+    numbers: torch.Tensor,
+    where: torch.Tensor,
+    uniforms: torch.Tensor,
+    config: Any,
+    excluded: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Tokens (R, W) where `where` says, -1 elsewhere.
+
+    Args:
+        logits: of N positions.
+        numbers: (R, W) which of the N each position is; any number where nothing is drawn.
+        where: (R, W) bool.
+        uniforms: (R, W) in [0, 1).
+        config: the options of the draw.
+        excluded: (R, W) an id for each position that is not drawn there.
+    """
+    # An accelerator is not asked how many there are.
+    index = true_indices(where, int(where.sum()) if is_synchronous(where.device) else where.numel())
+    scores = logits[numbers.flatten()[index].clamp(min=0)]
+    if excluded is not None:
+        scores = scores.scatter(1, excluded.flatten()[index][:, None], -torch.inf)
+    tokens = draw_tokens(scores, uniforms.flatten()[index], config)
+    return torch.full_like(where, -1, dtype=torch.int64).masked_scatter(where, tokens)

@@ -6,7 +6,7 @@ all pairs, are independent of each other.
 
 import numpy as np
 
-from xlm_hf.objectives.collation import segment_ranges, segment_starts
+from xlm_hf.objectives.collation import random_subset, segment_ranges, segment_starts
 
 PAIR, DELETE, INSERT = range(3)  # what a column of an alignment holds: a token of both, of the source, of the target
 BLANK = -1
@@ -44,6 +44,37 @@ def columns_of(moves: np.ndarray, sources: np.ndarray, targets: np.ndarray) -> t
     of_sources, of_targets = np.full((2, len(moves)), BLANK)
     of_sources[moves != INSERT], of_targets[moves != DELETE] = sources, targets
     return of_sources, of_targets
+
+
+def random_columns(
+    targets: np.ndarray, lengths: np.ndarray, num: int, bits: np.ndarray, target_bits: np.ndarray, noise: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Columns of `num` random tokens and each target: half are substituted by its tokens, the others deleted between.
+
+    Which of its tokens substitute others, at most all of them, is drawn; so is the order of the columns.
+
+    Args:
+        targets, lengths: tokens of the targets, one after the other, and how many each has (D,).
+        num: of the random tokens of each.
+        bits: uint64, lengths + num for each target; one for a column, and others unused.
+        target_bits: uint64 for each token of the targets.
+        noise: random tokens, as many as `bits`.
+
+    Returns:
+        what `columns_of` does, and how many columns each has (D,).
+    """
+    substituted = np.minimum(num // 2, lengths)
+    deleted = num - substituted
+    num_columns = lengths + deleted
+    bits = bits[segment_ranges(segment_starts(lengths + num), num_columns)]
+    is_deleted, _ = random_subset(bits, num_columns, deleted)
+    is_substituted, _ = random_subset(target_bits, lengths, substituted)
+    has_noise = is_deleted.copy()
+    has_noise[~is_deleted] = is_substituted
+    of_noise, of_targets = np.full((2, len(is_deleted)), BLANK)
+    of_targets[~is_deleted] = targets
+    of_noise[has_noise] = noise[segment_ranges(segment_starts(lengths + num), num_columns)][has_noise]
+    return of_noise, of_targets, num_columns
 
 
 def edit_distances(

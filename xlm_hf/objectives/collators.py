@@ -58,6 +58,8 @@ class Collator:
             an example of plain text ("lm") and `target_ids` of all others.
         kinds: of `layouts`.
         entries: of the batches, by name.
+        written_specials: names of the special tokens that a text may hold.
+        condition_dropout: share of the documents whose prompts are left out (see `drop_conditions`).
 
     Called with a list of examples - dicts of the columns above, `example_id`, `epoch` and `position` (in the epoch) -
     it returns a dict of tensors. Prompts are padded on the left: `input_ids`, `attention_mask`, `example_id`.
@@ -68,6 +70,8 @@ class Collator:
 
     layouts: ClassVar[Mapping[str, str]]
     kinds: ClassVar[tuple[str, ...]]
+    written_specials: ClassVar[tuple[str, ...]] = ("unk",)
+    condition_dropout = 0.0
     entries: ClassVar[Mapping[str, Entry]] = {
         "input_ids": Entry("position"),
         "attention_mask": Entry("position", padding=0),
@@ -97,6 +101,10 @@ class Collator:
         self.bos_token_id, self.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
         self.mask_token_id = tokenizer.mask_token_id
         self.vocab_size = len(tokenizer)
+        written = {getattr(tokenizer, f"{name}_token_id") for name in self.written_specials}
+        # Byte-level tokenizers name their end of a text for what is unknown too.
+        written -= {None} if "eos" in self.written_specials else {None, self.eos_token_id}
+        self.is_suppressed = np.isin(np.arange(self.vocab_size), list(set(tokenizer.all_special_ids) - written))
         self.max_length = max_length
         self.seed = seed
         self.packing = max_length if packing else None
@@ -146,7 +154,7 @@ class Collator:
         return self.left_padded(examples, [[*self.head, *prompt, *self.tail] for prompt in prompts])
 
     def documents(self, examples: Examples) -> Documents:
-        """The documents of examples, their ids checked."""
+        """The documents of examples, their ids checked, some prompts left out."""
         prompts = [e["prompt_ids"] for e in examples] if self.kind == "seq2seq" else [[] for _ in examples]
         targets = [e[self.target_column] for e in examples]
         documents = Documents(examples, prompts, targets)
@@ -161,7 +169,21 @@ class Collator:
             given, _ = ragged([e["input_ids"] for e in examples])
             self.check_ids(given)
             documents.blank = given == self.mask_token_id
+        if self.condition_dropout:
+            documents.drop_prompts(documents.uniforms(self.seed, "condition") < self.condition_dropout)
         return documents
+
+    def drop_conditions(self, share: float) -> None:
+        """Leave the prompts of a share of the documents out, so that the model also learns what it writes without.
+
+        Classifier-free guidance (arXiv 2207.12598) needs a model that was trained so.
+
+        Raises:
+            ValueError: for a share outside of [0, 1).
+        """
+        if not 0 <= share < 1:
+            raise ValueError(f"condition_dropout must be in [0, 1) and is {share}.")
+        self.condition_dropout = share
 
     def check_ids(self, *ids: np.ndarray) -> None:
         """Raise ValueError if an id is outside the vocabulary."""
@@ -173,6 +195,16 @@ class Collator:
                     f"Token id {outside[0]} is outside the vocabulary of {self.vocab_size}: tokenize the data with "
                     "the tokenizer of this run."
                 )
+
+    def check_content(self, ids: np.ndarray) -> None:
+        """Raise ValueError for a special token that belongs into no text of this family."""
+        special = ids[self.is_suppressed[ids]]
+        if len(special):
+            hint = "" if "eos" in self.written_specials else ", and keep documents apart by task.document_masks=true"
+            raise ValueError(
+                f"A text holds the special token {special[0]}, which this model never writes: tokenize the data "
+                f"without special tokens{hint}."
+            )
 
     def check_lengths(self, lengths: np.ndarray, what: str, specials: Sequence[str]) -> None:
         """Raise ValueError if a `what` has more tokens than the model has positions, `specials` included."""
@@ -230,6 +262,7 @@ class CanvasCollator(Collator):
     """
 
     layouts = {"lm": "[BOS] target [EOS]", "seq2seq": "prompt [BOS] target [EOS]", "infill": "target"}
+    written_specials = ("pad", "eos", "unk")
 
     def __init__(
         self,
@@ -243,28 +276,8 @@ class CanvasCollator(Collator):
         condition_dropout: float = 0.0,
     ):
         super().__init__(tokenizer, max_length, kind, prediction, seed, packing)
-        if not 0 <= condition_dropout < 1:
-            raise ValueError(f"condition_dropout must be in [0, 1) and is {condition_dropout}.")
-        self.condition_dropout = condition_dropout
+        self.drop_conditions(condition_dropout)
         self.canvas_length = canvas_length
-        written = {tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
-        self.is_suppressed = np.isin(np.arange(len(tokenizer)), list(set(tokenizer.all_special_ids) - written))
-
-    def documents(self, examples: Examples) -> Documents:
-        """See `Collator`; some prompts are left out."""
-        documents = super().documents(examples)
-        if self.condition_dropout:
-            documents.drop_prompts(documents.uniforms(self.seed, "condition") < self.condition_dropout)
-        return documents
-
-    def check_content(self, ids: np.ndarray) -> None:
-        """Raise ValueError for a special token that belongs into no canvas."""
-        special = ids[self.is_suppressed[ids]]
-        if len(special):
-            raise ValueError(
-                f"A text holds the special token {special[0]}, which this model never writes: tokenize the data "
-                "without special tokens."
-            )
 
     def canvas(self, documents: Documents) -> tuple[Rows, np.ndarray, np.ndarray]:
         """Rows of documents `prompt [BOS] canvas`, or of whole sequences in infilling.

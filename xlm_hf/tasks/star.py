@@ -65,10 +65,8 @@ def star_graphs(
         num_labels: nodes are labelled 0 .. num_labels - 1.
         path_format: "edges" writes the path a-b-c as `a b b c`, "nodes" as `a b c`.
         blank_rate: makes it an infill task, see `with_blanks`; None leaves the whole path to be written.
-        edit_rate: makes it a correction task, see `xlm_hf.tasks.correction.with_sources`; None gives no wrong paths.
-        num_train: examples of the train split.
-        num_validation: examples of the validation split.
-        num_test: examples of the test split.
+        edit_rate: makes it a correction task, see `xlm_hf.tasks.correction.with_sources`.
+        num_train, num_validation, num_test: examples of the splits.
         seed: of the generator; the same seed gives the same graphs on every machine.
         cache_dir: see `xlm_hf.tasks.cache.cached`.
 
@@ -89,8 +87,7 @@ def star_graphs(
     key = {"generator": GENERATOR_VERSION, **settings, "sizes": sizes, "path_format": path_format}
     splits, tokenizer = cached(name, key, lambda _: _build(settings, sizes, path_format), cache_dir)
     task = Task(name=name, kind="seq2seq", splits=splits, tokenizer=tokenizer)
-    if edit_rate is not None:
-        return with_sources(task, edit_rate, seed)
+    task = task if edit_rate is None else with_sources(task, edit_rate, seed)
     return task if blank_rate is None else with_blanks(task, blank_rate, seed)
 
 
