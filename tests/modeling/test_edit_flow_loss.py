@@ -25,6 +25,14 @@ from tests.modeling.naive_edit_flow import (
 from xlm_hf.modeling.edit_flow import EditFlowCollator, EditFlowForEditLM, EditFlowLoss
 from xlm_hf.modeling.ilm import ILMCollator
 from xlm_hf.objectives.alignment import aligned, columns_of
+from xlm_hf.testing import (
+    FamilyCase,
+    check_batch_composition,
+    check_batch_entries,
+    check_full_rows,
+    check_packing,
+    check_ways_to_compute,
+)
 
 A, B = WORDS
 
@@ -212,3 +220,12 @@ def test_as_many_edits_as_remain_leave_no_deviance(insertion_head):
     # Which of the two comes first is open, where both are missing.
     assert float(output.metrics["edit_cross_entropy"][0]) == pytest.approx(2 * math.log(2))
     assert int(output.metrics["edit_cross_entropy"][1]) == int(output.metrics["edit_accuracy"][0]) == 4
+
+
+@pytest.mark.parametrize("insertion_head", ["independent", "joint"])
+def test_deletions_and_substitutions_pass_the_suite(insertion_head, tmp_path):
+    """Which the family itself passes with insertions alone."""
+    options = ["model.coupling=uniform", "model.noise_length=5", f"model.insertion_head={insertion_head}"]
+    case = FamilyCase("edit_flow", *options)
+    for check in (check_batch_composition, check_batch_entries, check_packing, check_full_rows, check_ways_to_compute):
+        check(case, tmp_path)

@@ -59,11 +59,11 @@ def run(cfg: DictConfig) -> list[dict[str, Any]]:
 
 
 def render(record: dict[str, Any], decode: Decode, pad_token: str) -> str:
-    """A decode as text: the prompt, then what was written after every step, with what the step did in brackets.
+    """A decode as text: the prompt, a source that is corrected, then what was written after every step, with what the step did in brackets.
 
     [word] was a mask, [+word] was inserted, [-word] deleted, [~word] put in place of another, and [_] masked again.
     """
-    lines = [f"prompt      {record['prompt']}"]
+    lines = [f"{name:<11} {record[name]}" for name in ("prompt", "source") if name in record]
     for step, frame in enumerate(decode.frames()):
         shown = [token for token in frame if token.text != pad_token]
         if any(token.event in MARKS for token in shown):
