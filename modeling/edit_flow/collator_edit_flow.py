@@ -36,7 +36,7 @@ class EditFlowCollator(Collator):
         noise_length: of "uniform".
         drop_beta: for training alone: a larger one than 1 shows states in which more remains to be done. Each then
             counts as with 1.
-        prompt_dropout: for training alone: the share of documents whose prompts are left out, so that generation can
+        condition_dropout: for training alone: the share of documents whose prompts are left out, so that generation can
             be guided (`guidance_scale`).
 
     A training batch holds, for D documents in B rows of at most L tokens, with S slots in all:
@@ -94,24 +94,18 @@ class EditFlowCollator(Collator):
         coupling: str = "empty",
         noise_length: int = 100,
         drop_beta: float = 1.0,
-        prompt_dropout: float = 0.0,
+        condition_dropout: float = 0.0,
     ):
         super().__init__(tokenizer, max_length, kind, prediction, seed, packing)
         if coupling not in COUPLINGS:
             raise ValueError(f"unknown coupling {coupling!r}: {did_you_mean(coupling, COUPLINGS)}")
         if drop_beta <= 0:
             raise ValueError(f"drop_beta must be greater than 0 and is {drop_beta}.")
-        if not 0 <= prompt_dropout < 1:
-            raise ValueError(f"prompt_dropout must be in [0, 1) and is {prompt_dropout}.")
-        self.coupling, self.noise_length = coupling, noise_length
-        self.drop_beta, self.prompt_dropout = drop_beta, prompt_dropout
+        self.drop_conditions(condition_dropout)
+        self.coupling, self.noise_length, self.drop_beta = coupling, noise_length, drop_beta
 
     def training_batch(self, documents: Documents) -> dict[str, torch.Tensor]:
         """The documents at their times, and the edits that remain."""
-        if self.prompt_dropout:
-            dropped = documents.uniforms(self.seed, "prompt") < self.prompt_dropout
-            documents.prompt_ids = documents.prompt_ids[~np.repeat(dropped, documents.prompt_lengths)]
-            documents.prompt_lengths = np.where(dropped, 0, documents.prompt_lengths)
         self.check_content(documents.target_ids)
         before, after, lengths = self.columns(documents)
         self.check_lengths(documents.prompt_lengths + len(self.specials) + lengths, "sequence", self.specials)

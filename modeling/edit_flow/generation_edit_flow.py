@@ -120,14 +120,14 @@ class EditFlowGenerationConfig(NonAutoregressiveGenerationConfig):
         sampler: "tau_leaping", all edits of a step at once; "event", one edit after the other. Their options are those
             of `TauLeapingSampler` and `EventSampler`.
         guidance_scale: w of classifier-free guidance (arXiv 2207.12598): rates become r_0^(1 - w) r^w, and logits
-            (1 - w) z_0 + w z, r_0 and z_0 being those without the prompt. Other values than 1 need a model that was
-            trained with `prompt_dropout`, and a second row for each.
+            (1 - w) z_0 + w z, r_0 and z_0 being those without the prompt, in two forward passes. None is w = 1, in one.
+            The model must have been trained with `condition_dropout`.
     """
 
     samplers: ClassVar[dict[str, type[Sampler]]] = {"tau_leaping": TauLeapingSampler, "event": EventSampler}
 
     sampler: str = "tau_leaping"
-    guidance_scale: float = 1.0
+    guidance_scale: float | None = None
 
 
 class EditFlowState(EditBuffer):
@@ -201,7 +201,7 @@ class EditFlowGenerationMixin(NonAutoregressiveGenerationMixin):
         rows, num_slots, width, _ = state.shape_of_step()
         if num_slots == 0:
             return False
-        guided, num_steps = call.config.guidance_scale != 1, state.num_steps[rows]
+        guided, num_steps = call.config.guidance_scale is not None, state.num_steps[rows]
         now, window = state.time_left[rows], state.window[rows]
         then = self.noise_schedule.mask_probability(1 - (window + 1).double() / num_steps)
         ids, mask, exists = state.view(rows, width)

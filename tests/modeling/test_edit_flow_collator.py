@@ -85,7 +85,7 @@ def test_the_remaining_edits_lead_to_the_target(coupling):
 def test_corruption_depends_on_the_example_alone(coupling):
     """The same example meets the same noise in any batch, and other noise in another epoch or with another seed."""
     examples = with_sources(make_examples(32, V, min_target=6))
-    whole, options = collated(examples, coupling), {"prompt_dropout": 0.3}
+    whole, options = collated(examples, coupling), {"condition_dropout": 0.3}
     for row in (0, 7, 31):
         alone = collated([examples[row]], coupling)
         width = alone["input_ids"].shape[1]
@@ -193,7 +193,7 @@ def test_prompts_and_what_is_to_be_edited(coupling):
         ({}, {"coupling": "source"}, "coupling='source' needs a column source_ids"),
         ({}, {"coupling": "noise"}, "unknown coupling 'noise'"),
         ({}, {"drop_beta": 0}, "drop_beta must be greater than 0 and is 0"),
-        ({}, {"prompt_dropout": 1.0}, r"prompt_dropout must be in \[0, 1\) and is 1.0"),
+        ({}, {"condition_dropout": 1.0}, r"condition_dropout must be in \[0, 1\) and is 1.0"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_sentence(change, options, message):
