@@ -217,8 +217,8 @@ def decode_records(
         output: what `generate(return_history=True)` returned.
         batch: what it was given.
         examples: what the batch was made of: `prompt_ids` if any, `input_ids` with blanks for "infill", and the
-            reference as `reference_ids`, `target_ids` or, for "lm", `input_ids`. The columns `references` and `source_ids`
-            go on.
+            reference as `reference_ids`, `target_ids` or, for "lm", `input_ids`. The columns `references` and
+            `source_ids` go on.
         kind: of `EvaluationSet`.
         tokenizer: turns ids into text.
     """

@@ -59,7 +59,7 @@ def run(cfg: DictConfig) -> list[dict[str, Any]]:
 
 
 def render(record: dict[str, Any], decode: Decode, pad_token: str) -> str:
-    """A decode as text: the prompt, a source that is corrected, then what was written after every step, with what the step did in brackets.
+    """A decode as text: prompt, source of a correction, what every step wrote, with what it did in brackets.
 
     [word] was a mask, [+word] was inserted, [-word] deleted, [~word] put in place of another, and [_] masked again.
     """
