@@ -163,7 +163,10 @@ class TableModel(nn.Module, EditFlowGenerationMixin):
             if word:
                 logits[KINDS.index(kind) // 2, slot, word[0]] += n
         if self.config.insertion_head == "joint":
-            of_slots[0, 0] = of_slots[:, 0].sum()
+            # What a network says elsewhere means nothing.
+            of_slots[:, 0] = [of_slots[:, 0].sum()] + [0.7] * len(there)
+        # Nor what it says of editing [BOS].
+        of_slots[0, 1:] = 0.7
         slack = np.broadcast_to([slack_of(kind) for kind in KINDS[:K]], (num, K))
         # Where no token has a rate, any will do.
         logits[logits.sum(axis=-1) == 0, FIRST_WORD:] = 1e-300
