@@ -26,8 +26,9 @@ class EditFlowCollator(Collator):
     left then. With drop_beta = 1, n ~ U{0..K}. All draws are functions of (seed, epoch, example_id) and the document's
     number alone.
 
+    Further arguments are those of `Collator`.
+
     Args:
-        tokenizer, max_length, kind, prediction, seed, packing: of `Collator`.
         coupling: how the columns are made. "empty": the flow begins with nothing, and every token of the target is
             inserted. "uniform": it begins with `noise_length` random tokens, of which half are substituted by a random
             increasing subset of the target's tokens (at most all of them); the others are deleted between. "source": it

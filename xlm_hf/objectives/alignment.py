@@ -18,8 +18,10 @@ def aligned(
     """Alignments in which an insertion, a deletion and a pair of different tokens cost 1 each.
 
     Args:
-        sources, source_lengths: tokens of the sources, one after the other, and how many each has (D,).
-        targets, target_lengths: likewise.
+        sources: tokens of the sources, one after the other.
+        source_lengths: (D,) how many each has.
+        targets: tokens of the targets, likewise.
+        target_lengths: (D,).
 
     Returns:
         columns (C,) uint8, PAIR, DELETE or INSERT, of all pairs one after the other, and how many each has (D,). Of
@@ -54,7 +56,8 @@ def random_columns(
     Which of its tokens substitute others, at most all of them, is drawn; so is the order of the columns.
 
     Args:
-        targets, lengths: tokens of the targets, one after the other, and how many each has (D,).
+        targets: tokens of the targets, one after the other.
+        lengths: (D,) how many each has.
         num: of the random tokens of each.
         bits: uint64, lengths + num for each target; one for a column, and others unused.
         target_bits: uint64 for each token of the targets.

@@ -111,7 +111,8 @@ def remaining_events(
     Args:
         bits: (N,) uint64 of the events, of all documents one after the other.
         lengths: (D,) K.
-        draws, rest_draws: (D,) uniform in [0, 1): of n, and of the time with n = 0.
+        draws: (D,) uniform in [0, 1), of n.
+        rest_draws: (D,) uniform in [0, 1), of the time with n = 0.
         beta: n / (K + 1) is drawn from Beta(beta, 1), rounded down.
 
     Returns:

@@ -56,9 +56,12 @@ def corrupted(
     """Texts after random edits, as `with_sources` describes them.
 
     Args:
-        targets, lengths: tokens of the texts, one after the other, and how many each has (D,).
+        targets: tokens of the texts, one after the other.
+        lengths: (D,) how many each has.
         example_id: (D,) uint64.
-        edit_rate, writable, seed: how often, by which ids (ascending), and of the draws.
+        edit_rate: how often.
+        writable: ids that may be written, ascending.
+        seed: of the draws.
 
     Returns:
         their tokens and lengths.

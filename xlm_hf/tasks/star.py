@@ -66,21 +66,17 @@ def star_graphs(
         path_format: "edges" writes the path a-b-c as `a b b c`, "nodes" as `a b c`.
         blank_rate: makes it an infill task, see `with_blanks`; None leaves the whole path to be written.
         edit_rate: makes it a correction task, see `xlm_hf.tasks.correction.with_sources`.
-        num_train, num_validation, num_test: examples of the splits.
+        num_train: examples of the train split.
+        num_validation: examples of the validation split.
+        num_test: examples of the test split.
         seed: of the generator; the same seed gives the same graphs on every machine.
         cache_dir: see `xlm_hf.tasks.cache.cached`.
 
     Raises:
         ValueError: for settings that no graph, or not enough distinct graphs, can meet.
     """
-    settings = {
-        "degree": degree,
-        "min_arm_length": min_arm_length,
-        "max_arm_length": max_arm_length,
-        "min_plan_length": min_plan_length,
-        "num_labels": num_labels,
-        "seed": seed,
-    }
+    settings = {"degree": degree, "min_arm_length": min_arm_length, "max_arm_length": max_arm_length}
+    settings |= {"min_plan_length": min_plan_length, "num_labels": num_labels, "seed": seed}
     sizes = {"test": num_test, "validation": num_validation, "train": num_train}
     _check(settings, sizes, path_format, blank_rate)
 
