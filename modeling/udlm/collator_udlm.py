@@ -7,12 +7,11 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from xlm_hf.modules.counter_random import unit_interval
 from xlm_hf.modules.messages import check_arguments, did_you_mean
 from xlm_hf.modules.noise_schedules import make_schedule
-from xlm_hf.objectives.collation import Documents, random_subset, segment_numbers
+from xlm_hf.objectives.collation import Documents, segment_numbers
 from xlm_hf.objectives.collators import CanvasCollator, Entry
-from xlm_hf.objectives.corruption import bernoulli_masks, mixed_noise, schedule_at, skewed_times
+from xlm_hf.objectives.corruption import bernoulli_masks, exact_noise, mixed_noise, schedule_at, skewed_times
 from xlm_hf.objectives.head_operator import IGNORED_ID
 
 from .curriculum_udlm import uniform_noise
@@ -173,26 +172,3 @@ class UDLMCollator(CanvasCollator):
         if self.noise_beta is not None:
             return {"noise": noise, "loss_weights": np.ones_like(noise)}, met
         return {"noise": noise, "weights": weights}, met
-
-
-def exact_noise(bits: np.ndarray, lengths: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Let exactly k of the L tokens of each document meet noise, k uniform in 0..L.
-
-    Given k, t ~ Beta(k, L - k + 1) is the k-th smallest of L uniform draws, and the tokens that meet noise are those of
-    the k smallest. With C(L, k) B(k, L - k + 1) = 1 / k, (k, t) has the density k / ((L + 1) t) times that of noise at
-    uniform times: the weight is (L + 1) t / k, and a rate of 1 / t at k tokens becomes a constant. For k = 0, t ~
-    Beta(1, L + 1) has the very density of no noise at uniform times, so the weight is 1.
-
-    Args:
-        bits: (N,) uint64 of the tokens.
-        lengths: (D,) tokens of each document.
-        draws: (D,) uniform in [0, 1).
-
-    Returns:
-        (D,) t = 1 - alpha; (D,) weight of the rates of a document in the bound; (N,) bool, which tokens meet noise.
-    """
-    k = (draws * (lengths + 1)).astype(np.int64)
-    met, greatest = random_subset(bits, lengths, k)
-    without = 1 - (1 - (draws * (lengths + 1) - k)) ** (1 / (lengths + 1))
-    t = np.where(k == 0, without, unit_interval(greatest))
-    return t, np.where(k == 0, 1.0, (lengths + 1) * t / np.maximum(k, 1)), met

@@ -8,8 +8,8 @@ from scipy.stats import binom, chisquare, kstest, norm
 from tests.modeling.naive import BOS, EOS, MASK, PAD, UNK, SpecialIds, make_examples
 from tests.modeling.naive_udlm import make_model, slow_collation
 from xlm_hf.modeling.udlm import UDLMCollator, UDLMLoss
-from xlm_hf.modeling.udlm.collator_udlm import exact_noise
 from xlm_hf.modeling.udlm.curriculum_udlm import gaussian_tokens, uniform_noise
+from xlm_hf.objectives.corruption import exact_noise
 
 V = 40
 WRITABLE = [PAD, EOS, UNK, *range(7, V)]

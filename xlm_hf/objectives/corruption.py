@@ -56,6 +56,29 @@ def exact_masks(
     return masked, alpha, lengths**beta / (k * (k**beta - (k - 1) ** beta))
 
 
+def exact_noise(bits: np.ndarray, lengths: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Let exactly k of the L tokens of each document meet noise, k uniform in 0..L.
+
+    Given k, t ~ Beta(k, L - k + 1) is the k-th smallest of L uniform draws, and the tokens that meet noise are those of
+    the k smallest. With C(L, k) B(k, L - k + 1) = 1 / k, (k, t) has the density k / ((L + 1) t) times that of noise at
+    uniform times: the weight is (L + 1) t / k, and a rate of 1 / t at k tokens becomes a constant. For k = 0, t ~
+    Beta(1, L + 1) has the very density of no noise at uniform times, so the weight is 1.
+
+    Args:
+        bits: (N,) uint64 of the tokens.
+        lengths: (D,) tokens of each document.
+        draws: (D,) uniform in [0, 1).
+
+    Returns:
+        (D,) t = 1 - alpha; (D,) weight of the rates of a document in the bound; (N,) bool, which tokens meet noise.
+    """
+    k = (draws * (lengths + 1)).astype(np.int64)
+    met, greatest = random_subset(bits, lengths, k)
+    without = 1 - (1 - (draws * (lengths + 1) - k)) ** (1 / (lengths + 1))
+    t = np.where(k == 0, without, unit_interval(greatest))
+    return t, np.where(k == 0, 1.0, (lengths + 1) * t / np.maximum(k, 1)), met
+
+
 def bernoulli_masks(bits: np.ndarray, lengths: np.ndarray, mask_probability: np.ndarray) -> np.ndarray:
     """Mask each token by itself with the probability of its document (D,); (N,) bool.
 
