@@ -34,7 +34,7 @@ def text_set(case, model, with_characters=True, **options):
     )
 
 
-LIKELIHOODS = {"arlm", "bd3lm", "edit_flow", "flexmdm", "ilm", "mdlm", "udlm"}
+LIKELIHOODS = {"arlm", "bd3lm", "edit_flow", "flexmdm", "ilm", "mdlm", "udlm", "sedd", "sedd"}
 
 
 @pytest.mark.parametrize("family", sorted(LIKELIHOODS))

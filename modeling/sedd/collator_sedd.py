@@ -26,12 +26,12 @@ class SEDDCollator(CanvasCollator):
     Further arguments are those of `CanvasCollator`.
 
     Args:
-        kernel: "absorb" masks exactly k ~ U{1..L} of the L canvas tokens; "uniform" lets exactly k ~ U{0..L} meet noise.
-            The time comes from its law given k (`exact_masks`, `exact_noise`). It is that of the model's configuration.
+        kernel: that of the model's configuration. "absorb" masks exactly k ~ U{1..L} of the L canvas tokens; "uniform"
+            lets exactly k ~ U{0..L} meet noise. The time comes from its law given k (`exact_masks`, `exact_noise`).
         noise_schedule: of the model's configuration. The bound does not depend on it; it must be whole.
-        noise_beta: None trains on the bound. A number, for training alone, draws t = 1 - alpha from Beta(noise_beta, 1);
-            with "absorb" every mask then counts 1, and with "uniform" a token 1 / (1 + kappa), kappa = N alpha / (1 -
-            alpha), which keeps its score entropy near that of a mask.
+        noise_beta: None trains on the bound. A number, for training alone, draws t = 1 - alpha from Beta(noise_beta,
+            1). With "absorb" every mask then counts 1, and with "uniform" every rate N alpha / (1 + kappa), kappa = N
+            alpha / (1 - alpha), so that no time has much more weight than another.
 
     A training batch holds, for D documents in B rows of at most L tokens, with M targets in all:
         input_ids (B, L): the documents with their masks or noise, padded on the right.
@@ -115,8 +115,10 @@ class SEDDCollator(CanvasCollator):
             other, _ = mixed_noise(content, bits, lengths, none, none, self.writable_ids)
             rows.input_ids[index] = np.where(met, other, content)
         if self.noise_beta is not None:
-            kappa = 0 if self.kernel == "absorb" else len(self.writable_ids) * (1 - noise) / noise
-            entries["loss_weights"] = np.ones_like(noise, dtype=np.float32) / (1 + kappa)
+            entries["loss_weights"] = np.ones_like(noise, dtype=np.float32)
+            if self.kernel == "uniform":
+                alpha_n = len(self.writable_ids) * (1 - noise)
+                entries["loss_weights"] = (alpha_n / (1 + alpha_n / noise)).astype(np.float32)
         return rows.batch(
             logits_index=index,
             target_ids=content,

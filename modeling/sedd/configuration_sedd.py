@@ -20,8 +20,8 @@ class SEDDConfig(RotaryTransformerConfig):
         noise_schedule: alpha_t of training and samplers, as `make_schedule` takes it.
         scaled_scores: whether the noise level is built into the scores. With "absorb" log s = logits + log(alpha / (1 -
             alpha)) - log N, as in the published model. With "uniform" log s = logits x kappa / (1 + kappa), kappa = N
-            alpha / (1 - alpha), which vanishes with alpha as all true log-ratios do. Otherwise log s = logits, as in the
-            published model of uniform noise; its bound over all of a schedule is infinite, and none is reported.
+            alpha / (1 - alpha), which vanishes with alpha as all true log-ratios do. Otherwise log s = logits, as in
+            the published model of uniform noise; its bound over all of a schedule is infinite, and none is reported.
         conditioning: how the backbone is told the noise.
         noise_eps: the backbone is told sigma = -log(max(alpha, noise_eps)), which is finite.
         pad_token_id: fills the canvas after the text, where it is content like any other; and fills ragged rows,

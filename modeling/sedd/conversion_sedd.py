@@ -1,5 +1,6 @@
 """From published checkpoints of score entropy diffusion to ours: those of arXiv 2310.16834's authors."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,9 +28,12 @@ def from_paper(weights: Mapping[str, torch.Tensor], arguments: Mapping[str, Any]
     if "tokens" in arguments:
         of_model["vocab_size"] = arguments["tokens"] + is_absorbing
     options = diffusion_transformer_options(of_model, weights)
+    noise = arguments.get("noise") or {}
     options |= {
         "kernel": "absorb" if is_absorbing else "uniform",
         "scaled_scores": bool(of_model.get("scale_by_sigma")),
+        # As far as the published schedules go.
+        "noise_eps": math.exp(-noise.get("sigma_max", 20)) if noise.get("type") == "geometric" else 1e-3,
         "mask_token_id": options["vocab_size"] - is_absorbing,
         "suppress_tokens": [],
     }

@@ -11,6 +11,7 @@ from xlm_hf.modules.kernel_samplers import KernelProcess, Move
 from xlm_hf.modules.kernels import AbsorbingKernel, UniformKernel
 from xlm_hf.modules.masked_generation import MaskedGenerationMixin
 from xlm_hf.modules.noise_schedules import make_schedule
+from xlm_hf.modules.reverse_process import CanvasProcess, ConfidenceSampler
 from xlm_hf.modules.token_sampling import filter_logits, sample_categorical
 
 _STAY, _TOKEN = 2, 3  # which of the numbers of a move decide whether a mask stays, and by which token it goes
@@ -122,17 +123,23 @@ class EulerSampler(ScoreSampler):
 class SEDDGenerationConfig(NonAutoregressiveGenerationConfig):
     """Options of `SEDDForScoreEntropy.generate`.
 
-    `max_new_tokens` is the size of the canvas. Temperature, top-k and top-p act on what a token is drawn from: with masks
-    the scores, with uniform noise the law of the step.
+    `max_new_tokens` is the size of the canvas. Temperature, top-k and top-p act on what a token is drawn from: with
+    masks the scores, with uniform noise the law of the step.
 
     Attributes:
-        sampler: "analytic" or "euler", see `AnalyticSampler` and `EulerSampler`.
+        sampler: "analytic" or "euler", see `AnalyticSampler` and `EulerSampler`; with masks also "confidence", which
+            takes the scores of a mask as probabilities up to a factor and commits by an order of the positions, see
+            `ConfidenceSampler`.
         guidance_scale: how strongly the prompt guides what is written (classifier-free guidance, arXiv 2207.12598): w
             makes the logits w x those given the prompt + (1 - w) x those without it, in two forward passes. None is
             w = 1, in one. The model must have been trained with `condition_dropout`.
     """
 
-    samplers: ClassVar[dict[str, type[Sampler]]] = {"analytic": AnalyticSampler, "euler": EulerSampler}
+    samplers: ClassVar[dict[str, type[Sampler]]] = {
+        "analytic": AnalyticSampler,
+        "euler": EulerSampler,
+        "confidence": ConfidenceSampler,
+    }
 
     sampler: str = "analytic"
     guidance_scale: float | None = None
@@ -141,20 +148,23 @@ class SEDDGenerationConfig(NonAutoregressiveGenerationConfig):
 class SEDDGenerationMixin(MaskedGenerationMixin):
     """Adds `generate` to score entropy diffusion."""
 
-    def open_generation(self: Any, call: GenerationCall, input_ids, attention_mask, **inputs) -> KernelProcess:
+    def open_generation(self: Any, call: GenerationCall, input_ids, attention_mask, **inputs) -> CanvasProcess:
         """A canvas of noise after each prompt; mask tokens in a prompt become noise that is filled in."""
-        canvas, schedule = (
-            self.open_canvas(call, input_ids, attention_mask, **inputs),
-            make_schedule(self.config.noise_schedule),
-        )
-        if self.config.kernel == "absorb":
-            kernel: Any = AbsorbingKernel(schedule=schedule, mask_token_id=self.config.mask_token_id)
+        config, sampler = self.config, call.config.make_sampler()
+        if config.kernel == "uniform" and isinstance(sampler, ConfidenceSampler):
+            raise ValueError("The sampler 'confidence' writes into masks, and the model has uniform noise: unset it.")
+        canvas = self.open_canvas(call, input_ids, attention_mask, **inputs)
+        if isinstance(sampler, ConfidenceSampler):
+            return CanvasProcess(canvas, sampler, call, is_timed=True)
+        schedule = make_schedule(config.noise_schedule)
+        if config.kernel == "absorb":
+            kernel: Any = AbsorbingKernel(schedule=schedule, mask_token_id=config.mask_token_id)
         else:
-            suppressed = torch.tensor(self.config.suppressed_ids, dtype=torch.int64, device=canvas.ids.device)
-            every = torch.arange(self.config.vocab_size, device=canvas.ids.device)
+            suppressed = torch.tensor(config.suppressed_ids, dtype=torch.int64, device=canvas.ids.device)
+            every = torch.arange(config.vocab_size, device=canvas.ids.device)
             kernel = UniformKernel(schedule=schedule, writable_ids=every[~torch.isin(every, suppressed)])
-        process: Any = KernelProcess(canvas, call.config.make_sampler(), call, kernel)
-        process.score_options = {"is_scaled": self.config.scaled_scores, "noise_eps": self.config.noise_eps}
+        process: Any = KernelProcess(canvas, sampler, call, kernel)
+        process.score_options = {"is_scaled": config.scaled_scores, "noise_eps": config.noise_eps}
         return process
 
     def time_inputs(self, alpha: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -147,7 +147,7 @@ class PolynomialSchedule(NoiseSchedule):
 
 @dataclass(frozen=True)
 class GeometricSchedule(NoiseSchedule):
-    """alpha_t = exp(-sigma_t) with sigma_t = sigma_min^(1 - t) sigma_max^t (SEDD, arXiv 2310.16834).
+    """alpha_t = exp(-sigma_t) with sigma_t = sigma_min^(1 - t) sigma_max^t (arXiv 2310.16834).
 
     It runs from exp(-sigma_min), not 1, to exp(-sigma_max), not 0.
     """

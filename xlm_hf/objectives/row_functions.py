@@ -240,7 +240,7 @@ class UniformBound(RowFunction):
 
 @dataclass
 class ScoreEntropy(RowFunction):
-    """Score entropy of free scores s_y = exp(logit_y + offset) > 0 (SEDD, arXiv 2310.16834, definition 3.3).
+    """Score entropy of free scores s_y = exp(logit_y + offset) > 0 (arXiv 2310.16834, definition 3.3).
 
         loss = sum_{y != z} [s_y - R_y log s_y + R_y (log R_y - 1)],
 
