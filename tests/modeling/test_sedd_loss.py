@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from tests.modeling.naive import SpecialIds, make_examples
+from tests.modeling.naive import BOS, EOS, FIRST_WORD, MASK, PAD, UNK, SpecialIds, make_examples
 from tests.modeling.naive_sedd import (
     WORDS,
     TableModel,
@@ -122,6 +122,14 @@ def test_raw_scores_of_uniform_noise_report_no_likelihood():
     output = SEDDLoss()(make_model(V, 32, kernel="uniform", scaled_scores=False), batch)
     assert output.sequence_nats is None
     assert SEDDLoss()(make_model(V, 32, kernel="uniform"), batch).sequence_nats is not None
+
+
+def test_masks_and_special_ids_have_no_score_but_the_end_and_padding_do():
+    model, ids = make_model(V, 32), torch.tensor([[8, BOS, MASK, 10]])
+    finite = model(ids, alpha=torch.zeros(1)).logits.isfinite().all(dim=(0, 1))
+    assert finite.tolist() == [i in (PAD, EOS, UNK) or i >= FIRST_WORD for i in range(V)]
+    with pytest.raises(ValueError, match="The model is conditioned on the time: pass alpha"):
+        model(ids)
 
 
 @pytest.mark.parametrize("kernel", ["absorb", "uniform"])
