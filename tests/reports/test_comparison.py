@@ -135,15 +135,15 @@ def test_a_mistake_is_found_before_anything_runs(overrides, sentence, tmp_path, 
     assert [file.name for file in (tmp_path / "out").glob("*")] in ([], ["train.log"])
 
 
-def test_the_recipe_for_star_graphs_is_four_families_and_three_seeds(tmp_path, monkeypatch, capsys):
+def test_the_recipe_for_star_graphs_is_six_families_and_three_seeds(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     # Composes everything, and starts a program that does nothing in place of each training.
     arguments = ["--config-name=compare_star", "output_dir=out", "launcher=['true']", "++task.num_train=9"]
     monkeypatch.setattr(sys, "argv", [SCRIPT, *arguments])
     with pytest.raises(SystemExit) as stopped:
         main()
-    assert stopped.value.code.startswith("Error: 12 of the runs failed (ilm_star_easy_0, ilm_star_easy_1, ilm_star_")
-    assert len(list((tmp_path / "out").glob("*/console.log"))) == 12
+    assert stopped.value.code.startswith("Error: 18 of the runs failed (ilm_star_easy_0, ilm_star_easy_1, ilm_star_")
+    assert len(list((tmp_path / "out").glob("*/console.log"))) == 18
 
 
 def test_summaries_meet_a_computation_by_hand():
