@@ -165,8 +165,9 @@ class TableModel(nn.Module, EditFlowGenerationMixin):
         if self.config.insertion_head == "joint":
             # What a network says elsewhere means nothing.
             of_slots[:, 0] = [of_slots[:, 0].sum()] + [0.7] * len(there)
-        # Nor what it says of editing [BOS].
-        of_slots[0, 1:] = 0.7
+        # Nor what it says of editing [BOS], and of a token in its own place.
+        of_slots[0, 1:] = 5.0
+        logits[1, range(1, num), there] = 5.0
         slack = np.broadcast_to([slack_of(kind) for kind in KINDS[:K]], (num, K))
         # Where no token has a rate, any will do.
         logits[logits.sum(axis=-1) == 0, FIRST_WORD:] = 1e-300
