@@ -47,6 +47,8 @@ class KernelProcess(CanvasProcess):
         self.cells = self.blocks >= 0
         inside = torch.arange(self.cells.shape[1], device=self.cells.device) < canvas.prompt_width
         self._fills_in = (self.cells & inside).any(dim=-1)
+        # Read once: what a step asks the device for, the host waits for.
+        self._some_fill_in = bool(self._fills_in.any())
 
     def draw(self, number: int, round_: int = 0) -> torch.Tensor:
         """Numbers (B, L) in [0, 1) for what `number` says, in a move of the step that a row is at."""
@@ -59,7 +61,7 @@ class KernelProcess(CanvasProcess):
         Where blanks are filled in it is (B, L), 1 at the tokens that are given: they have no noise.
         """
         alpha = self.kernel.shares(t).alpha
-        if not self._fills_in.any():
+        if not self._some_fill_in:
             return alpha.float()
         return alpha[:, None].where(self.cells | ~self._fills_in[:, None], 1.0).float()
 
