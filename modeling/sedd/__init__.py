@@ -12,7 +12,7 @@ from .modeling_sedd import SEDDForScoreEntropy
 register_family(
     SEDDConfig,
     SEDDForScoreEntropy,
-    auto_classes=("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM"),
+    auto_classes=("AutoModel", "AutoModelForCausalLM"),
     converters={"sedd": from_paper},
 )
 
