@@ -43,8 +43,8 @@ def options_of(model, name, num_tokens):
     options, known = {**OPTIONS[name], "max_new_tokens": num_tokens}, model.generation_config
     if "num_steps" in options:
         options["num_steps"] = int(options["num_steps"] * num_tokens)
-    if len(known.samplers) > 1 and {"confidence_threshold", "entropy_bound"} & options.keys():
-        options["sampler"] = "confidence"
+    if not all(hasattr(known, option) for option in options):
+        options.setdefault("sampler", "confidence")
     if hasattr(known, "stopping_threshold"):
         options["stopping_threshold"] = None
     return options

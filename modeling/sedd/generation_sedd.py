@@ -96,7 +96,7 @@ class ScoreSampler(Sampler):
         """Nothing is prepared: the first step begins with noise."""
 
     def step(self, process: Any, predict: Any, number: int) -> bool:
-        """A step of each row that is open."""
+        """A step of each row that is open; False if there is none, or none that has a mask."""
         if number == 0:
             process.start()
         cells, n = process.in_block(), process.num_steps().clamp(min=1)
@@ -104,8 +104,7 @@ class ScoreSampler(Sampler):
             cells = cells & (process.canvas.ids == process.kernel.mask_token_id)
         t, s = (n - process.step) / n.double(), (n - process.step - 1) / n.double()
         kind = partial(ScoreMove, is_exact=self.is_exact, **process.score_options)
-        process.move(predict, kind, cells, t, s)
-        return bool(process.is_open().any())
+        return process.move(predict, kind, cells, t, s)
 
 
 @dataclass
