@@ -296,7 +296,7 @@ def _generation_metrics(records: list[dict[str, Any]], evaluation_set: Evaluatio
                 inputs[name] = [record.get(name, [record[name[:-1]]]) for record in records]
             else:
                 inputs[name] = [record[name[:-1] if feature == _TEXT else f"{name[:-1]}_ids"] for record in records]
-        parameters = inspect.signature(metric._compute).parameters
+        parameters = inspect.signature(getattr(metric, "_compute", metric.compute)).parameters
         if evaluation_set.kind == "infill" and "blanks" in parameters:
             mask = tokenizer.mask_token_id
             inputs["blanks"] = [[token == mask for token in record["prompt_ids"]] for record in records]

@@ -177,6 +177,9 @@ def test_arrays_and_batches_are_accepted():
     assert metric.compute() == {"exact_match": 0.5}
 
 
+TEXT, TEXTS = datasets.Value("string"), ["a b c b", "b c"] * 10
+
+
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_the_folder_works_alone(folder, tmp_path, judge):
     text = (folder / f"{folder.name}.py").read_text()
@@ -186,11 +189,19 @@ def test_the_folder_works_alone(folder, tmp_path, judge):
     (copy / f"{folder.name}.py").write_text(text)
     ours = load_metric(folder.name)
     inputs = {
-        name: ["a b c b", "b c"] * 10 if feature == datasets.Value("string") else [PROMPT, PROMPT]
+        name: TEXTS
+        if feature == TEXT
+        else [[text, "b a"] for text in TEXTS]
+        if feature == datasets.List(TEXT)
+        else [PROMPT, PROMPT]
         for name, feature in ours.features.items()
     }
-    models = {"generative_perplexity": {"eval_model": judge}, "mauve": {"feature_model": judge}}
-    inputs.update(models.get(folder.name, {}))
+    options = {
+        "generative_perplexity": {"eval_model": judge},
+        "mauve": {"feature_model": judge},
+        "puzzle": {"checker": "xlm_hf.tasks.sorting.check", "predictions": ["1 2"] * 2, "prompts": ["2 1", "3 1"]},
+    }
+    inputs.update(options.get(folder.name, {}))
     expected = ours.compute(**inputs)
     for other in (
         evaluate.load(str(copy)),

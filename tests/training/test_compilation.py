@@ -88,7 +88,9 @@ def test_decodes_of_every_shape_share_two_graphs_and_write_the_same(family):
     expected = written()
     model.model.compile(dynamic=True, fullgraph=True, backend="aot_eager")
     counters.clear()
-    assert written() == expected
+    # Sizes that happen to be equal in the first call are not taken for one.
+    with torch.fx.experimental._config.patch(use_duck_shape=False):
+        assert written() == expected
     # One for several rows, and one for the last row that is left; with a cache, another before it holds anything.
     assert 1 <= counters["stats"]["unique_graphs"] <= 2 + hasattr(model.generation_config, "use_cache")
 
