@@ -75,6 +75,7 @@ def _code(source: str) -> Path:
 
 def _renamed(text: str, source: str, name: str, title: str) -> str:
     """Replace the family's name in code (`collator_f`, `FConfig`, `xlm_hf.modeling.f`) and words by the new one."""
-    text = re.sub(r"(?m)^(from \.conversion_|    converters=).*\n", "", text)
+    text = re.sub(r"(?m)^from \.conversion_.*\n", "", text)
+    text = re.sub(r",\s*converters=\{[^}]*\}", "", text)
     text = re.sub(rf"(?<![a-z])(xlm_hf\.modeling\.)?{source}(?![a-z])", name, text)
     return re.sub(rf"(?<![A-Za-z]){source.upper()}(?![a-z])", title, text)
