@@ -8,9 +8,8 @@ import torch
 from torch import nn
 from transformers.utils.generic import can_return_tuple
 
+from xlm_hf.modules.language_model import PreTrainedLanguageModel
 from xlm_hf.modules.noise_schedules import make_schedule
-from xlm_hf.modules.rotary_transformer import RotaryTransformerPreTrainedModel
-from xlm_hf.modules.transformer_backbone import build_backbone
 from xlm_hf.modules.vocabulary_head import LanguageModelOutput
 
 from .configuration_edit_flow import EditFlowConfig
@@ -57,17 +56,14 @@ class EditRateHead(nn.Module):
         return EditRates(nn.functional.softplus(counts), slack.sigmoid() + _LEAST_SLACK)
 
 
-class EditFlowForEditLM(RotaryTransformerPreTrainedModel, EditFlowGenerationMixin):
+class EditFlowForEditLM(PreTrainedLanguageModel, EditFlowGenerationMixin):
     """Edit flow: the rate of every insertion, deletion and substitution, given a sequence and the time that is left."""
 
     config: EditFlowConfig
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     generation_config_class = EditFlowGenerationConfig
 
     def __init__(self, config: EditFlowConfig):
         super().__init__(config)
-        self.model = build_backbone(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.rate_head = EditRateHead(config)
         # What stands in for a token is scored by the same vocabulary head, from another view of its hidden state.
         self.substitution_proj = None

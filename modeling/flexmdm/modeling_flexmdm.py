@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from transformers.utils.generic import can_return_tuple
 
+from xlm_hf.modules.language_model import PreTrainedLanguageModel
 from xlm_hf.modules.noise_schedules import make_schedule
-from xlm_hf.modules.rotary_transformer import RotaryTransformerPreTrainedModel, take_of_rows
+from xlm_hf.modules.rotary_transformer import take_of_rows
 from xlm_hf.modules.time_conditioning import AdaptiveLayerNorm
-from xlm_hf.modules.transformer_backbone import build_backbone
 from xlm_hf.modules.vocabulary_head import HeadFunction, LanguageModelOutput
 
 from .configuration_flexmdm import FlexMDMConfig
@@ -59,7 +59,7 @@ class FlexMDMGapHead(nn.Module):
         return output.to(torch.promote_types(output.dtype, torch.float32))
 
 
-class FlexMDMPreTrainedModel(RotaryTransformerPreTrainedModel):
+class FlexMDMPreTrainedModel(PreTrainedLanguageModel):
     """Ties the family to its configuration."""
 
     config: FlexMDMConfig
@@ -68,16 +68,13 @@ class FlexMDMPreTrainedModel(RotaryTransformerPreTrainedModel):
 class FlexMDMForFlexibleMaskedDiffusion(FlexMDMPreTrainedModel, FlexMDMGenerationMixin):
     """Flexible masked diffusion: p(token | sequence, t) at every mask, and how many tokens are missing in every gap."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     generation_config_class = FlexMDMGenerationConfig
 
     def __init__(self, config: FlexMDMConfig):
         super().__init__(config)
-        self.model = build_backbone(config)
         # The two heads have norms of their own in place of the backbone's last one.
         self.model.final_norm = None
         self.token_norm = final_norm(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.gap_head = FlexMDMGapHead(config)
         self.insertion_schedule = make_schedule(config.insertion_schedule)
         self.unmasking_schedule = make_schedule(config.unmasking_schedule)

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from transformers.utils.generic import can_return_tuple
 
-from xlm_hf.modules.rotary_transformer import RotaryTransformerPreTrainedModel, take
-from xlm_hf.modules.transformer_backbone import build_backbone
+from xlm_hf.modules.language_model import PreTrainedLanguageModel
+from xlm_hf.modules.rotary_transformer import take
 from xlm_hf.modules.vocabulary_head import HeadFunction, LanguageModelOutput
 
 from .configuration_ilm import ILMConfig
@@ -45,7 +45,7 @@ class ILMStoppingHead(nn.Module):
         return self.classifier(hidden_states + residual)
 
 
-class ILMPreTrainedModel(RotaryTransformerPreTrainedModel):
+class ILMPreTrainedModel(PreTrainedLanguageModel):
     """Ties the family to its configuration."""
 
     config: ILMConfig
@@ -54,13 +54,10 @@ class ILMPreTrainedModel(RotaryTransformerPreTrainedModel):
 class ILMForInsertionLM(ILMPreTrainedModel, ILMGenerationMixin):
     """Insertion language model: p(slot, token | sequence) over all slots and tokens jointly, and a stopping head."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     generation_config_class = ILMGenerationConfig
 
     def __init__(self, config: ILMConfig):
         super().__init__(config)
-        self.model = build_backbone(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.stop_head = ILMStoppingHead(config) if config.num_missing_classes else None
         self.post_init()
 

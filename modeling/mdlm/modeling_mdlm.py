@@ -3,19 +3,17 @@
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.utils.generic import can_return_tuple
 
+from xlm_hf.modules.language_model import PreTrainedLanguageModel
 from xlm_hf.modules.noise_schedules import total_noise
-from xlm_hf.modules.rotary_transformer import RotaryTransformerPreTrainedModel
-from xlm_hf.modules.transformer_backbone import build_backbone
 from xlm_hf.modules.vocabulary_head import HeadFunction, LanguageModelOutput
 
 from .configuration_mdlm import MDLMConfig
 from .generation_mdlm import MDLMGenerationConfig, MDLMGenerationMixin
 
 
-class MDLMPreTrainedModel(RotaryTransformerPreTrainedModel):
+class MDLMPreTrainedModel(PreTrainedLanguageModel):
     """Ties the family to its configuration."""
 
     config: MDLMConfig
@@ -28,15 +26,11 @@ class MDLMForMaskedDiffusion(MDLMPreTrainedModel, MDLMGenerationMixin):
     masked stays; neither the loss nor the samplers use its logits.
     """
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     generation_config_class = MDLMGenerationConfig
+    padding_is_content = True
 
     def __init__(self, config: MDLMConfig):
         super().__init__(config)
-        self.model = build_backbone(config)
-        # On the canvas padding is content, so its embedding learns.
-        self.model.embed_tokens.padding_idx = None
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
 
     @can_return_tuple
@@ -83,16 +77,12 @@ class MDLMForMaskedDiffusion(MDLMPreTrainedModel, MDLMGenerationMixin):
         elif self.config.conditioning != "none":
             tokens: Any = input_ids if inputs_embeds is None else inputs_embeds
             kwargs["timesteps"] = torch.zeros(len(tokens), device=self.device)
-        outputs = self.model(
+        return self.score(
             input_ids,
+            logits_index,
+            head_function,
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
-            output_index=logits_index,
             **kwargs,
-        )
-        return LanguageModelOutput(
-            **self.apply_head(outputs.last_hidden_state, head_function),
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
         )

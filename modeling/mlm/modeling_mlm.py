@@ -3,18 +3,16 @@
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.utils.generic import can_return_tuple
 
-from xlm_hf.modules.rotary_transformer import RotaryTransformerPreTrainedModel
-from xlm_hf.modules.transformer_backbone import build_backbone
+from xlm_hf.modules.language_model import PreTrainedLanguageModel
 from xlm_hf.modules.vocabulary_head import HeadFunction, LanguageModelOutput
 
 from .configuration_mlm import MLMConfig
 from .generation_mlm import MLMGenerationConfig, MLMGenerationMixin
 
 
-class MLMPreTrainedModel(RotaryTransformerPreTrainedModel):
+class MLMPreTrainedModel(PreTrainedLanguageModel):
     """Ties the family to its configuration."""
 
     config: MLMConfig
@@ -23,13 +21,10 @@ class MLMPreTrainedModel(RotaryTransformerPreTrainedModel):
 class MLMForMaskedLM(MLMPreTrainedModel, MLMGenerationMixin):
     """Masked language model: p(token | all that is not masked) at each position, from a bidirectional backbone."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     generation_config_class = MLMGenerationConfig
 
     def __init__(self, config: MLMConfig):
         super().__init__(config)
-        self.model = build_backbone(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
 
     @can_return_tuple
@@ -59,16 +54,12 @@ class MLMForMaskedLM(MLMPreTrainedModel, MLMGenerationMixin):
             `LanguageModelOutput` with `logits` (B, L, V), or (S, V) with `logits_index`, those of
             `config.suppressed_ids` -inf; `hidden_states` and `attentions` where asked for.
         """
-        outputs = self.model(
+        return self.score(
             input_ids,
+            logits_index,
+            head_function,
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
-            output_index=logits_index,
             **kwargs,
-        )
-        return LanguageModelOutput(
-            **self.apply_head(outputs.last_hidden_state, head_function),
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
         )

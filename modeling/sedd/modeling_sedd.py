@@ -3,18 +3,17 @@
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.utils.generic import can_return_tuple
 
-from xlm_hf.modules.rotary_transformer import RotaryTransformerPreTrainedModel
-from xlm_hf.modules.transformer_backbone import build_backbone
+from xlm_hf.modules.language_model import PreTrainedLanguageModel
+from xlm_hf.modules.noise_schedules import noise_of_tokens
 from xlm_hf.modules.vocabulary_head import HeadFunction, LanguageModelOutput
 
 from .configuration_sedd import SEDDConfig
 from .generation_sedd import SEDDGenerationConfig, SEDDGenerationMixin
 
 
-class SEDDPreTrainedModel(RotaryTransformerPreTrainedModel):
+class SEDDPreTrainedModel(PreTrainedLanguageModel):
     """Ties the family to its configuration."""
 
     config: SEDDConfig
@@ -26,15 +25,11 @@ class SEDDForScoreEntropy(SEDDPreTrainedModel, SEDDGenerationMixin):
     `logits` are log-scores up to the factor of the noise that `config.scaled_scores` describes.
     """
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     generation_config_class = SEDDGenerationConfig
+    padding_is_content = True
 
     def __init__(self, config: SEDDConfig):
         super().__init__(config)
-        self.model = build_backbone(config)
-        # On the canvas padding is content, so its embedding learns.
-        self.model.embed_tokens.padding_idx = None
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
 
     @can_return_tuple
@@ -72,21 +67,13 @@ class SEDDForScoreEntropy(SEDDPreTrainedModel, SEDDGenerationMixin):
         Raises:
             ValueError: if the model is not told `alpha`.
         """
-        if alpha is None:
-            raise ValueError("The model is conditioned on the time: pass alpha, one number for each row or token.")
-        if is_given is not None:
-            alpha = (alpha if alpha.dim() == 2 else alpha[:, None]).masked_fill(is_given, 1.0)
-        kwargs["timesteps"] = -alpha.float().clamp(min=self.config.noise_eps).log()
-        outputs = self.model(
+        kwargs["timesteps"] = noise_of_tokens(alpha, self.config.noise_eps, is_given)
+        return self.score(
             input_ids,
+            logits_index,
+            head_function,
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
-            output_index=logits_index,
             **kwargs,
-        )
-        return LanguageModelOutput(
-            **self.apply_head(outputs.last_hidden_state, head_function),
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
         )

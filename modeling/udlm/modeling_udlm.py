@@ -3,19 +3,18 @@
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn.functional import embedding_bag
 from transformers.utils.generic import can_return_tuple
 
-from xlm_hf.modules.rotary_transformer import RotaryTransformerPreTrainedModel
-from xlm_hf.modules.transformer_backbone import build_backbone
+from xlm_hf.modules.language_model import PreTrainedLanguageModel
+from xlm_hf.modules.noise_schedules import noise_of_tokens
 from xlm_hf.modules.vocabulary_head import HeadFunction, LanguageModelOutput
 
 from .configuration_udlm import UDLMConfig
 from .generation_udlm import UDLMGenerationConfig, UDLMGenerationMixin
 
 
-class UDLMPreTrainedModel(RotaryTransformerPreTrainedModel):
+class UDLMPreTrainedModel(PreTrainedLanguageModel):
     """Ties the family to its configuration."""
 
     config: UDLMConfig
@@ -27,26 +26,12 @@ class UDLMForUniformDiffusion(UDLMPreTrainedModel, UDLMGenerationMixin):
     What the probabilities are of says `config.prediction_type`: the token by the other positions, or by all.
     """
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     generation_config_class = UDLMGenerationConfig
+    padding_is_content = True
 
     def __init__(self, config: UDLMConfig):
         super().__init__(config)
-        self.model = build_backbone(config)
-        # On the canvas padding is content, so its embedding learns.
-        self.model.embed_tokens.padding_idx = None
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
-
-    def _timesteps(self, num_rows: int, alpha: torch.Tensor | None, is_given: torch.Tensor | None) -> torch.Tensor:
-        """What the backbone is told: sigma = -log alpha of each row or token, or always 0."""
-        if not self.config.time_conditioning:
-            return torch.zeros(num_rows, device=self.device)
-        if alpha is None:
-            raise ValueError("The model is conditioned on the time: pass alpha, one number for each row or token.")
-        if is_given is not None:
-            alpha = (alpha if alpha.dim() == 2 else alpha[:, None]).masked_fill(is_given, 1.0)
-        return -alpha.float().clamp(min=self.config.noise_eps).log()
 
     @can_return_tuple
     def forward(
@@ -86,9 +71,11 @@ class UDLMForUniformDiffusion(UDLMPreTrainedModel, UDLMGenerationMixin):
         Raises:
             ValueError: if a model with `config.time_conditioning` is not told `alpha`.
         """
-        tokens: Any = input_ids if inputs_embeds is None else inputs_embeds
-        if self.config.conditioning != "none":
-            kwargs["timesteps"] = self._timesteps(len(tokens), alpha, is_given)
+        if self.config.time_conditioning:
+            kwargs["timesteps"] = noise_of_tokens(alpha, self.config.noise_eps, is_given)
+        elif self.config.conditioning != "none":
+            tokens: Any = input_ids if inputs_embeds is None else inputs_embeds
+            kwargs["timesteps"] = torch.zeros(len(tokens), device=self.device)
         if soft_tokens is not None:
             index, ids, weights = soft_tokens
             embeddings = self.model.embed_tokens(input_ids)
@@ -96,16 +83,12 @@ class UDLMForUniformDiffusion(UDLMPreTrainedModel, UDLMGenerationMixin):
             inputs_embeds = (
                 embeddings.flatten(0, 1).index_copy(0, index, mixed.to(embeddings.dtype)).view_as(embeddings)
             )
-        outputs = self.model(
+        return self.score(
             input_ids,
+            logits_index,
+            head_function,
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
-            output_index=logits_index,
             **kwargs,
-        )
-        return LanguageModelOutput(
-            **self.apply_head(outputs.last_hidden_state, head_function),
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
         )

@@ -241,3 +241,21 @@ def total_noise(alpha: torch.Tensor, eps: float) -> torch.Tensor:
     function of the time is as good for the bound; eps only keeps this one finite where nothing is clean.
     """
     return -torch.log(eps + (1 - eps) * alpha)
+
+
+def noise_of_tokens(alpha: torch.Tensor | None, noise_eps: float, is_given: torch.Tensor | None = None) -> torch.Tensor:
+    """What a network is told of a canvas under noise: sigma = -log max(alpha, noise_eps), float32.
+
+    Args:
+        alpha: (B,), or (B, L) where tokens of a row differ: the share of the canvas that is without noise.
+        noise_eps: no alpha is taken to be less.
+        is_given: (B, L) tokens that have no noise at any time: alpha is 1 for them, and the result (B, L).
+
+    Raises:
+        ValueError: if alpha is None.
+    """
+    if alpha is None:
+        raise ValueError("The model is conditioned on the time: pass alpha, one number for each row or token.")
+    if is_given is not None:
+        alpha = (alpha if alpha.dim() == 2 else alpha[:, None]).masked_fill(is_given, 1.0)
+    return -alpha.float().clamp(min=noise_eps).log()
