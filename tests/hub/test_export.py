@@ -44,6 +44,7 @@ CODE_FILES = {
     "generation.py",
     "generation_ilm.py",
     "generation_output.py",
+    "language_model.py",
     "messages.py",
     "modeling_ilm.py",
     "rotary_transformer.py",
