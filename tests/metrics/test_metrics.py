@@ -309,7 +309,7 @@ def test_distinct_n_against_loops():
 def slow_generative_perplexity(folder, texts, first_token, max_length):
     """One text at a time, one prefix at a time."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-    nats, tokens, per_sample, entropies = 0.0, 0, [], []
+    nats, tokens, characters, per_sample, entropies = 0.0, 0, 0, [], []
     for text in texts:
         ids = tokenizer(text)["input_ids"]
         ids = ([0, *ids] if first_token == "after_bos" else ids)[:max_length]
@@ -317,6 +317,9 @@ def slow_generative_perplexity(folder, texts, first_token, max_length):
         for place in range(1, len(ids)):
             own -= float(model(torch.tensor([ids[:place]])).logits[0, -1].log_softmax(dim=-1)[ids[place]])
         nats, tokens = nats + own, tokens + max(len(ids) - 1, 0)
+        # Each token is a letter, and a blank stands before each but the first.
+        if len(ids) > 1:
+            characters += 2 * (len(ids) - 1) - (first_token == "after_bos")
         entropies.append(slow_entropy(ids[1:]))
         if len(ids) > 1:
             per_sample.append(math.exp(own / (len(ids) - 1)))
@@ -325,6 +328,7 @@ def slow_generative_perplexity(folder, texts, first_token, max_length):
         "generative_nll": nats / tokens,
         "generative_perplexity": math.exp(nats / tokens),
         "generative_perplexity_per_sample": np.mean(per_sample),
+        "generative_bits_per_character": nats / math.log(2) / characters,
         "generative_entropy": np.mean(entropies),
     }
 

@@ -14,7 +14,11 @@ class GenerativePerplexity(evaluate.Metric):
     """generative_nll = sum of -ln p(x_i | x_<i) over all scored tokens / their number, p being another model.
 
     generative_perplexity = exp(generative_nll); generative_perplexity_per_sample = mean over the texts of exp(nats of
-    the text / its scored tokens); generative_entropy = mean over the texts of the entropy of their scored tokens.
+    the text / its scored tokens); generative_bits_per_character = sum of -log2 p(x_i | x_<i) / the characters of the
+    scored tokens; generative_entropy = mean over the texts of the entropy of their scored tokens.
+
+    Per token, a judge can rank text with shuffled characters above the text itself: its tokenizer cuts nonsense into
+    many short tokens, each of them cheap. Per character that is not so.
 
     Args:
         predictions (list[str]): texts.
@@ -27,10 +31,11 @@ class GenerativePerplexity(evaluate.Metric):
         max_length (int): most tokens of a text, the beginning-of-sequence token included; the rest is cut off.
 
     Returns:
-        generative_tokens (float): number of scored tokens; if there are none, the next three are left out.
+        generative_tokens (float): number of scored tokens; if there are none, the next four are left out.
         generative_nll (float): nats per scored token of all texts together.
         generative_perplexity (float): exp(generative_nll).
         generative_perplexity_per_sample (float): mean over texts of exp(nats per scored token of the text).
+        generative_bits_per_character (float): bits of all texts together / characters of their scored tokens.
         generative_entropy (float): mean over texts of the entropy of the text's scored tokens, in nats.
     """
 
@@ -53,14 +58,24 @@ class GenerativePerplexity(evaluate.Metric):
         if None in start:
             raise ValueError("the tokenizer of eval_model has no bos_token: use first_token='unscored'.")
         longest = min(max_length, getattr(model.config, "max_position_embeddings", max_length))
-        rows = [(start + tokenizer.encode(text, add_special_tokens=False))[:longest] for text in predictions]
+        longest -= len(start)
+        encoded = [tokenizer.encode(text, add_special_tokens=False) for text in predictions]
+        rows = [start + ids[:longest] for ids in encoded]
         entropies = [_entropy(row[1:]) for row in rows]
+        # A first token that is only context has no characters here, and neither has what was cut off.
+        texts = (
+            text if len(ids) <= longest else tokenizer.decode(ids[:longest])
+            for text, ids in zip(predictions, encoded, strict=True)
+        )
+        context = 0 if start else sum(len(tokenizer.decode(row[:1])) for row in rows)
+        characters = sum(map(len, texts)) - context
         rows = [row for row in rows if len(row) > 1]
         nlls, lengths = _nlls(model, rows, batch_size), [len(row) - 1 for row in rows]
         result = {"generative_tokens": sum(lengths), "generative_entropy": sum(entropies) / max(len(entropies), 1)}
         if rows:
             result["generative_nll"] = sum(nlls) / sum(lengths)
             result["generative_perplexity"] = math.exp(result["generative_nll"])
+            result["generative_bits_per_character"] = sum(nlls) / math.log(2) / characters
             per_sample = [math.exp(nll / length) for nll, length in zip(nlls, lengths, strict=True)]
             result["generative_perplexity_per_sample"] = sum(per_sample) / len(per_sample)
         return result
