@@ -22,7 +22,9 @@ SHARED_BY_TASKS = {
     "cache.py",
     "corpora.py",
     "detokenizers.py",
+    "parallel.py",
     "puzzles.py",
+    "readers.py",
     "tokenizers.py",
 }
 FAMILY_FILES = list((ROOT / "modeling").rglob("*.py"))

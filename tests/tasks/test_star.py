@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from datasets import load_from_disk
+from filelock import FileLock
 from scipy.stats import chisquare
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -351,6 +352,26 @@ def test_a_cache_cut_between_two_record_batches_is_built_anew(tmp_path):
     file.write_bytes(sink.getvalue().to_pybytes()[:-end_of_stream])
     assert len(load_from_disk(file.parent)) == 1000
     assert len(star.star_graphs(**{**SMALL, "num_train": 1500}, cache_dir=tmp_path).splits["train"]) == 1500
+
+
+def test_a_damaged_file_of_the_right_size_is_noticed(tmp_path, builds, caplog):
+    load_task("star_easy", num_train=50, num_validation=5, num_test=5, cache_dir=tmp_path)
+    builds.clear()
+    arrow = next(tmp_path.glob("*/train/*.arrow"))
+    content = bytearray(arrow.read_bytes())
+    content[len(content) // 2] ^= 1
+    arrow.write_bytes(content)
+    load_task("star_easy", num_train=50, num_validation=5, num_test=5, cache_dir=tmp_path)
+    assert builds
+    assert f"train/{arrow.name} is damaged" in caplog.text
+
+
+def test_what_a_killed_preparation_left_is_removed_by_the_next_one(tmp_path):
+    for name in ("killed.scratch", "running.scratch", "killed.incomplete"):
+        (tmp_path / name).mkdir()
+    with FileLock(tmp_path / "running.lock"):
+        load_task("star_easy", num_train=50, num_validation=5, num_test=5, cache_dir=tmp_path)
+    assert [file.name for file in [*tmp_path.glob("*.scratch"), *tmp_path.glob("*.incomplete")]] == ["running.scratch"]
 
 
 def test_an_interrupted_build_leaves_no_cache(tmp_path, monkeypatch):

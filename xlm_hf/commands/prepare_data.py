@@ -25,6 +25,8 @@ def run(cfg: DictConfig) -> dict[str, int]:
             amount = f"{len(data):,} examples" if isinstance(data, Sized) else "a stream of examples"
             share = "" if weight is None else f", weight {weight:g},"
             say(f"  {name}: {amount}{share} in {files[0]['filename'] if files else 'memory'}")
+            if note := getattr(getattr(data, "info", None), "description", ""):
+                say(f"    {note}")
         for file in task.files.get(name, ()):
             say(f"    from {file}, {file.stat().st_size:,} bytes")
     for file in task.files.get(UNUSED, ()):

@@ -1,5 +1,6 @@
 """A disk cache for prepared datasets."""
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -9,10 +10,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import xxhash
 from datasets import DatasetDict
+from filelock import FileLock, Timeout
 from huggingface_hub.constants import HF_HOME
-from huggingface_hub.utils import WeakFileLock
 from transformers import PreTrainedTokenizerFast
+
+from xlm_hf.files import full_disk_explained
 
 Prepared = tuple[DatasetDict, PreTrainedTokenizerFast]
 
@@ -26,7 +30,7 @@ def cached(
     """Load what `build` returned under the same name and key before, or build it and keep it.
 
     It lives in `<cache_dir>/<name>-<hash of key>/`. Of several processes that ask at once one builds and the others
-    wait for it. A folder that cannot be read in full is built anew.
+    wait for it. A folder that cannot be read in full, or whose files are not those that were written, is built anew.
 
     Args:
         name: the readable part of the folder's name.
@@ -37,6 +41,9 @@ def cached(
 
     Returns:
         The splits, memory-mapped from the folder, and the tokenizer.
+
+    Raises:
+        OSError: in one sentence, if the disk is full.
     """
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     root = Path(cache_dir or os.environ.get("XLM_HF_CACHE") or Path(HF_HOME, "xlm_hf"))
@@ -44,19 +51,28 @@ def cached(
     if (prepared := _load_if_intact(folder)) is not None:
         return prepared
     root.mkdir(parents=True, exist_ok=True)
-    with WeakFileLock(root / f"{folder.name}.lock"):
+    with FileLock(root / f"{folder.name}.lock"):
         prepared = _load_if_intact(folder)
         if prepared is None:
             logger.info("Preparing %s in %s", name, folder)
             scratch = root / f"{folder.name}.scratch"
+            _remove_leftovers(root)
             shutil.rmtree(scratch, ignore_errors=True)
             scratch.mkdir()
             try:
-                _write(folder, key, *build(scratch))
+                with full_disk_explained(root):
+                    _write(folder, key, *build(scratch))
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
             prepared = _load(folder)
         return prepared
+
+
+def _remove_leftovers(root: Path) -> None:
+    """Remove what preparations that were killed left behind: nobody holds their locks."""
+    for leftover in [*root.glob("*.scratch"), *root.glob("*.incomplete")]:
+        with contextlib.suppress(Timeout), FileLock(root / f"{leftover.stem}.lock", timeout=0):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _write(folder: Path, key: Mapping[str, Any], splits: DatasetDict, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -65,17 +81,21 @@ def _write(folder: Path, key: Mapping[str, Any], splits: DatasetDict, tokenizer:
         shutil.rmtree(leftover, ignore_errors=True)
     splits.save_to_disk(temporary)
     tokenizer.save_pretrained(temporary)
-    # An Arrow file cut between two record batches reads as a shorter one without an error: keep the sizes to compare.
-    sizes = {str(p.relative_to(temporary)): p.stat().st_size for p in sorted(temporary.rglob("*")) if p.is_file()}
-    (temporary / _MANIFEST).write_text(json.dumps({"key": key, "sizes": sizes}, indent=2))
+    # A damaged Arrow file may read as another, or a shorter one, without an error.
+    digests = {str(p.relative_to(temporary)): _digest(p) for p in sorted(temporary.rglob("*")) if p.is_file()}
+    (temporary / _MANIFEST).write_text(json.dumps({"key": key, "digests": digests}, indent=2))
     temporary.rename(folder)
 
 
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest()
+
+
 def _load(folder: Path) -> Prepared:
-    sizes = json.loads((folder / _MANIFEST).read_text())["sizes"]
-    for path, size in sizes.items():
-        if (found := (folder / path).stat().st_size) != size:
-            raise ValueError(f"{path} has {found} bytes instead of {size}")
+    for path, digest in json.loads((folder / _MANIFEST).read_text())["digests"].items():
+        if _digest(folder / path) != digest:
+            raise ValueError(f"{path} is damaged")
     return DatasetDict.load_from_disk(folder), PreTrainedTokenizerFast.from_pretrained(folder)
 
 

@@ -11,11 +11,11 @@ from transformers import PreTrainedTokenizerFast
 from xlm_hf.tasks import Task
 from xlm_hf.tasks.blanks import with_blanks
 from xlm_hf.tasks.cache import Prepared, cached
-from xlm_hf.tasks.corpora import check_columns, content_key, files_of, locate, read
+from xlm_hf.tasks.corpora import check_columns, content_key, local_files, locate, read
 from xlm_hf.tasks.tokenizers import ready_tokenizer, tokenizer_key, train_tokenizer
 
 # Part of the cache key: raise it with every change that makes other examples from the same texts and settings.
-PREPARATION_VERSION = 2
+PREPARATION_VERSION = 3
 
 _BATCH_SIZE = 1000
 _NOT_OF_THE_TEXTS = ("name", "blank_rate", "cache_dir")
@@ -73,23 +73,22 @@ def text_pairs(
             f"max_target_length={max_target_length} must be at least 1 and below max_length={max_length}, which counts "
             "the source too: change one of them."
         )
-    source = locate(path, source_column)
+    source = locate(path, source_column, splits)
     ready = ready_tokenizer(tokenizer)
     key = {
         **options,
         "version": PREPARATION_VERSION,
-        "path": content_key(source, splits),
+        "path": content_key(source),
         "tokenizer": tokenizer if ready is None else tokenizer_key(ready),
     }
     prepared, made = cached(name, key, lambda scratch: _prepare(source, scratch, options, ready), cache_dir)
-    task = Task(name, "seq2seq", prepared, made, files_of(Path(path).expanduser(), splits))
+    task = Task(name, "seq2seq", prepared, made, local_files(source))
     return task if blank_rate is None else with_blanks(task, blank_rate, seed)
 
 
 def _prepare(source: Any, scratch: Path, options: dict[str, Any], ready: PreTrainedTokenizerFast | None) -> Prepared:
-    raw = read(source, scratch, options)
-    # A column of a column has a name such as `translation.en`.
-    raw = raw.flatten()
+    columns = {"source": False, "target": True, options["source_column"]: False, options["target_column"]: True}
+    raw = read(source, columns, scratch, options)
     prompts, targets = (_column(raw, options[f"{side}_column"], side) for side in ("source", "target"))
     check_columns(raw, [prompts, targets])
     pairs = {split: _pairs(data, prompts, targets, is_grouped=split != "train") for split, data in raw.items()}

@@ -6,29 +6,36 @@ another and are cut into chunks ("packed").
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+import re
+from array import array
+from collections.abc import Callable, Iterator, Mapping, MutableSequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset, DatasetDict, Features, List, Value
+from datasets.arrow_writer import ArrowWriter
 from transformers import PreTrainedTokenizerFast
 
 from xlm_hf.data import Mixture
 from xlm_hf.modules.messages import check_options, did_you_mean
 from xlm_hf.tasks import Task, for_families
 from xlm_hf.tasks.cache import Prepared, cached
-from xlm_hf.tasks.corpora import check_columns, content_key, files_of, locate, read
+from xlm_hf.tasks.corpora import check_columns, content_key, local_files, locate, note_shared, read
 from xlm_hf.tasks.detokenizers import DETOKENIZERS
+from xlm_hf.tasks.parallel import in_order
 from xlm_hf.tasks.tokenizers import ready_tokenizer, tokenizer_key, train_tokenizer
 
 # Part of the cache key: raise it with every change that makes other examples from the same texts and settings.
-PREPARATION_VERSION = 4
+PREPARATION_VERSION = 5
 
-# Documents that are tokenised, and made examples of, at a time.
-BATCH_SIZE = 1000
+# Documents, and bytes of text, that are tokenised at a time: the library needs some 250 bytes for each token.
+BATCH_SIZE, BATCH_BYTES = 1000, 2**18
+# Characters on either side of a cut through a long document whose tokens must be the same without it.
+_WINDOW = 128
 
 # What is not an option of the preparation of one corpus.
 _NOT_OF_A_CORPUS = ("name", "mixture", "streaming", "num_proc", "cache_dir")
@@ -92,7 +99,7 @@ def text_corpus(
     if streaming:
         train = [data.to_iterable_dataset(num_shards=min(_NUM_SHARDS, len(data))) for data in train]
     splits["train"] = Mixture(train, weights) if mixture else train[0]
-    return Task(name, "lm", splits, made, files_of(Path(path).expanduser(), splits=options["splits"]))
+    return Task(name, "lm", splits, made, local_files(locate(path, text_column, options["splits"])))
 
 
 def _corpus(
@@ -106,144 +113,224 @@ def _corpus(
             )
     if options["max_length"] < 1:
         raise ValueError(f"max_length={options['max_length']} must be at least 1: raise it.")
-    source = locate(options["path"], options["text_column"])
+    source = locate(options["path"], options["text_column"], options["splits"])
     tokenizer = tokenizer or ready_tokenizer(options["tokenizer"])
     key = {
         **options,
         "version": PREPARATION_VERSION,
-        "path": content_key(source, options["splits"]),
+        "path": content_key(source),
         "tokenizer": options["tokenizer"] if tokenizer is None else tokenizer_key(tokenizer),
     }
 
     def build(scratch: Path) -> Prepared:
-        raw = read(source, scratch, options)
+        raw = read(source, {options["text_column"]: False}, scratch, options)
         check_columns(raw, [options["text_column"]])
-        texts = partial(_texts, options["text_column"], DETOKENIZERS.get(options["detokenizer"]))
-        made = tokenizer or train_tokenizer(
-            options["tokenizer"], map(texts, raw["train"].iter(BATCH_SIZE)), options["vocab_size"]
-        )
-        made_splits = {
-            split: _prepare(raw[split], texts, made, options, num_proc, scratch / split)
+        detokenize = DETOKENIZERS.get(options["detokenizer"])
+        pieces = {
+            split: partial(_pieces, raw[split], options["text_column"], detokenize)
             for split in ("train", "validation", "test")
             if split in raw
         }
-        return DatasetDict(made_splits), made
+        made = tokenizer
+        if made is None:
+            texts = ([piece.text for piece in batch] for batch in pieces["train"](None, []))
+            made = train_tokenizer(options["tokenizer"], texts, options["vocab_size"])
+        prepared: dict[str, Dataset] = {}
+        known = np.zeros(0, np.int64)
+        for split, make in pieces.items():
+            hashes = array("q")
+            data = _prepare(make(made, hashes), made, options, num_proc, scratch / f"{split}.arrow")
+            if not len(data):
+                raise ValueError(f"the split {split!r} of {options['path']} has no token: give it documents with text.")
+            known = np.unique(hashes) if split == "train" else known
+            if split != "train":
+                note_shared(split, data, hashes, known)
+            prepared[split] = data
+        return DatasetDict(prepared), made
 
     return cached(name, key, build, cache_dir)
 
 
-def _texts(text_column: str, detokenize: Callable[[str], str] | None, batch: Mapping[str, list]) -> list[str]:
-    """The texts of a batch of documents, detokenised."""
-    texts = [text or "" for text in batch[text_column]]
-    return texts if detokenize is None else list(map(detokenize, texts))
+class _Piece(NamedTuple):
+    """Text of a document, or a piece of a long one.
+
+    Attributes:
+        document: its number.
+        text: the piece, detokenised.
+        ends: whether the document ends with it.
+    """
+
+    document: int
+    text: str
+    ends: bool
+
+
+def _pieces(
+    documents: Dataset,
+    column: str,
+    detokenize: Callable[[str], str] | None,
+    tokenizer: PreTrainedTokenizerFast | None,
+    hashes: MutableSequence[int],
+) -> Iterator[list[_Piece]]:
+    """The documents in batches of at most `BATCH_SIZE` and some `BATCH_BYTES`, long ones in pieces.
+
+    Without a tokenizer the pieces are for training one. The hashes of the documents with text are appended to `hashes`.
+    """
+    batch: list[_Piece] = []
+    size, number = 0, 0
+    for table in documents.select_columns([column]).with_format("arrow").iter(BATCH_SIZE):
+        for scalar in table[column]:
+            # A view, since the document may be large.
+            document = memoryview(scalar.as_buffer() or b"")
+            if detokenize is not None:
+                document = memoryview(detokenize(str(document, "utf-8")).encode())
+            fingerprint = 0
+            for text, ends in _cut_up(document, tokenizer):
+                fingerprint = hash((fingerprint, text))
+                batch.append(_Piece(number, text, ends))
+                size += len(text)
+                if len(batch) == BATCH_SIZE or size >= BATCH_BYTES:
+                    yield batch
+                    batch, size = [], 0
+            if document:
+                hashes.append(fingerprint)
+            number += 1
+    if batch:
+        yield batch
+
+
+def _cut_up(document: memoryview, tokenizer: PreTrainedTokenizerFast | None) -> Iterator[tuple[str, bool]]:
+    """Pieces of a document, and whether each is the last."""
+    start, length = 0, BATCH_BYTES
+    while start + length < len(document):
+        text = str(document[start : start + length], "utf-8", "ignore")
+        if cut := _cut(text, tokenizer):
+            yield text[:cut], False
+            start, length = start + len(text[:cut].encode()), BATCH_BYTES
+        else:
+            length *= 2
+    yield str(document[start:], "utf-8"), True
+
+
+def _cut(text: str, tokenizer: PreTrainedTokenizerFast | None) -> int:
+    """Where a text can be cut so that its pieces have the tokens of the whole, near its end; 0 if nowhere."""
+    last = len(text) - _WINDOW
+    blanks = [match.start() for match in re.finditer(r"(?<=\S) (?=\S)", text[:last][-4096:])]
+    cuts = [max(last - 4096, 0) + start for start in blanks[:-17:-1]]
+    if tokenizer is None:
+        return cuts[0] if cuts else last * (len(text) > 16 * BATCH_BYTES)
+    for cut in [*cuts, *range(last, last - 64, -1)]:
+        before, after = text[cut - _WINDOW : cut], text[cut : cut + _WINDOW]
+        whole, left, right = _encode(tokenizer, [before + after, before, after])["input_ids"]
+        if whole == left + right:
+            return cut
+    return 0
+
+
+def _encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Any:
+    # A special token's name in a text is text.
+    return tokenizer(
+        texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
+    )
 
 
 def _prepare(
-    documents: Dataset, texts: Callable, tokenizer: PreTrainedTokenizerFast, options: dict, num_proc, file: Path
+    batches: Iterator[list[_Piece]], tokenizer: PreTrainedTokenizerFast, options: dict, num_proc: int | None, file: Path
 ) -> Dataset:
-    """Tokenise the documents of a split and make examples of them, in Arrow files beside `file`."""
+    """Tokenise the documents of a split and make examples of them, in an Arrow file."""
     is_packed, masks = options["protocol"] == "packed", options["document_masks"]
     end_of_text = [tokenizer.eos_token_id] if is_packed and not masks else []
-    whole = 0 if is_packed else options["max_length"]
-
-    def tokenize(batch: Mapping[str, list]) -> dict[str, list]:
-        of_batch = texts(batch)
-        # A special token's name in a text is text.
-        encoded = tokenizer(
-            of_batch, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
-        )
-        ids = [[*ids, *end_of_text] for ids in encoded["input_ids"]]
-        # Of a document that stays whole only the sum counts, and reading the offsets of its tokens takes time.
-        ends = [
-            _character_ends(text, encoding.offsets, len(tokens)) if len(tokens) > whole else [len(text)] * len(tokens)
-            for text, encoding, tokens in zip(of_batch, encoded.encodings, ids, strict=True)
-        ]
-        return {"input_ids": ids, "character_ends": ends}
-
-    features = {"input_ids": List(Value("int32")), "character_ends": List(Value("int32"))}
-    tokenized = documents.map(
-        tokenize,
-        batched=True,
-        batch_size=BATCH_SIZE,
-        num_proc=num_proc,
-        remove_columns=documents.column_names,
-        features=Features(features),
-        cache_file_name=f"{file}-tokens.arrow",
-    )
+    tokenize = partial(_tokenized, tokenizer, end_of_text, 0 if is_packed else options["max_length"])
     features = {
         "example_id": Value("int64"),
-        "input_ids": features["input_ids"],
+        "input_ids": List(Value("int32")),
         "continues": Value("bool"),
         "num_characters": Value("int64"),
     }
     if is_packed and masks:
         features["segment_ids"] = List(Value("int32"))
-    # One process, since examples are numbered and chunks go on from one batch to the next.
-    examples = tokenized.with_format("arrow").map(
-        _Examples(len(tokenized), options),
-        batched=True,
-        batch_size=BATCH_SIZE,
-        with_indices=True,
-        remove_columns=tokenized.column_names,
-        features=Features(features),
-        cache_file_name=f"{file}-examples.arrow",
-        load_from_cache_file=False,
-    )
-    return examples.with_format(None)
+    examples = _Examples(options)
+    with ArrowWriter(features=Features(features), path=str(file)) as writer:
+        for tokens in in_order(tokenize, batches, num_proc):
+            writer.write_table(examples(*tokens))
+        writer.write_table(examples.rest())
+        writer.finalize()
+    return Dataset.from_file(str(file))
 
 
-def _character_ends(text: str, offsets: Sequence[tuple[int, int]], num_tokens: int) -> list[int]:
-    """Where each token ends in the text, in characters; the last token takes what is left of the text."""
-    return [*(end for _, end in offsets[: num_tokens - 1]), len(text)][:num_tokens]
+def _tokenized(
+    tokenizer: PreTrainedTokenizerFast, end_of_text: list[int], whole: int, pieces: list[_Piece]
+) -> tuple[np.ndarray, ...]:
+    """Of a batch of pieces (ids, document, characters): each token, its document's number, and its characters.
+
+    Args:
+        tokenizer: of the task.
+        end_of_text: what stands behind each document.
+        whole: most tokens of a document that stays whole, of which only the sum of characters counts.
+        pieces: of the documents.
+    """
+    encoded = _encode(tokenizer, [piece.text for piece in pieces])
+    ids = [
+        [*ids, *(end_of_text if piece.ends else [])] for ids, piece in zip(encoded["input_ids"], pieces, strict=True)
+    ]
+    characters = []
+    for piece, tokens, encoding in zip(pieces, ids, encoded.encodings, strict=True):
+        # Of a document that stays whole reading the offsets of its tokens takes time.
+        is_whole = piece.ends and len(tokens) <= whole
+        ends = [0] * (len(tokens) - 1) if is_whole else [end for _, end in encoding.offsets[: len(tokens) - 1]]
+        # The characters of a token are those since the end of the token before it; the last one takes what is left.
+        characters.append(np.diff(np.array([*ends, len(piece.text)][: len(tokens)], np.int64), prepend=0))
+    lengths = [len(tokens) for tokens in ids]
+    document = np.repeat([piece.document for piece in pieces], lengths)
+    return np.fromiter(chain(*ids), np.int32), document, np.concatenate(characters)
 
 
 class _Examples:
-    """Makes examples of tokenised documents that come in batches, in their order.
+    """Makes examples of tokens that come in batches, in their order.
 
-    Chunks run on over the ends of the batches: what is left of one begins the next, and the last of the split is
-    written as it is, shorter. So nothing is dropped but documents without a token.
+    An example that goes on in the next batch waits for it. The last one of a packed split is shorter. So nothing is
+    dropped but documents without a token, and what `truncate` says.
     """
 
-    def __init__(self, num_documents: int, options: Mapping[str, Any]):
-        self.last = num_documents - 1
+    def __init__(self, options: Mapping[str, Any]):
         self.is_packed = options["protocol"] == "packed"
         self.has_segments = self.is_packed and options["document_masks"]
         self.max_length = options["max_length"]
-        self.truncate = options["long_documents"] == "truncate"
+        self.truncate = options["long_documents"] == "truncate" and not self.is_packed
         self.num_examples = 0
-        self.ids, self.document, self.characters = np.zeros(0, np.int32), *np.zeros((2, 0), np.int64)
+        # Ids, numbers of documents, characters and positions of the tokens that wait for others.
+        self.waiting = (np.zeros(0, np.int32), *np.zeros((3, 0), np.int64))
 
-    def __call__(self, table: pa.Table, indices: list[int]) -> pa.Table:
-        column = table["input_ids"].combine_chunks()
-        lengths = column.value_lengths().to_numpy()
-        ids, document = column.flatten().to_numpy(), np.repeat(indices, lengths)
-        # The characters of a token are those since the end of the token before it.
-        ends = table["character_ends"].combine_chunks().flatten().to_numpy().astype(np.int64)
-        is_first = np.diff(document, prepend=-1) > 0
-        characters = np.where(is_first, ends, np.diff(ends, prepend=0))
-        if self.is_packed:
-            ids, document = np.concatenate([self.ids, ids]), np.concatenate([self.document, document])
-            characters = np.concatenate([self.characters, characters])
-            is_last = indices[-1] == self.last
-            end = len(ids) if is_last else len(ids) // self.max_length * self.max_length
-            self.ids, self.document, self.characters = ids[end:], document[end:], characters[end:]
-            starts = np.arange(0, end, self.max_length)
-        else:
-            position = np.arange(len(ids)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-            if self.truncate:
-                kept = position < self.max_length
-                ids, document, characters, position = (values[kept] for values in (ids, document, characters, position))
-            starts, end = np.flatnonzero(position % self.max_length == 0), len(ids)
+    def __call__(self, ids: np.ndarray, document: np.ndarray, characters: np.ndarray) -> pa.Table:
+        """The examples that are complete with these tokens; the arguments are what `_tokenized` returns."""
+        _, last_document, _, last_position = (values[-1:] for values in self.waiting)
+        # Positions count from the start of a document, or of the split.
+        group, last_group = (numbers * (not self.is_packed) for numbers in (document, last_document))
+        first = np.flatnonzero(np.diff(group, prepend=-1))
+        position = np.arange(len(ids)) - np.repeat(first, np.diff(first, append=len(ids)))
+        position[np.isin(group, last_group)] += sum(last_position + 1)
+        kept = position < self.max_length if self.truncate else slice(None)
+        tokens = (values[kept] for values in (ids, document, characters, position))
+        self.waiting = tuple(map(np.concatenate, zip(self.waiting, tokens, strict=True)))
+        return self._made(is_end=False)
+
+    def rest(self) -> pa.Table:
+        """The last example."""
+        return self._made(is_end=True)
+
+    def _made(self, is_end: bool) -> pa.Table:
+        ids, document, characters, position = self.waiting
+        starts = np.flatnonzero(position % self.max_length == 0)
+        end = len(ids) if is_end else sum(starts[-1:])
+        next_document = np.append(document, -1)
+        self.waiting = tuple(values[end:] for values in self.waiting)
+        ids, document, characters, starts = ids[:end], document[:end], characters[:end], starts[starts < end]
         offsets = np.append(starts, end).astype(np.int32)
-        # A batch holds whole documents, so what ends with it is complete.
-        continues = document[offsets[1:] - 1] == np.append(document, -1)[offsets[1:]]
+        continues = document[offsets[1:] - 1] == next_document[offsets[1:]]
         if self.is_packed and not self.has_segments:
             continues[:] = True
-        ids, document = ids[:end], document[:end]
-        example_id = self.num_examples + np.arange(len(starts))
-        self.num_examples += len(starts)
         columns = {
-            "example_id": pa.array(example_id),
+            "example_id": pa.array(self.num_examples + np.arange(len(starts))),
             "input_ids": pa.ListArray.from_arrays(offsets, pa.array(ids)),
             "continues": pa.array(continues),
             "num_characters": pa.array(np.diff(np.append(0, characters.cumsum())[offsets])),
@@ -252,4 +339,5 @@ class _Examples:
             number = np.cumsum(np.diff(document, prepend=document[:1]) > 0).astype(np.int32)
             segments = number - np.repeat(number[starts], np.diff(offsets))
             columns["segment_ids"] = pa.ListArray.from_arrays(offsets, pa.array(segments))
+        self.num_examples += len(starts)
         return pa.table(columns)
