@@ -74,7 +74,7 @@ def test_every_family_counts_the_tokens_of_the_text_and_its_end(family, protocol
         num_tokens += len(row["input_ids"]) + num_documents - row["continues"]
     assert 0 < sum(rows["continues"]) < len(rows) or protocol == "endless"
     # In chunks with documents of their own, a canvas of a document's length tells it.
-    given = "_given_length" if family in ("mdlm", "udlm", "sedd") and protocol == "packed" else ""
+    given = "_given_length" if family in ("gidd", "mdlm", "udlm", "sedd") and protocol == "packed" else ""
     assert names_of(metrics, "perplexity") == [f"perplexity{given}"]
     assert names_of(metrics, "nats_per_token") == [f"nats_per_token{given}"]
     assert names_of(metrics, "bits_per_character") == [f"bits_per_character{given}"]

@@ -69,6 +69,17 @@ class MaskedCanvas:
         if self.eos_token_id is not None:
             self.masked &= ~self._behind_eos()
 
+    def hold(self, texts: torch.Tensor, lengths: torch.Tensor) -> None:
+        """Let canvases begin with texts of `lengths` (B,), given one after the other (S,), and hold padding behind.
+
+        A row whose text has the length 0 stays as it is.
+        """
+        columns = torch.arange(self.ids.shape[1], device=self.ids.device) - self.prompt_width
+        is_held = self.masked & (columns >= 0) & (lengths > 0)[:, None]
+        self.ids[is_held & (columns < lengths[:, None])] = texts
+        self.ids.masked_fill_(is_held & (columns >= lengths[:, None]), self.pad_token_id)
+        self._logged = self.ids.clone()
+
     def rewrite(self, rows: torch.Tensor, ids: torch.Tensor, steps: torch.Tensor) -> None:
         """Let the rows of indices `rows` (R,) read `ids` (R, L); the history says `steps` (R, 1) of what changes."""
         self._steps[rows] = torch.where(ids != self.ids[rows], steps, self._steps[rows])

@@ -21,7 +21,7 @@ from .unmasking import commit_ranks
 from .vocabulary_head import LogitsOnDemand
 
 # Last counter of a random number: what it decides.
-_PRIOR, _BRANCH, _PART, _TOKEN, _REPLACEMENT, _NOISE, _CHOICE = range(7)
+_PRIOR, _BRANCH, _PART, TOKEN, _REPLACEMENT, _NOISE, _CHOICE = range(7)
 _NUM_DRAWS = 7
 # Rows of logits that are drawn from at once.
 _BLOCK_ROWS = 512
@@ -55,15 +55,20 @@ class KernelProcess(CanvasProcess):
         seeds, clock = self.seeds[:, None], self.clock[:, None]
         return uniform(seeds, clock, self.canvas.positions, number + _NUM_DRAWS * round_)
 
-    def told(self, t: torch.Tensor) -> torch.Tensor:
-        """What the network is told at times t (B,): the share alpha_t (B,) of clean tokens.
+    def level(self, t: torch.Tensor) -> torch.Tensor:
+        """The noise at times t as the network is told it: the share alpha_t of clean tokens."""
+        return self.kernel.shares(t).alpha
 
-        Where blanks are filled in it is (B, L), 1 at the tokens that are given: they have no noise.
+    def told(self, t: torch.Tensor) -> torch.Tensor:
+        """What the network is told at times t (B,): the `level` of noise (B,).
+
+        Where blanks are filled in it is (B, L), that of t = 0 at the tokens that are given: they have no noise.
         """
-        alpha = self.kernel.shares(t).alpha
+        level = self.level(t)
         if not self._some_fill_in:
-            return alpha.float()
-        return alpha[:, None].where(self.cells | ~self._fills_in[:, None], 1.0).float()
+            return level.float()
+        has_noise = self.cells | ~self._fills_in[:, None]
+        return level[:, None].where(has_noise, self.level(torch.zeros_like(t))[:, None]).float()
 
     def move(
         self, predict: Predict, kind: type["Move"], wanted, t, s, round_: int = 0, num_least=None, **where
@@ -99,10 +104,11 @@ class KernelProcess(CanvasProcess):
         return True
 
     def start(self) -> None:
-        """Fill the canvas with noise."""
-        noise = self.kernel.prior(self.draw(_PRIOR))
+        """Fill the canvas with noise, where it holds no text yet."""
+        noise, ids = self.kernel.prior(self.draw(_PRIOR)), self.canvas.ids
+        is_empty = self.cells & (ids == self.canvas.mask_token_id)
         rows = torch.arange(len(noise), device=noise.device)
-        self.canvas.rewrite(rows, torch.where(self.cells, noise, self.canvas.ids), self.clock[:, None])
+        self.canvas.rewrite(rows, torch.where(is_empty, noise, ids), self.clock[:, None])
 
 
 @dataclass(frozen=True)
@@ -168,7 +174,7 @@ class Move:
         # An accelerator is not asked how many there are.
         index = drawn.nonzero()[:, 0] if is_synchronous(drawn.device) else torch.arange(len(own), device=own.device)
         tokens = self.ids.clone()
-        tokens[index] = sample_categorical(scores[index], u[_TOKEN][index])
+        tokens[index] = sample_categorical(scores[index], u[TOKEN][index])
         tokens = torch.where(drawn, tokens, self.ids)
         is_uniform, is_mask = part == UNIFORM, part == MASK
         if self.to_data is not None:
@@ -238,7 +244,11 @@ class KernelSampler(Sampler):
         """A step of each row that is open, with its corrections."""
         if number == 0:
             process.start()
-        cells, n = process.in_block(), process.num_steps().clamp(min=1)
+        return self.write(process, predict, process.in_block())
+
+    def write(self, process: Any, predict: Predict, cells: torch.Tensor) -> bool:
+        """The step at the `cells` (B, L); False if there is none."""
+        n = process.num_steps().clamp(min=1)
         t, s = self.times(process.step, n), self.times(process.step + 1, n)
         is_last = process.step + 1 == n
         share, to_data = self.share_to_data(process, t, s), None

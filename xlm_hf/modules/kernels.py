@@ -2,16 +2,16 @@
 
 At time t a token is clean with probability alpha_t and a mask with probability m_t. With probability U_t it is an id
 drawn uniformly from the N writable ids, its own included. alpha_t + m_t + U_t = 1. With U = 0 the kernel is absorbing,
-with m = 0 it is uniform, with both it is the hybrid of GIDD (arXiv 2503.04482). Corruption for training draws from the
+with m = 0 it is uniform, with both it is mixed (arXiv 2503.04482). Corruption for training draws from the
 same shares in NumPy: `xlm_hf.objectives.corruption`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 
-from .noise_schedules import NoiseSchedule
+from .noise_schedules import LinearSchedule, NoiseSchedule
 
 KEEP, PREDICTED, UNIFORM, MASK = range(4)
 
@@ -132,7 +132,7 @@ class UniformKernel(Kernel):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class MixedKernel(Kernel):
-    """Masks and uniformly drawn tokens (GIDD, arXiv 2503.04482, section 3.2).
+    """Masks and uniformly drawn tokens (arXiv 2503.04482, section 3.2).
 
     With c_t = p / (1 - p) x 2^g (t (1 - t))^(g / 2): alpha_t = (1 - t) / (1 + c_t), m_t = t / (1 + c_t) and U_t =
     c_t / (1 + c_t). So the uniform share is p at t = 1/2 and 0 at both ends.
@@ -140,13 +140,16 @@ class MixedKernel(Kernel):
     Attributes:
         uniform_share: p, in [0, 1).
         gamma: g, how fast the uniform share rises.
+        schedule: another pace of time: in place of t stands 1 - alpha of this schedule, which is t for the linear one.
     """
 
     uniform_share: float = 0.0
     gamma: float = 1.0
+    schedule: NoiseSchedule = field(default_factory=LinearSchedule)
 
     def shares(self, t: torch.Tensor) -> Shares:
         """alpha_t, m_t and U_t as above."""
+        t = self.schedule.mask_probability(t)
         odds = self.uniform_share / (1 - self.uniform_share)
         c = odds * 2**self.gamma * (t * (1 - t)) ** (self.gamma / 2)
         return Shares((1 - t) / (1 + c), t / (1 + c), c / (1 + c))

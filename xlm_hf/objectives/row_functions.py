@@ -160,7 +160,7 @@ def numbered(groups: Tensor) -> Tensor:
 
 @dataclass
 class HybridBound(RowFunction):
-    """The bound of interpolating diffusion at a token that noise may have replaced (GIDD, arXiv 2503.04482, theorem 1).
+    """The bound of interpolating diffusion at a token that noise may have replaced (arXiv 2503.04482, theorem 1).
 
     At a noise level a token x is itself with probability alpha, the mask with some probability, and each of the N ids
     that are not suppressed with probability u beside. This made z. With the prediction p = softmax(logits),
