@@ -12,7 +12,7 @@ from .modeling_flexmdm import FlexMDMForFlexibleMaskedDiffusion, FlexMDMOutput
 register_family(
     FlexMDMConfig,
     FlexMDMForFlexibleMaskedDiffusion,
-    auto_classes=("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM"),
+    auto_classes=("AutoModel", "AutoModelForCausalLM"),
     converters={"xlm-core": from_xlm_core, "flexmdm": from_authors},
 )
 

@@ -12,7 +12,7 @@ from .modeling_gidd import GIDDForInterpolatingDiffusion
 register_family(
     GIDDConfig,
     GIDDForInterpolatingDiffusion,
-    auto_classes=("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM"),
+    auto_classes=("AutoModel", "AutoModelForCausalLM"),
     converters={"gidd": from_paper},
 )
 

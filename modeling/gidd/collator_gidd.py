@@ -4,12 +4,13 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from xlm_hf.modules.kernels import MixedKernel
 from xlm_hf.modules.messages import did_you_mean
 from xlm_hf.objectives.collation import Documents, segment_numbers
 from xlm_hf.objectives.collators import CanvasCollator, Entry
 from xlm_hf.objectives.corruption import mixed_noise, skewed_times
 from xlm_hf.objectives.head_operator import IGNORED_ID
+
+from .kernel_gidd import MixedKernel
 
 LOSS_WEIGHTINGS = ("bound", "clip", "dynamic", "even", "denoising")
 # The largest weight of "clip".

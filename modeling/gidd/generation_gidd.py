@@ -6,9 +6,11 @@ import torch
 
 from xlm_hf.modules.generation import GenerationCall, NonAutoregressiveGenerationConfig, Sampler
 from xlm_hf.modules.kernel_samplers import KernelProcess, KernelSampler, PsiSampler
-from xlm_hf.modules.kernels import MixedKernel
 from xlm_hf.modules.noise_schedules import make_schedule
-from xlm_hf.modules.self_correction import SelfCorrectionMixin, SelfCorrectionSampler
+from xlm_hf.modules.reverse_process import ConfidenceSampler
+
+from .correction_gidd import SelfCorrectionMixin, SelfCorrectionSampler
+from .kernel_gidd import MixedKernel
 
 
 class GIDDGenerationConfig(NonAutoregressiveGenerationConfig):
@@ -21,7 +23,9 @@ class GIDDGenerationConfig(NonAutoregressiveGenerationConfig):
         sampler: "ancestral" is the reverse process on `num_steps` steps (arXiv 2503.04482). In "psi" a
             share of the positions forgets its noise in each step (arXiv 2602.21185). "self_correction" goes on after
             the last step of "ancestral", token by token, and takes texts that are written already: rows `prompt [BOS]
-            text`. The options of each are those of `KernelSampler`, `PsiSampler` and `SelfCorrectionSampler`.
+            text`. "confidence" fills the masks by an order of the positions, and takes what it wrote to be without
+            noise. The options of each are those of `KernelSampler`, `PsiSampler`, `SelfCorrectionSampler` and
+            `ConfidenceSampler`.
         guidance_scale: how strongly the prompt guides what is written (classifier-free guidance, arXiv 2207.12598): w
             makes the logits w x those given the prompt + (1 - w) x those without it, in two forward passes. None is
             w = 1, in one. The model must have been trained with `condition_dropout`.
@@ -31,6 +35,7 @@ class GIDDGenerationConfig(NonAutoregressiveGenerationConfig):
         "ancestral": KernelSampler,
         "psi": PsiSampler,
         "self_correction": SelfCorrectionSampler,
+        "confidence": ConfidenceSampler,
     }
 
     sampler: str = "ancestral"
@@ -41,9 +46,9 @@ class GIDDProcess(KernelProcess):
     """Where each row of a canvas stands in the reverse process."""
 
     def level(self, t: torch.Tensor) -> torch.Tensor:
-        """The network is told the time as the kernel takes it, whatever the pace of the schedule."""
+        """1 less the time as the kernel takes it, whatever the pace of the schedule."""
         kernel: Any = self.kernel
-        return kernel.schedule.mask_probability(t)
+        return kernel.schedule.alpha(t)
 
 
 class GIDDGenerationMixin(SelfCorrectionMixin):
@@ -65,5 +70,5 @@ class GIDDGenerationMixin(SelfCorrectionMixin):
         return GIDDProcess(canvas, call.config.make_sampler(), call, kernel)
 
     def time_inputs(self, alpha: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The time."""
-        return {"timesteps": alpha}
+        """The time: 1 less what is told, be it the `level` of a process or the share of the canvas that is written."""
+        return {"timesteps": 1 - alpha}

@@ -3,18 +3,16 @@
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.utils.generic import can_return_tuple
 
-from xlm_hf.modules.rotary_transformer import RotaryTransformerPreTrainedModel
-from xlm_hf.modules.transformer_backbone import build_backbone
+from xlm_hf.modules.language_model import PreTrainedLanguageModel
 from xlm_hf.modules.vocabulary_head import HeadFunction, LanguageModelOutput
 
 from .configuration_gidd import GIDDConfig
 from .generation_gidd import GIDDGenerationConfig, GIDDGenerationMixin
 
 
-class GIDDPreTrainedModel(RotaryTransformerPreTrainedModel):
+class GIDDPreTrainedModel(PreTrainedLanguageModel):
     """Ties the family to its configuration."""
 
     config: GIDDConfig
@@ -27,15 +25,11 @@ class GIDDForInterpolatingDiffusion(GIDDPreTrainedModel, GIDDGenerationMixin):
     comes in with the noise, in the loss and in the samplers.
     """
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     generation_config_class = GIDDGenerationConfig
+    padding_is_content = True
 
     def __init__(self, config: GIDDConfig):
         super().__init__(config)
-        self.model = build_backbone(config)
-        # On the canvas padding is content, so its embedding learns.
-        self.model.embed_tokens.padding_idx = None
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
 
     @can_return_tuple
@@ -79,16 +73,12 @@ class GIDDForInterpolatingDiffusion(GIDDPreTrainedModel, GIDDGenerationMixin):
             if is_given is not None:
                 timesteps = (timesteps if timesteps.dim() == 2 else timesteps[:, None]).masked_fill(is_given, 0.0)
             kwargs["timesteps"] = timesteps.float()
-        outputs = self.model(
+        return self.score(
             input_ids,
+            logits_index,
+            head_function,
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
-            output_index=logits_index,
             **kwargs,
-        )
-        return LanguageModelOutput(
-            **self.apply_head(outputs.last_hidden_state, head_function),
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
         )

@@ -6,7 +6,6 @@ import torch
 from transformers.utils.generic import can_return_tuple
 
 from xlm_hf.modules.language_model import PreTrainedLanguageModel
-from xlm_hf.modules.noise_schedules import total_noise
 from xlm_hf.modules.vocabulary_head import HeadFunction, LanguageModelOutput
 
 from .configuration_mdlm import MDLMConfig
@@ -86,3 +85,12 @@ class MDLMForMaskedDiffusion(MDLMPreTrainedModel, MDLMGenerationMixin):
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
+
+
+def total_noise(alpha: torch.Tensor, eps: float) -> torch.Tensor:
+    """What a time-conditioned network is told: sigma = -log(eps + (1 - eps) alpha), in [0, -log eps].
+
+    With alpha_t = 1 - t this is the sigma_t = -log(1 - (1 - eps) t) of the published code of arXiv 2406.07524. Any
+    function of the time is as good for the bound; eps only keeps this one finite where nothing is clean.
+    """
+    return -torch.log(eps + (1 - eps) * alpha)

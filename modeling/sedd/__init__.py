@@ -10,10 +10,7 @@ from .loss_sedd import SEDDLoss
 from .modeling_sedd import SEDDForScoreEntropy
 
 register_family(
-    SEDDConfig,
-    SEDDForScoreEntropy,
-    auto_classes=("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM"),
-    converters={"sedd": from_paper},
+    SEDDConfig, SEDDForScoreEntropy, auto_classes=("AutoModel", "AutoModelForCausalLM"), converters={"sedd": from_paper}
 )
 
 __all__ = ["SEDDCollator", "SEDDConfig", "SEDDForScoreEntropy", "SEDDGenerationConfig", "SEDDLoss"]

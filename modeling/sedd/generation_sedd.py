@@ -8,13 +8,24 @@ import torch
 
 from xlm_hf.modules.generation import GenerationCall, NonAutoregressiveGenerationConfig, Sampler
 from xlm_hf.modules.kernel_samplers import KernelProcess, Move
-from xlm_hf.modules.kernels import AbsorbingKernel, UniformKernel
+from xlm_hf.modules.kernels import Kernel, Shares, UniformKernel
 from xlm_hf.modules.masked_generation import MaskedGenerationMixin
-from xlm_hf.modules.noise_schedules import make_schedule
+from xlm_hf.modules.noise_schedules import NoiseSchedule, make_schedule
 from xlm_hf.modules.reverse_process import CanvasProcess, ConfidenceSampler
 from xlm_hf.modules.token_sampling import filter_logits, sample_categorical
 
 _STAY, _TOKEN = 2, 3  # which of the numbers of a move decide whether a mask stays, and by which token it goes
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AbsorbingKernel(Kernel):
+    """Tokens become masks: m_t = 1 - alpha_t."""
+
+    schedule: NoiseSchedule
+
+    def shares(self, t: torch.Tensor) -> Shares:
+        """alpha_t, 1 - alpha_t and 0."""
+        return Shares(self.schedule.alpha(t), self.schedule.mask_probability(t), torch.zeros_like(t))
 
 
 @dataclass(frozen=True)
@@ -153,8 +164,6 @@ class SEDDGenerationMixin(MaskedGenerationMixin):
         if config.kernel == "uniform" and isinstance(sampler, ConfidenceSampler):
             raise ValueError("The sampler 'confidence' writes into masks, and the model has uniform noise: unset it.")
         canvas = self.open_canvas(call, input_ids, attention_mask, **inputs)
-        if isinstance(sampler, ConfidenceSampler):
-            return CanvasProcess(canvas, sampler, call, is_timed=True)
         schedule = make_schedule(config.noise_schedule)
         if config.kernel == "absorb":
             kernel: Any = AbsorbingKernel(schedule=schedule, mask_token_id=config.mask_token_id)

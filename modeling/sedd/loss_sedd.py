@@ -9,7 +9,55 @@ from torch import Tensor, nn
 
 from xlm_hf.objectives.head_operator import head_losses
 from xlm_hf.objectives.loss_output import LossOutput, model_inputs
-from xlm_hf.objectives.row_functions import RowFunction, ScoreEntropy
+from xlm_hf.objectives.row_functions import RowFunction
+
+
+@dataclass
+class ScoreEntropy(RowFunction):
+    """Score entropy of free scores s_y = exp(logit_y + offset) > 0 (arXiv 2310.16834, definition 3.3).
+
+        loss = sum_{y != z} [s_y - R_y log s_y + R_y (log R_y - 1)],
+
+    over the ids that are not suppressed. R_y, the true ratio of the probabilities of y and z, is one number at the
+    target x and another at all other ids. Where z is a mask it is suppressed, and R_y = 0 but for x.
+
+    Attributes:
+        noisy_ids: (S,) z.
+        target_ratios: (S,) R_x; not used where z = x.
+        ratios: (S,) R_y of all other ids.
+        offsets: (S,) added to the logits.
+    """
+
+    noisy_ids: Tensor
+    target_ratios: Tensor
+    ratios: Tensor
+    offsets: Tensor
+
+    def losses_and_gradient_(self, logits: Tensor, num_ids: int) -> tuple[Tensor, Tensor]:
+        """See `RowFunction`."""
+        ids, noisy_ids, weights = self.target_ids[:, None], self.noisy_ids[:, None], self.weights[:, None]
+        ratios, is_kept = self.ratios.to(logits.dtype)[:, None], ids == noisy_ids
+        target_ratios = self.target_ratios.to(logits.dtype)[:, None].where(~is_kept, ratios)
+        logits.add_(self.offsets.to(logits.dtype)[:, None])
+        has_z = logits.gather(1, noisy_ids) > -torch.inf
+        # The score of z is 1; it counts among the largest, and then no more.
+        logits.scatter_(1, noisy_ids, torch.where(has_z, 0.0, -torch.inf).to(logits.dtype))
+        correct = logits.gather(1, ids) >= logits.amax(dim=-1, keepdim=True)
+        logits.scatter_(1, noisy_ids, -torch.inf)
+        counted = logits > -torch.inf
+        more = target_ratios - ratios
+        losses = -(more * logits.gather(1, ids)).where(~is_kept, 0.0)
+        losses -= ratios * logits.where(counted, 0.0).sum(dim=-1, keepdim=True)
+        losses += logits.exp_().sum(dim=-1, keepdim=True)
+        num_others = num_ids - has_z.to(logits.dtype)
+        losses += num_others * _least(ratios) + _least(target_ratios) - _least(ratios)
+        logits.sub_(counted * ratios).scatter_add_(1, ids, -more).mul_(weights)
+        return losses[:, 0], correct[:, 0]
+
+
+def _least(ratios: Tensor) -> Tensor:
+    """R (log R - 1), which makes a term of the score entropy 0 where s = R."""
+    return torch.special.xlogy(ratios, ratios) - ratios
 
 
 @dataclass

@@ -12,7 +12,7 @@ from .modeling_udlm import UDLMForUniformDiffusion
 register_family(
     UDLMConfig,
     UDLMForUniformDiffusion,
-    auto_classes=("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM"),
+    auto_classes=("AutoModel", "AutoModelForCausalLM"),
     converters={"duo": from_paper, "udlm": from_paper},
 )
 

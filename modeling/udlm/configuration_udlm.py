@@ -19,7 +19,7 @@ class UDLMConfig(RotaryTransformerConfig):
         noise_schedule: alpha_t of the noise, as `make_schedule` takes it: that of training, and of every sampler.
         prediction_type: what the head predicts of a position. "leave_one_out": its clean token by all other positions,
             which is the optimum of the bound. "denoiser": by its own noisy token too, the optimum of a cross-entropy.
-            Each follows from the other (`Kernel.own_evidence`).
+            Each follows from the other (`DenoiserKernel`).
         conditioning: how the backbone is told the noise; no position shows whether it holds noise. "adaln" by default,
             as in the published code; "token" works on every backbone.
         time_conditioning: whether a conditioned backbone is told it; otherwise it is told alpha = 1 at all times.

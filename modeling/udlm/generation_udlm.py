@@ -32,6 +32,20 @@ class UDLMGenerationConfig(NonAutoregressiveGenerationConfig):
     guidance_scale: float | None = None
 
 
+class DenoiserKernel(UniformKernel):
+    """Uniform noise, to a network that predicts a token from all that is seen, its own noisy token included."""
+
+    def leave_one_out(self, logits: torch.Tensor, ids: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """The logits less log q(z | x = z) - log q(z | another x) = log(1 + N alpha / (1 - alpha)) at the token z.
+
+        For p(x | z, others) is proportional to p(x | others) q(z | x).
+        """
+        writable: Any = self.writable_ids
+        alpha, _, noise = self.shares(t)
+        evidence = torch.log1p(len(writable) * alpha / noise).to(logits.dtype)
+        return logits.scatter_add(1, ids[:, None], -evidence[:, None])
+
+
 class UDLMGenerationMixin(MaskedGenerationMixin):
     """Adds `generate` to the uniform diffusion language model."""
 
@@ -40,11 +54,11 @@ class UDLMGenerationMixin(MaskedGenerationMixin):
         canvas = self.open_canvas(call, input_ids, attention_mask, **inputs)
         suppressed = torch.tensor(self.config.suppressed_ids, dtype=torch.int64, device=canvas.ids.device)
         every = torch.arange(self.config.vocab_size, device=canvas.ids.device)
-        kernel = UniformKernel(
+        kind = DenoiserKernel if self.config.prediction_type == "denoiser" else UniformKernel
+        kernel = kind(
             schedule=make_schedule(self.config.noise_schedule), writable_ids=every[~torch.isin(every, suppressed)]
         )
-        is_denoiser = self.config.prediction_type == "denoiser"
-        return KernelProcess(canvas, call.config.make_sampler(), call, kernel, is_denoiser)
+        return KernelProcess(canvas, call.config.make_sampler(), call, kernel)
 
     def time_inputs(self, alpha: torch.Tensor) -> dict[str, torch.Tensor]:
         """The share of the canvas that is without noise."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from xlm_hf.objectives.head_operator import head_losses
 from xlm_hf.objectives.loss_output import LossOutput, model_inputs
-from xlm_hf.objectives.row_functions import CrossEntropy, RowFunction, UniformBound
+from xlm_hf.objectives.row_functions import CrossEntropy, HybridBound, RowFunction
 
 from .curriculum_udlm import gaussian_tokens
 
@@ -21,6 +21,33 @@ def add_own_evidence_(logits: Tensor, noisy_ids: Tensor, noise: Tensor, num_ids:
     """
     evidence = torch.log1p(num_ids * (1 - noise) / noise).to(logits.dtype)
     logits.scatter_add_(1, noisy_ids[:, None], sign * evidence[:, None])
+
+
+@dataclass
+class UniformBound(RowFunction):
+    """The rate of uniform diffusion's bound, in the noise time t = 1 - alpha (arXiv 2412.10193, equation 16).
+
+    A token is itself with probability alpha, and else any of the N ids that are not suppressed. This is `HybridBound`
+    with u = (1 - alpha) / N, times rho(z) / q(z) = 1 / (N alpha q(z)). Integrated over t from 0 to 1 it bounds the
+    negative log-likelihood of the row's token, if softmax(logits) does not look at the row's own z.
+
+    Attributes:
+        noisy_ids: (S,) z.
+        noise: (S,) t in (0, 1]; not alpha, which float32 rounds to 1 before the noise is gone.
+    """
+
+    noisy_ids: Tensor
+    noise: Tensor
+
+    def losses_and_gradient_(self, logits: Tensor, num_ids: int) -> tuple[Tensor, Tensor]:
+        """See `RowFunction`."""
+        noise = self.noise.to(logits.dtype)
+        # At alpha = 0 the rate is 0; near it alpha cancels.
+        alpha = (1 - noise).clamp(min=torch.finfo(noise.dtype).eps)
+        rates = 1 / (alpha * (num_ids * alpha + noise).where(self.target_ids == self.noisy_ids, noise))
+        bound = HybridBound(self.target_ids, self.weights * rates, self.noisy_ids, alpha, noise / num_ids)
+        losses, correct = bound.losses_and_gradient_(logits, num_ids)
+        return rates * losses, correct
 
 
 @dataclass

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 import xlm_hf
 from xlm_hf.modeling.gidd import GIDDLoss
 from xlm_hf.modeling.gidd.collator_gidd import bound_weights
-from xlm_hf.modules.kernels import MixedKernel
+from xlm_hf.modeling.gidd.kernel_gidd import MixedKernel
 from xlm_hf.objectives.row_functions import CrossEntropy, HybridBound
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "published"

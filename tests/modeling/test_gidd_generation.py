@@ -22,7 +22,8 @@ from tests.modeling.naive_gidd import (
     texts,
 )
 from xlm_hf.modeling.gidd import GIDDForInterpolatingDiffusion, GIDDGenerationConfig
-from xlm_hf.modules.edits import EDIT_KINDS
+from xlm_hf.modules.canvas import MaskedCanvas
+from xlm_hf.modules.edits import EDIT_KINDS, EditLog
 
 PROMPTS = [[8, 9, 10], [11], [12, 13, 14, 15, 16, 17], []]
 SEEDS = [3, 1, 4, 9]
@@ -151,6 +152,7 @@ OPTIONS = {
     "corrected by confidence": {"num_steps": 4, "corrector_steps": 1, "corrector_order": "confidence"},
     "psi": {"sampler": "psi", "num_steps": 5, "eta": 0.3},
     "self_correction": {"sampler": "self_correction", "num_steps": 4, "correction_rounds": 6, "correction_patience": 2},
+    "confidence": {"sampler": "confidence", "confidence_threshold": 0.1, "block_length": 4},
     "filters": {"num_steps": 4, "temperature": 0.7, "top_k": 5, "top_p": 0.9},
 }
 
@@ -228,6 +230,31 @@ def test_texts_are_corrected_beside_prompts_and_blanks():
             for _, _, _, position, token in alone.edits.tolist():
                 canvas[position - start] = token
             assert canvas[: len(own) - start] == own[start:]
+
+
+def test_a_canvas_holds_texts_with_padding_behind_them():
+    """A text that ends is followed by padding up to the end of its canvas, and a row without a text by masks."""
+    prompts = torch.tensor([[8, BOS], [9, BOS], [PAD, BOS]])
+    lengths = torch.tensor([5, 3, 4])
+    canvas = MaskedCanvas(prompts, prompts != PAD, lengths, MASK, PAD, EOS, EditLog())
+    canvas.hold(torch.tensor([10, 11, EOS, 12, 13, 14]), torch.tensor([3, 3, 0]))
+    assert canvas.ids[:, 2:].tolist() == [[10, 11, EOS, PAD, PAD], [12, 13, 14, PAD, PAD], [*[MASK] * 4, PAD]]
+    assert torch.equal(canvas.ids[:, :2], prompts)
+    # What it holds is no edit.
+    canvas.note(torch.zeros(3, dtype=torch.int64))
+    assert len(canvas.log.events()) == 0
+
+
+def test_the_masks_that_are_filled_by_confidence_tell_the_time():
+    """The share that is masked; and in infilling none at what is given."""
+    model, told = make_model(), []
+    forward = model.model.forward
+    model.model.forward = lambda *args, **kwargs: told.append(kwargs["timesteps"]) or forward(*args, **kwargs)
+    model.generate(torch.tensor([[8, BOS]]), sampler="confidence", max_new_tokens=4)
+    assert [float(t) for t in told] == pytest.approx([1.0, 0.75, 0.5, 0.25])
+    told.clear()
+    model.generate(torch.tensor([[8, MASK, 10, MASK]]), sampler="confidence")
+    assert [t[0].tolist() for t in told] == [[0.0, 1.0, 0.0, 1.0], [0.0, 0.5, 0.0, 0.5]]
 
 
 def test_a_text_longer_than_its_canvas_is_refused():

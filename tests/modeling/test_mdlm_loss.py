@@ -18,6 +18,7 @@ from tests.modeling.naive_mdlm import (
 )
 from tests.objectives.test_collation import check_documents_of_a_row
 from xlm_hf.modeling.mdlm import MDLMCollator, MDLMConfig, MDLMLoss
+from xlm_hf.modeling.mdlm.modeling_mdlm import total_noise
 from xlm_hf.testing import FamilyCase, check_packing
 
 V = 13
@@ -208,3 +209,9 @@ def test_a_network_of_adaptive_norms_without_the_time_is_told_no_noise_in_every_
         model.config.time_conditioning = True
         expected = model(ids, sigma=torch.zeros(3), logits_index=index).logits
     assert torch.equal(logits, expected)
+
+
+def test_total_noise_is_the_published_one_and_finite():
+    eps, t = 1e-3, torch.linspace(0, 1, 11, dtype=torch.float64)
+    torch.testing.assert_close(total_noise(1 - t, eps), -torch.log1p(-(1 - eps) * t))
+    assert float(total_noise(torch.zeros(1), eps)) == pytest.approx(-math.log(eps))

@@ -18,7 +18,7 @@ from tests.modeling.naive_sedd import (
 )
 from xlm_hf.modeling.sedd import SEDDCollator, SEDDLoss
 from xlm_hf.modeling.sedd.loss_sedd import MaskScores, NoiseScores, RawMaskScores, RawNoiseScores
-from xlm_hf.objectives.row_functions import UniformBound
+from xlm_hf.modeling.udlm.loss_udlm import UniformBound
 
 V, N, S = 13, 11, 40
 KINDS = {

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 import xlm_hf
 from xlm_hf.modeling.udlm import UDLMLoss
 from xlm_hf.modeling.udlm.curriculum_udlm import uniform_noise
+from xlm_hf.modeling.udlm.loss_udlm import UniformBound
 from xlm_hf.modules.kernels import UniformKernel
 from xlm_hf.modules.noise_schedules import make_schedule
-from xlm_hf.objectives.row_functions import UniformBound
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "published"
 # The same, as the authors' published config.json has it.

@@ -21,6 +21,7 @@ from tests.modeling.naive_udlm import (
     slow_sampler,
 )
 from xlm_hf.modeling.udlm import UDLMConfig, UDLMForUniformDiffusion, UDLMGenerationConfig
+from xlm_hf.modeling.udlm.generation_udlm import DenoiserKernel
 from xlm_hf.modules.counter_random import uniform
 from xlm_hf.modules.edits import EDIT_KINDS
 from xlm_hf.modules.kernel_samplers import Move, PsiSampler, Resampling
@@ -84,7 +85,9 @@ def test_a_single_move_follows_its_law(kind, is_denoiser):
     """From one token at t to s, where a whole chain would hide what a step does wrong."""
     num, t, s = 30_000, 0.7, 0.4
     predicted = torch.tensor([[0.15, 0.6, 0.25]], dtype=torch.float64)
-    kernel = UniformKernel(schedule=make_schedule("log_linear"), writable_ids=torch.arange(3))
+    kernel = (DenoiserKernel if is_denoiser else UniformKernel)(
+        schedule=make_schedule("log_linear"), writable_ids=torch.arange(3)
+    )
     scores = predicted.log()
     if is_denoiser:
         scores = scores + torch.tensor([[0.0, 0.0, math.log1p(3 * 0.3 / 0.7)]])
@@ -95,9 +98,7 @@ def test_a_single_move_follows_its_law(kind, is_denoiser):
         scores = predicted.log() + torch.tensor([[0.0, 0.0, math.log1p(3 * 0.6 / 0.4)]])
     uniforms = uniform(3, torch.arange(7)[:, None], torch.arange(num))
     config = UDLMGenerationConfig(do_sample=True)
-    move = (Resampling if kind == "anew" else Move)(
-        kernel, config, is_denoiser, torch.full((num,), 2), *times, uniforms, **flags
-    )
+    move = (Resampling if kind == "anew" else Move)(kernel, config, torch.full((num,), 2), *times, uniforms, **flags)
     tokens, own = move(LogitsOnDemand.of(scores.float().expand(num, 3)))
     z = torch.tensor([[2]])
     law = {

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from xlm_hf.modules.kernels import MASK, PREDICTED, UNIFORM, AbsorbingKernel, MixedKernel, UniformKernel, draw_part
+from xlm_hf.modeling.gidd.kernel_gidd import MixedKernel
+from xlm_hf.modeling.sedd.generation_sedd import AbsorbingKernel
+from xlm_hf.modules.kernels import MASK, PREDICTED, UNIFORM, UniformKernel, draw_part
 from xlm_hf.modules.noise_schedules import make_schedule
 
 WRITABLE, MASK_ID, V = [1, 2, 4], 3, 5  # id 0 is never written

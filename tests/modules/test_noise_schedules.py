@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from xlm_hf.modules.noise_schedules import make_schedule, total_noise
+from xlm_hf.modules.noise_schedules import make_schedule
 
 TIMES = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
 SCHEDULES = [
@@ -77,9 +77,3 @@ def test_hazards_stay_precise_at_the_smallest_times(name):
 def test_bad_schedules_are_refused(schedule, message):
     with pytest.raises(ValueError, match=message):
         make_schedule(schedule)
-
-
-def test_total_noise_is_the_published_one_and_finite():
-    eps, t = 1e-3, torch.linspace(0, 1, 11, dtype=torch.float64)
-    torch.testing.assert_close(total_noise(1 - t, eps), -torch.log1p(-(1 - eps) * t))
-    assert float(total_noise(torch.zeros(1), eps)) == pytest.approx(-math.log(eps))

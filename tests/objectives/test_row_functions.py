@@ -5,10 +5,12 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from xlm_hf.modeling.sedd.loss_sedd import ScoreEntropy
+from xlm_hf.modeling.udlm.loss_udlm import UniformBound
 from xlm_hf.modules.vocabulary_head import suppress_, vocabulary_logits
 from xlm_hf.objectives import head_operator, row_functions
 from xlm_hf.objectives.head_operator import IGNORED_ID, head_losses
-from xlm_hf.objectives.row_functions import CrossEntropy, HybridBound, RowFunction, ScoreEntropy, UniformBound
+from xlm_hf.objectives.row_functions import CrossEntropy, HybridBound, RowFunction
 
 RECORDED = load_file(Path(__file__).parents[1] / "fixtures/row_functions.safetensors")
 S, H, V, MASK, SUPPRESSED = 12, 5, 11, 10, (0, 1, 4, 10)

@@ -35,15 +35,11 @@ class KernelProcess(CanvasProcess):
         sampler: decides what a step does.
         call: the call of `generate`.
         kernel: the noise.
-        is_denoiser: whether the network predicts a token from all that is seen, its own noisy token included; otherwise
-            it predicts it from the others (leave-one-out).
     """
 
-    def __init__(
-        self, canvas: MaskedCanvas, sampler: Any, call: GenerationCall, kernel: Kernel, is_denoiser: bool = False
-    ):
+    def __init__(self, canvas: MaskedCanvas, sampler: Any, call: GenerationCall, kernel: Kernel):
         super().__init__(canvas, sampler, call, is_timed=True)
-        self.kernel, self.is_denoiser = kernel, is_denoiser
+        self.kernel = kernel
         self.cells = self.blocks >= 0
         inside = torch.arange(self.cells.shape[1], device=self.cells.device) < canvas.prompt_width
         self._fills_in = (self.cells & inside).any(dim=-1)
@@ -56,19 +52,18 @@ class KernelProcess(CanvasProcess):
         return uniform(seeds, clock, self.canvas.positions, number + _NUM_DRAWS * round_)
 
     def level(self, t: torch.Tensor) -> torch.Tensor:
-        """The noise at times t as the network is told it: the share alpha_t of clean tokens."""
+        """What the network is told of the noise at times t, 1 being none: the share alpha_t of clean tokens."""
         return self.kernel.shares(t).alpha
 
-    def told(self, t: torch.Tensor) -> torch.Tensor:
-        """What the network is told at times t (B,): the `level` of noise (B,).
+    def take_step(self, predict: Predict, number: int) -> bool:
+        """As in the base class. Where blanks are filled in, the network is told that given tokens have no noise."""
 
-        Where blanks are filled in it is (B, L), that of t = 0 at the tokens that are given: they have no noise.
-        """
-        level = self.level(t)
-        if not self._some_fill_in:
-            return level.float()
-        has_noise = self.cells | ~self._fills_in[:, None]
-        return level[:, None].where(has_noise, self.level(torch.zeros_like(t))[:, None]).float()
+        def telling(function, rows, wanted, num_wanted, alpha):
+            if self._some_fill_in:
+                alpha = alpha[:, None].where(self.cells[rows] | ~self._fills_in[rows, None], 1.0)
+            return predict(function, rows, wanted, num_wanted, alpha)
+
+        return super().take_step(telling, number)
 
     def move(
         self, predict: Predict, kind: type["Move"], wanted, t, s, round_: int = 0, num_least=None, **where
@@ -93,9 +88,9 @@ class KernelProcess(CanvasProcess):
         at = of_rows.repeat_interleave(wanted.shape[1])[index]
         where = {name: None if x is None else x[rows].flatten()[index] for name, x in where.items()}
         ids = canvas.ids[rows]
-        options = {"kernel": self.kernel, "config": self.config, "is_denoiser": self.is_denoiser}
-        move = kind(**options, ids=ids.flatten()[index], t=t[rows][at], s=s[rows][at], uniforms=uniforms, **where)
-        tokens, own = predict(move, rows, wanted, num, self.told(t)[rows])
+        of_tokens = (ids.flatten()[index], t[rows][at], s[rows][at], uniforms)
+        move = kind(self.kernel, self.config, *of_tokens, **where)
+        tokens, own = predict(move, rows, wanted, num, self.level(t)[rows].float())
         new = ids.masked_scatter(wanted, tokens)
         if num_least is not None:
             least = commit_ranks(-torch.ones_like(ids, dtype=own.dtype).masked_scatter(wanted, own), wanted) < num_least
@@ -118,7 +113,6 @@ class Move:
     Attributes:
         kernel: the noise.
         config: the options of the draw.
-        is_denoiser: see `KernelProcess`.
         ids: (S,) the tokens at t.
         t: (S,) float64, in (0, 1].
         s: (S,) float64, less than t.
@@ -129,7 +123,6 @@ class Move:
 
     kernel: Kernel
     config: Any
-    is_denoiser: bool
     ids: torch.Tensor
     t: torch.Tensor
     s: torch.Tensor
@@ -152,11 +145,7 @@ class Move:
 
     def predictions(self, scores: torch.Tensor) -> torch.Tensor:
         """Logits (S, V) of x_theta: of the leave-one-out prediction, after temperature, top-k and top-p."""
-        if self.is_denoiser:
-            # p(x | z, others) is proportional to p(x | others) q(z | x).
-            scores = scores.scatter_add(
-                1, self.ids[:, None], -self.kernel.own_evidence(self.ids, self.t).float()[:, None]
-            )
+        scores = self.kernel.leave_one_out(scores, self.ids, self.t)
         if not self.config.do_sample:
             return torch.full_like(scores, -torch.inf).scatter_(1, scores.argmax(dim=-1, keepdim=True), 0.0)
         return filter_logits(scores, self.config.temperature, self.config.top_k, self.config.top_p)

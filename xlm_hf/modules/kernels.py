@@ -6,12 +6,12 @@ with m = 0 it is uniform, with both it is mixed (arXiv 2503.04482). Corruption f
 same shares in NumPy: `xlm_hf.objectives.corruption`.
 """
 
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 
-from .noise_schedules import LinearSchedule, NoiseSchedule
+from .noise_schedules import NoiseSchedule
 
 KEEP, PREDICTED, UNIFORM, MASK = range(4)
 
@@ -48,9 +48,7 @@ class Kernel:
 
     def replacement(self, uniforms: torch.Tensor) -> torch.Tensor:
         """Writable ids, drawn by `uniforms` in [0, 1)."""
-        writable = self.writable_ids
-        if writable is None:
-            raise ValueError("An absorbing kernel replaces no token by another: choose a uniform or mixed one.")
+        writable: Any = self.writable_ids
         return writable[(uniforms * len(writable)).long().clamp(max=len(writable) - 1)]
 
     def posterior(
@@ -87,36 +85,17 @@ class Kernel:
         certain = parts.new_tensor([1.0, 0.0, 0.0, 0.0])
         return torch.where(total > 0, parts / total, certain)
 
-    def own_evidence(self, ids: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """Log q(z_t = z | x = z) - log q(z_t = z | another x), float64 (...): what a token says of its clean one.
+    def leave_one_out(self, logits: torch.Tensor, ids: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """Logits (S, V) of the clean tokens by all *other* positions, of what a network gives at tokens `ids` (S,).
 
-        Added to the logit of the token at hand, it turns the prediction of a position by the others (leave-one-out)
-        into one by all of them (the denoiser), up to a constant: log(1 + N alpha_t / U_t). A mask says nothing.
-
-        Args:
-            ids: (...) the tokens at t.
-            t: times that broadcast with `ids`, float64, in (0, 1].
+        Here it gives just these. A family whose network looks at the token itself has a kernel that takes it out.
         """
-        alpha, _, uniform = self.shares(t)
-        size = 1 if self.writable_ids is None else len(self.writable_ids)
-        evidence = torch.log1p(size * alpha / uniform)
-        return evidence if self.mask_token_id is None else evidence.masked_fill(ids == self.mask_token_id, 0.0)
+        return logits
 
 
 def draw_part(parts: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     """Which part (...) of a mixture (..., 4) is drawn by `uniforms` (...) in [0, 1): `KEEP`, `PREDICTED`, ..."""
     return (parts[..., :-1].cumsum(dim=-1) <= uniforms[..., None]).sum(dim=-1)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class AbsorbingKernel(Kernel):
-    """Tokens become masks: m_t = 1 - alpha_t."""
-
-    schedule: NoiseSchedule
-
-    def shares(self, t: torch.Tensor) -> Shares:
-        """alpha_t, 1 - alpha_t and 0."""
-        return Shares(self.schedule.alpha(t), self.schedule.mask_probability(t), torch.zeros_like(t))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -128,28 +107,3 @@ class UniformKernel(Kernel):
     def shares(self, t: torch.Tensor) -> Shares:
         """alpha_t, 0 and 1 - alpha_t."""
         return Shares(self.schedule.alpha(t), torch.zeros_like(t), self.schedule.mask_probability(t))
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class MixedKernel(Kernel):
-    """Masks and uniformly drawn tokens (arXiv 2503.04482, section 3.2).
-
-    With c_t = p / (1 - p) x 2^g (t (1 - t))^(g / 2): alpha_t = (1 - t) / (1 + c_t), m_t = t / (1 + c_t) and U_t =
-    c_t / (1 + c_t). So the uniform share is p at t = 1/2 and 0 at both ends.
-
-    Attributes:
-        uniform_share: p, in [0, 1).
-        gamma: g, how fast the uniform share rises.
-        schedule: another pace of time: in place of t stands 1 - alpha of this schedule, which is t for the linear one.
-    """
-
-    uniform_share: float = 0.0
-    gamma: float = 1.0
-    schedule: NoiseSchedule = field(default_factory=LinearSchedule)
-
-    def shares(self, t: torch.Tensor) -> Shares:
-        """alpha_t, m_t and U_t as above."""
-        t = self.schedule.mask_probability(t)
-        odds = self.uniform_share / (1 - self.uniform_share)
-        c = odds * 2**self.gamma * (t * (1 - t)) ** (self.gamma / 2)
-        return Shares((1 - t) / (1 + c), t / (1 + c), c / (1 + c))

@@ -234,15 +234,6 @@ def make_schedule(schedule: str | Mapping[str, Any]) -> NoiseSchedule:
     return MirroredSchedule(made) if mirrored else made
 
 
-def total_noise(alpha: torch.Tensor, eps: float) -> torch.Tensor:
-    """What a time-conditioned network is told: sigma = -log(eps + (1 - eps) alpha), in [0, -log eps].
-
-    With alpha_t = 1 - t this is the sigma_t = -log(1 - (1 - eps) t) of the published code of arXiv 2406.07524. Any
-    function of the time is as good for the bound; eps only keeps this one finite where nothing is clean.
-    """
-    return -torch.log(eps + (1 - eps) * alpha)
-
-
 def noise_of_tokens(alpha: torch.Tensor | None, noise_eps: float, is_given: torch.Tensor | None = None) -> torch.Tensor:
     """What a network is told of a canvas under noise: sigma = -log max(alpha, noise_eps), float32.
 

@@ -9,14 +9,14 @@ from typing import Any, ClassVar
 
 import torch
 
-from .canvas import MaskedCanvas
-from .devices import shape_of_call, true_indices
-from .generation import GenerationCall
-from .kernel_samplers import TOKEN, KernelSampler
-from .masked_generation import MaskedGenerationMixin
-from .reverse_process import CanvasProcess, Predict
-from .token_sampling import filter_logits, sample_categorical
-from .vocabulary_head import LogitsOnDemand
+from xlm_hf.modules.canvas import MaskedCanvas
+from xlm_hf.modules.devices import shape_of_call, true_indices
+from xlm_hf.modules.generation import GenerationCall
+from xlm_hf.modules.kernel_samplers import TOKEN, KernelSampler
+from xlm_hf.modules.masked_generation import MaskedGenerationMixin
+from xlm_hf.modules.reverse_process import CanvasProcess, Predict
+from xlm_hf.modules.token_sampling import filter_logits, sample_categorical
+from xlm_hf.modules.vocabulary_head import LogitsOnDemand
 
 
 @dataclass
@@ -83,7 +83,7 @@ class SelfCorrectionSampler(KernelSampler):
             return new, log_p.exp().masked_fill(new == old, 0.0), best == old
 
         t = torch.full(process.step.shape, self.correction_time, dtype=torch.float64, device=ids.device)
-        new, gains, agrees = predict(corrections, rows, wanted, num, process.told(t)[rows])
+        new, gains, agrees = predict(corrections, rows, wanted, num, process.level(t)[rows].float())
         agreement = torch.zeros_like(ids).masked_scatter(wanted, agrees.long()).sum(dim=-1)
         gains = torch.zeros(ids.shape, device=ids.device).masked_scatter(wanted, gains)
         gain, at = gains.max(dim=-1, keepdim=True)
