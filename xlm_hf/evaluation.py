@@ -289,6 +289,8 @@ def _generation_metrics(records: list[dict[str, Any]], evaluation_set: Evaluatio
     nfe = sum(record["nfe"] for record in records)
     written = sum(record["nfe"] * record["tokens_per_forward"] for record in records)
     metrics = {"nfe": nfe / len(records), "tokens_per_forward": written / max(nfe, 1)}
+    # What is decoded under a condition has another name, as likelihoods have.
+    given = "".join(f"_given_{condition}" for condition in getattr(evaluation_set.collator, "given", ()))
     for metric in evaluation_set.metrics:
         inputs = {}
         for name, feature in metric.features.items():
@@ -303,13 +305,13 @@ def _generation_metrics(records: list[dict[str, Any]], evaluation_set: Evaluatio
         known = {}
         if "training_texts" in parameters:
             known["training_texts"] = training_texts(evaluation_set.training_set, tokenizer)
-        results = metric.compute(**inputs, **known)
+        results = {f"{name}{given}": value for name, value in metric.compute(**inputs, **known).items()}
         per_example = metric.per_example(**inputs) if hasattr(metric, "per_example") else {}
         for name, values in per_example.items():
             for record, value in zip(records, values, strict=True):
                 record[name] = value
             if len(values) > 1:
-                results[f"{name}_standard_error"] = statistics.stdev(values) / math.sqrt(len(values))
+                results[f"{name}{given}_standard_error"] = statistics.stdev(values) / math.sqrt(len(values))
         if clash := results.keys() & metrics.keys():
             raise ValueError(f"Two metrics of the set {evaluation_set.name!r} report {min(clash)!r}: drop one.")
         metrics.update(results)

@@ -10,6 +10,7 @@ class MLMConfig(RotaryTransformerConfig):
     """Architecture of a masked language model: the shared backbone and a vocabulary head.
 
     A sequence reads `prompt [BOS] tokens [EOS]`, and padding after it where the length is modelled as padding content.
+    With a length head it reads `prompt [BOS] tokens`.
 
     Attributes:
         pad_token_id: fills ragged rows, where it is never seen, and the end of a canvas, where it is content.
@@ -18,6 +19,12 @@ class MLMConfig(RotaryTransformerConfig):
         eos_token_id: ends the sequence.
         suppress_tokens: ids that no sequence gets; their logits are -inf in training and in generation. The padding
             and the end of sequence, by which the model says how long a sequence is, are exempt, and the mask is added.
+        max_canvas_length: gives the model a length head at `[BOS]` (mask-predict, arXiv 1904.09324), over the lengths 0
+            to this. Then no token of the prompt sees the canvas, whose masks would tell its length, and neither `[EOS]`
+            nor `[PAD]` is written. None means no such head.
+
+    Raises:
+        ValueError: for a negative length, or a length head in a vocabulary where `[BOS]` is not an id of its own.
     """
 
     model_type = "mlm"
@@ -27,8 +34,24 @@ class MLMConfig(RotaryTransformerConfig):
     eos_token_id: int | None = 3
     bos_token_id: int | None = 4
     suppress_tokens: list[int] | None = None
+    max_canvas_length: int | None = None
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if self.max_canvas_length is None:
+            return
+        if self.max_canvas_length < 0:
+            raise ValueError(f"max_canvas_length must be at least 0 and is {self.max_canvas_length}.")
+        if self.bos_token_id in (None, self.pad_token_id, self.eos_token_id, self.mask_token_id):
+            raise ValueError(
+                f"A length is read at [BOS], which needs an id of its own, and bos_token_id is {self.bos_token_id}: "
+                "leave max_canvas_length null, or use a tokenizer with such a token."
+            )
 
     @property
     def suppressed_ids(self) -> list[int]:
         """The ids that no sequence gets."""
-        return sorted({*(self.suppress_tokens or ())} - {self.pad_token_id, self.eos_token_id} | {self.mask_token_id})
+        ends = {self.pad_token_id, self.eos_token_id}
+        listed = {*(self.suppress_tokens or ())}
+        of_canvas = listed - ends if self.max_canvas_length is None else listed | ends | {self.bos_token_id}
+        return sorted((of_canvas | {self.mask_token_id}) - {None})

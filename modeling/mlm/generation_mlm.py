@@ -1,22 +1,161 @@
-"""Generation by unmasking: a canvas of mask tokens, filled a few positions at a time."""
+"""Generation by unmasking: a canvas of mask tokens, filled a few positions at a time, or all at once and again."""
 
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from xlm_hf.modules.counter_random import uniform
+from xlm_hf.modules.devices import shape_of_call
+from xlm_hf.modules.generation import GenerationCall, Sampler
+from xlm_hf.modules.generation_output import NonAutoregressiveGenerationOutput
 from xlm_hf.modules.masked_generation import CanvasGenerationConfig, MaskedGenerationMixin
+from xlm_hf.modules.reverse_process import CanvasProcess, CanvasSampler, ConfidenceSampler
+from xlm_hf.modules.unmasking import commit_ranks, draw_tokens
+
+
+@dataclass
+class MaskPredictSampler(CanvasSampler):
+    """Mask-predict (arXiv 1904.09324): fill the canvas, mask the least certain tokens again, and so on.
+
+    Step i of T, from 0, fills all masks of a canvas of n positions. Then the floor(n (T - i - 1) / T) tokens of the
+    lowest scores are masked again; of equal ones those further left. The score of a token is its probability when it
+    was written, by the model's own distribution.
+
+    Attributes:
+        num_steps: T; None means 10, as published.
+        num_lengths: of a model that predicts lengths: how many of the most probable ones are decoded. The text of the
+            largest mean log-score is kept; the forward passes of all count.
+    """
+
+    num_steps: int | None = None
+    num_lengths: int = 1
+
+    writes_behind_the_end: ClassVar[bool] = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._check_positive("num_steps", "num_lengths")
+        self.num_steps = self.num_steps or 10
+
+    def step(self, process: CanvasProcess, predict, number: int) -> bool:
+        """One forward pass over the rows that are not done."""
+        canvas, eligible, is_open = process.canvas, process.eligible(), process.is_open()
+        rows, num_eligible, _ = shape_of_call(is_open, eligible)
+        if num_eligible == 0:
+            return False
+        canvas.nfe += is_open
+        # A position is drawn anew each time that it is written.
+        wanted = eligible[rows]
+        uniforms = uniform(process.seeds[rows, None], process.clock[rows, None], canvas.positions[rows])
+
+        def fill(logits) -> tuple[torch.Tensor, torch.Tensor]:
+            scores = logits[:]
+            tokens = draw_tokens(scores, uniforms[wanted], process.config)
+            return tokens, scores.softmax(dim=-1).gather(-1, tokens[:, None]).squeeze(-1)
+
+        alpha = (1 - canvas.masked.sum(dim=-1).double() / process.sizes)[rows].float()
+        tokens, scores = predict(fill, rows, wanted, num_eligible, alpha)
+        canvas.commit(rows, wanted, tokens, process.clock[rows, None])
+        process.confidence[rows] = process.confidence[rows].masked_scatter(wanted, scores)
+        in_block, steps = process.in_block(), process.num_steps()
+        num_masks = in_block.sum(dim=-1) * (steps - process.step - 1).clamp(min=0) // steps
+        remasked = in_block & (commit_ranks(-process.confidence, in_block) < num_masks[:, None])
+        canvas.ids.masked_fill_(remasked, canvas.mask_token_id)
+        canvas.masked |= remasked
+        return True
 
 
 class MLMGenerationConfig(CanvasGenerationConfig):
-    """Options of `MLMForMaskedLM.generate`: those of unmasking by a rule, see `ConfidenceSampler`.
+    """Options of `MLMForMaskedLM.generate`: a sampler (see `ConfidenceSampler` and `MaskPredictSampler`) and its own.
 
-    `max_new_tokens` is the size of the canvas. With `order="random"`, `do_sample=True` and one token a step a decode
-    follows the model's law in a random order exactly; every other rule trades that for quality or speed.
+    `max_new_tokens` is the size of the canvas, or the greatest length that a model with a length head may choose. With
+    `order="random"`, `do_sample=True` and one token a step a decode follows the model's law in a random order exactly;
+    every other rule trades that for quality or speed.
     """
+
+    samplers: ClassVar[dict[str, type[Sampler]]] = {"confidence": ConfidenceSampler, "mask_predict": MaskPredictSampler}
+
+
+class CandidateProcess(CanvasProcess):
+    """A canvas for each of several lengths of a row, of which the best text is kept.
+
+    Attributes:
+        num_lengths: canvases of a row, one after the other.
+        was_cut: (B,) whether the most probable length of a row was more than it may write.
+    """
+
+    num_lengths: int
+    was_cut: torch.Tensor
+
+    def output(self, return_history: bool) -> NonAutoregressiveGenerationOutput:
+        """The best canvas of each row by the mean log-score of its tokens; the forward passes are those of all."""
+        canvas, is_canvas = self.canvas, self.blocks >= 0
+        scores = self.confidence.log().masked_fill(~is_canvas, 0.0).sum(dim=-1) / is_canvas.sum(dim=-1).clamp(min=1)
+        best = scores.view(-1, self.num_lengths).argmax(dim=-1)
+        passes = canvas.nfe.view(-1, self.num_lengths).sum(dim=-1)
+        canvas.keep(torch.arange(len(best), device=best.device) * self.num_lengths + best)
+        # One more pass has named the lengths.
+        canvas.nfe = passes + 1
+        canvas.stopped |= ~self.was_cut
+        return super().output(return_history)
 
 
 class MLMGenerationMixin(MaskedGenerationMixin):
     """Adds `generate` to the masked language model.
 
     It also takes `canvas_lengths` (B,), the length of each row's canvas where that is given and not to be modelled; 0
-    only fills in the prompt's mask tokens.
+    only fills in the prompt's mask tokens. Without them a model with a length head chooses the lengths: the most
+    probable one, or as many as `num_lengths` says. They are those of the texts, without an end.
     """
 
     generation_inputs = ("canvas_lengths",)
     writes_once = True
+
+    def open_generation(
+        self, call: GenerationCall, input_ids, attention_mask, canvas_lengths: torch.Tensor | None = None
+    ) -> CanvasProcess:
+        """A canvas after each prompt, or one for each length that is tried.
+
+        Raises:
+            ValueError: for several lengths of a model that predicts none, or of a decode that somebody follows.
+        """
+        num_lengths = getattr(call.config, "num_lengths", 1)
+        predicts = self.config.max_canvas_length is not None and canvas_lengths is None
+        if num_lengths > 1 and not predicts:
+            raise ValueError(f"num_lengths is {num_lengths}, and this call predicts no length: set it to 1.")
+        if num_lengths > 1 and call.is_watched:
+            raise ValueError(
+                f"num_lengths is {num_lengths}: nothing can follow, steer or stop a decode of several canvases of a "
+                "row, so set it to 1, or leave out the streamer, logits processor or stopping criteria."
+            )
+        if not predicts:
+            return super().open_generation(call, input_ids, attention_mask, canvas_lengths=canvas_lengths)
+        prompts, mask, lengths, was_cut = self._predict_lengths(call, input_ids, attention_mask, num_lengths)
+        call.seeds = call.seeds.repeat_interleave(num_lengths)
+        ids, mask = (x.repeat_interleave(num_lengths, dim=0) for x in (prompts, mask))
+        canvas = self.open_canvas(call, ids, mask, canvas_lengths=lengths.flatten())
+        process = CandidateProcess(canvas, call.config.make_sampler(), call, writes_once=self.writes_once)
+        process.num_lengths, process.was_cut = num_lengths, was_cut
+        return process
+
+    def _predict_lengths(self: Any, call: GenerationCall, input_ids, attention_mask, num_lengths: int):
+        """Prompts (B, P) with their mask, their most probable lengths (B, n), and whether a longer one was cut off."""
+        # As large as the options allow, for the prompts in their layout and the capacity of each row.
+        canvas = self.open_canvas(call, input_ids, attention_mask)
+        P = canvas.prompt_width
+        prompts, mask, capacity = canvas.prompt, canvas.attention_mask[:, :P], canvas.attention_mask[:, P:].sum(dim=-1)
+        index = torch.arange(1, len(prompts) + 1, device=prompts.device) * P - 1
+        logits = self(prompts, attention_mask=mask, logits_index=index[:0], length_index=index).length_logits
+        classes = torch.arange(logits.shape[-1], device=logits.device)
+        was_cut = logits.argmax(dim=-1) > capacity
+        logits = logits.masked_fill(classes > capacity[:, None], -torch.inf)
+        # Where fewer lengths are possible, the most probable one is tried again.
+        best = logits.topk(min(num_lengths, logits.shape[-1]), dim=-1)
+        lengths = torch.where(best.values > -torch.inf, best.indices, best.indices[:, :1])
+        return (
+            prompts,
+            mask,
+            torch.cat((lengths, lengths[:, :1].expand(-1, num_lengths - lengths.shape[1])), 1),
+            was_cut,
+        )

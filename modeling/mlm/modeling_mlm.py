@@ -1,8 +1,10 @@
 """The masked language model (MLM): a distribution over tokens at every masked position."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.utils.generic import can_return_tuple
 
 from xlm_hf.modules.language_model import PreTrainedLanguageModel
@@ -10,6 +12,18 @@ from xlm_hf.modules.vocabulary_head import HeadFunction, LanguageModelOutput
 
 from .configuration_mlm import MLMConfig
 from .generation_mlm import MLMGenerationConfig, MLMGenerationMixin
+
+
+@dataclass
+class MLMOutput(LanguageModelOutput):
+    """What `MLMForMaskedLM.forward` returns: `LanguageModelOutput`, and the lengths.
+
+    Attributes:
+        length_logits: (D, max_canvas_length + 1), float32: logits of the length of the canvas after each `[BOS]` of
+            `length_index`; None without a length head or without that index.
+    """
+
+    length_logits: torch.Tensor | None = None
 
 
 class MLMPreTrainedModel(PreTrainedLanguageModel):
@@ -25,6 +39,8 @@ class MLMForMaskedLM(MLMPreTrainedModel, MLMGenerationMixin):
 
     def __init__(self, config: MLMConfig):
         super().__init__(config)
+        num_lengths = (config.max_canvas_length or 0) + 1
+        self.length_head = None if config.max_canvas_length is None else nn.Linear(config.hidden_size, num_lengths)
         self.post_init()
 
     @can_return_tuple
@@ -36,8 +52,9 @@ class MLMForMaskedLM(MLMPreTrainedModel, MLMGenerationMixin):
         logits_index: torch.Tensor | None = None,
         head_function: HeadFunction | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        length_index: torch.Tensor | None = None,
         **kwargs: Any,
-    ) -> LanguageModelOutput:
+    ) -> MLMOutput:
         """Score every token at every position.
 
         Args:
@@ -46,20 +63,42 @@ class MLMForMaskedLM(MLMPreTrainedModel, MLMGenerationMixin):
             position_ids: (B, L) rotary positions; by default each row counts its own tokens.
             logits_index: (S,) indices into the flattened (B x L) positions whose logits are wanted; None means all.
             head_function: what is made of the selected hidden states instead of logits (see `head_fields`).
-            inputs_embeds: (B, L, hidden_size) vectors in place of the embeddings of `input_ids`.
+            inputs_embeds: (B, L, hidden_size) vectors in place of the embeddings of `input_ids`. A model with a length
+                head then needs `block_ids` (B, L), 0 for the prompt and `[BOS]` and 1 for the canvas.
+            length_index: (D,) indices of the `[BOS]` whose canvas lengths are wanted, together with `logits_index`.
             **kwargs: `segment_ids` of packed rows, what else the backbone takes, `output_hidden_states`,
                 `output_attentions`.
 
         Returns:
-            `LanguageModelOutput` with `logits` (B, L, V), or (S, V) with `logits_index`, those of
-            `config.suppressed_ids` -inf; `hidden_states` and `attentions` where asked for.
+            `MLMOutput` with `logits` (B, L, V), or (S, V) with `logits_index`, those of `config.suppressed_ids` -inf;
+            `length_logits`, `hidden_states` and `attentions` where asked for.
+
+        Raises:
+            ValueError: for `length_index` without `logits_index`, or without a length head.
         """
-        return self.score(
+        if self.length_head is not None and input_ids is not None:
+            is_bos = (input_ids == self.config.bos_token_id).long()
+            kwargs["block_ids"] = is_bos.cumsum(dim=-1) - is_bos
+        index = logits_index
+        if length_index is not None:
+            if logits_index is None or self.length_head is None:
+                raise ValueError("length_index needs logits_index, and a model with max_canvas_length.")
+            index = torch.cat((logits_index, length_index))
+        outputs = self.model(
             input_ids,
-            logits_index,
-            head_function,
+            output_index=index,
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             **kwargs,
+        )
+        of_tokens, length_logits = outputs.last_hidden_state, None
+        if self.length_head is not None and length_index is not None:
+            of_tokens, of_bos = of_tokens.tensor_split((len(of_tokens) - len(length_index),))
+            length_logits = self.length_head(of_bos).float()
+        return MLMOutput(
+            **self.apply_head(of_tokens, head_function),
+            length_logits=length_logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
         )

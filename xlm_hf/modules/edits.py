@@ -49,6 +49,15 @@ class EditLog:
         events = _gathered(self._records)
         return events[events[:, 0].argsort(stable=True)]
 
+    def keep(self, rows: torch.Tensor) -> None:
+        """Leave the edits of `rows` (R,), which become rows 0 to R - 1."""
+        events = self.events()
+        numbers = (events[:, :1] == rows.to(events.device)).long()
+        fields = dict(zip(("row", "step", "kind", "position", "token"), events.T, strict=True))
+        fields["row"], kept = numbers.argmax(dim=1), numbers.any(dim=1)
+        self._records.clear()
+        self.add(fields.pop("kind"), kept, **fields)
+
 
 def _gathered(records: list[tuple[Any, ...]]) -> torch.Tensor:
     edits = [torch.zeros(0, 5, dtype=torch.int64)]

@@ -60,6 +60,7 @@ class Collator:
         entries: of the batches, by name.
         written_specials: names of the special tokens that a text may hold.
         condition_dropout: share of the documents whose prompts are left out (see `drop_conditions`).
+        given: what prompts for `generate` tell of the reference: ("length",) where its length is given.
 
     Called with a list of examples - dicts of the columns above, `example_id`, `epoch` and `position` (in the epoch) -
     it returns a dict of tensors. Prompts are padded on the left: `input_ids`, `attention_mask`, `example_id`.
@@ -72,6 +73,7 @@ class Collator:
     kinds: ClassVar[tuple[str, ...]]
     written_specials: ClassVar[tuple[str, ...]] = ("unk",)
     condition_dropout = 0.0
+    given: tuple[str, ...] = ()
     entries: ClassVar[Mapping[str, Entry]] = {
         "input_ids": Entry("position"),
         "attention_mask": Entry("position", padding=0),
