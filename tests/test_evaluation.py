@@ -165,13 +165,15 @@ def test_samples_from_nothing(family, tmp_path):
         assert record["prompt"] == record["reference"] == ""
         assert len(record["steps"]) == len(record["prediction_ids"])
         assert record["sample_entropy"] == pytest.approx(slow_entropy(record["prediction_ids"]))
+    # The canvas of a text is as long as its reference here.
+    given = "_given_length" if family == "mlm" else ""
     expected = slow_generative_perplexity(tmp_path / "judge", [r["prediction"] for r in records], "unscored", 12)
     for name, value in expected.items():
-        assert metrics[f"samples/{name}"] == pytest.approx(value, rel=1e-4), name
+        assert metrics[f"samples/{name}{given}"] == pytest.approx(value, rel=1e-4), name
     entropies = [record["sample_entropy"] for record in records]
-    assert metrics["samples/sample_entropy"] == pytest.approx(np.mean(entropies))
-    assert metrics["samples/sample_entropy_standard_error"] == pytest.approx(np.std(entropies, ddof=1) / 5**0.5)
-    assert "samples/distinct_2" in metrics
+    assert metrics[f"samples/sample_entropy{given}"] == pytest.approx(np.mean(entropies))
+    assert metrics[f"samples/sample_entropy{given}_standard_error"] == pytest.approx(np.std(entropies, ddof=1) / 5**0.5)
+    assert f"samples/distinct_2{given}" in metrics
     nfe = [record["nfe"] for record in records]
     assert metrics["samples/nfe"] == np.mean(nfe)
     written = sum(record["tokens_per_forward"] * record["nfe"] for record in records)
@@ -179,6 +181,17 @@ def test_samples_from_nothing(family, tmp_path):
     again, others = evaluated(case, model, tmp_path, per_device_eval_batch_size=2)
     assert others["samples"] == records
     assert without(again) == pytest.approx(without(metrics))
+
+
+@pytest.mark.parametrize("is_given", [True, False])
+def test_what_is_decoded_under_a_given_length_says_so(is_given, tmp_path):
+    entry = {"split": "test", "name": "test", "collator": "seq2seq_prediction", "generate": True, "stages": ["test"]}
+    overrides = ["++collator.canvas_length=null"] if is_given else []
+    case = case_with("mlm", {**entry, "metrics": ["exact_match"]}, overrides=overrides)
+    metrics, _ = evaluated(case, case.model(), tmp_path)
+    name = "test/exact_match_given_length" if is_given else "test/exact_match"
+    others = {"test/nfe", "test/tokens_per_forward", "test/samples", "test/seconds", "epoch"}
+    assert set(metrics) - others == {name, f"{name}_standard_error"}
 
 
 USERS_METRIC = """
