@@ -51,7 +51,6 @@ class MLMConfig(RotaryTransformerConfig):
     @property
     def suppressed_ids(self) -> list[int]:
         """The ids that no sequence gets."""
-        ends = {self.pad_token_id, self.eos_token_id}
-        listed = {*(self.suppress_tokens or ())}
+        listed, ends = {*(self.suppress_tokens or ()), self.mask_token_id}, {self.pad_token_id, self.eos_token_id}
         of_canvas = listed - ends if self.max_canvas_length is None else listed | ends | {self.bos_token_id}
-        return sorted((of_canvas | {self.mask_token_id}) - {None})
+        return sorted(token_id for token_id in of_canvas if token_id is not None)

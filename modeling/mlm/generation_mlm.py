@@ -112,16 +112,14 @@ class MLMGenerationMixin(MaskedGenerationMixin):
     generation_inputs = ("canvas_lengths",)
     writes_once = True
 
-    def open_generation(
-        self, call: GenerationCall, input_ids, attention_mask, canvas_lengths: torch.Tensor | None = None
-    ) -> CanvasProcess:
+    def open_generation(self, call: GenerationCall, input_ids, attention_mask, **inputs) -> CanvasProcess:
         """A canvas after each prompt, or one for each length that is tried.
 
         Raises:
             ValueError: for several lengths of a model that predicts none, or of a decode that somebody follows.
         """
         num_lengths = getattr(call.config, "num_lengths", 1)
-        predicts = self.config.max_canvas_length is not None and canvas_lengths is None
+        predicts = self.config.max_canvas_length is not None and inputs.get("canvas_lengths") is None
         if num_lengths > 1 and not predicts:
             raise ValueError(f"num_lengths is {num_lengths}, and this call predicts no length: set it to 1.")
         if num_lengths > 1 and call.is_watched:
@@ -130,7 +128,7 @@ class MLMGenerationMixin(MaskedGenerationMixin):
                 "row, so set it to 1, or leave out the streamer, logits processor or stopping criteria."
             )
         if not predicts:
-            return super().open_generation(call, input_ids, attention_mask, canvas_lengths=canvas_lengths)
+            return super().open_generation(call, input_ids, attention_mask, **inputs)
         prompts, mask, lengths, was_cut = self._predict_lengths(call, input_ids, attention_mask, num_lengths)
         call.seeds = call.seeds.repeat_interleave(num_lengths)
         ids, mask = (x.repeat_interleave(num_lengths, dim=0) for x in (prompts, mask))

@@ -77,8 +77,8 @@ class MLMForMaskedLM(MLMPreTrainedModel, MLMGenerationMixin):
             ValueError: for `length_index` without `logits_index`, or without a length head.
         """
         if self.length_head is not None and input_ids is not None:
-            is_bos = (input_ids == self.config.bos_token_id).long()
-            kwargs["block_ids"] = is_bos.cumsum(dim=-1) - is_bos
+            is_bos: Any = input_ids == self.config.bos_token_id
+            kwargs["block_ids"] = is_bos.cumsum(dim=-1) - is_bos.long()
         index = logits_index
         if length_index is not None:
             if logits_index is None or self.length_head is None:

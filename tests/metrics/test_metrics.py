@@ -317,9 +317,9 @@ def slow_generative_perplexity(folder, texts, first_token, max_length):
         for place in range(1, len(ids)):
             own -= float(model(torch.tensor([ids[:place]])).logits[0, -1].log_softmax(dim=-1)[ids[place]])
         nats, tokens = nats + own, tokens + max(len(ids) - 1, 0)
-        # Each token is a letter, and a blank stands before each but the first.
-        if len(ids) > 1:
-            characters += 2 * (len(ids) - 1) - (first_token == "after_bos")
+        # Each word is a token; of the first, where it is only context, no character counts.
+        words = text.split()[: len(ids) - (first_token == "after_bos")]
+        characters += len(" ".join(words)) - len("".join(words[:1]) if first_token == "unscored" else "")
         entropies.append(slow_entropy(ids[1:]))
         if len(ids) > 1:
             per_sample.append(math.exp(own / (len(ids) - 1)))

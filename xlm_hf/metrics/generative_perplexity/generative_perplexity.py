@@ -35,7 +35,8 @@ class GenerativePerplexity(evaluate.Metric):
         generative_nll (float): nats per scored token of all texts together.
         generative_perplexity (float): exp(generative_nll).
         generative_perplexity_per_sample (float): mean over texts of exp(nats per scored token of the text).
-        generative_bits_per_character (float): bits of all texts together / characters of their scored tokens.
+        generative_bits_per_character (float): bits of all texts together / characters of their scored tokens. It is
+            left out for a tokenizer written in Python, which does not say where in a text a token stands.
         generative_entropy (float): mean over texts of the entropy of the text's scored tokens, in nats.
     """
 
@@ -59,23 +60,23 @@ class GenerativePerplexity(evaluate.Metric):
             raise ValueError("the tokenizer of eval_model has no bos_token: use first_token='unscored'.")
         longest = min(max_length, getattr(model.config, "max_position_embeddings", max_length))
         longest -= len(start)
-        encoded = [tokenizer.encode(text, add_special_tokens=False) for text in predictions]
-        rows = [start + ids[:longest] for ids in encoded]
+        options = {"add_special_tokens": False, "return_offsets_mapping": tokenizer.is_fast}
+        encoded = [tokenizer(text, **options) for text in predictions]
+        rows = [start + of_text["input_ids"][:longest] for of_text in encoded]
         entropies = [_entropy(row[1:]) for row in rows]
-        # A first token that is only context has no characters here, and neither has what was cut off.
-        texts = (
-            text if len(ids) <= longest else tokenizer.decode(ids[:longest])
-            for text, ids in zip(predictions, encoded, strict=True)
-        )
-        context = 0 if start else sum(len(tokenizer.decode(row[:1])) for row in rows)
-        characters = sum(map(len, texts)) - context
+        characters = 0
+        for of_text in encoded if tokenizer.is_fast else ():
+            # A first token that is only context has no characters here, and neither has what is cut off.
+            ends = [end for _, end in of_text["offset_mapping"][:longest]] or [0]
+            characters += ends[-1] - (0 if start else ends[0])
         rows = [row for row in rows if len(row) > 1]
         nlls, lengths = _nlls(model, rows, batch_size), [len(row) - 1 for row in rows]
         result = {"generative_tokens": sum(lengths), "generative_entropy": sum(entropies) / max(len(entropies), 1)}
         if rows:
             result["generative_nll"] = sum(nlls) / sum(lengths)
             result["generative_perplexity"] = math.exp(result["generative_nll"])
-            result["generative_bits_per_character"] = sum(nlls) / math.log(2) / characters
+            if tokenizer.is_fast:
+                result["generative_bits_per_character"] = sum(nlls) / math.log(2) / characters
             per_sample = [math.exp(nll / length) for nll, length in zip(nlls, lengths, strict=True)]
             result["generative_perplexity_per_sample"] = sum(per_sample) / len(per_sample)
         return result
