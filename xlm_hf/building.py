@@ -29,11 +29,12 @@ from hydra.version import VersionBase
 from omegaconf import DictConfig, OmegaConf
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
-from xlm_hf.evaluation import RECORD_FIELDS, EvaluationSet, default_evaluation
+from xlm_hf.evaluation import RECORD_FIELDS, EvaluationEntry, EvaluationSet, default_evaluation
 from xlm_hf.families import families
 from xlm_hf.hub.pretrained_backbones import add_lora, backbone_options, check_directions, load_backbone
 from xlm_hf.metrics import load_metric
-from xlm_hf.modules.messages import check_arguments, check_options, did_you_mean
+from xlm_hf.modules.checked_options import check_arguments, check_value
+from xlm_hf.modules.messages import check_options, did_you_mean
 from xlm_hf.objectives.collators import Collator
 from xlm_hf.saved_configs import translate_config, translate_override
 from xlm_hf.tasks import Task, load_task
@@ -270,12 +271,10 @@ def build_collator(
         ValueError: if the family does not have the kind, or the collator not the option.
     """
     collator_class: Any = hydra.utils.get_class(node._target_)
-    options = {**options_of(node), **options}
+    options = {"max_length": max_length, "seed": seed, **options_of(node), **options}
     check_arguments(f"The collator {kind!r}", options, collator_class, given=("tokenizer", "kind", "prediction"))
     name = kind.removesuffix("_prediction")
-    return collator_class(
-        tokenizer, **{"max_length": max_length, "seed": seed, **options}, kind=name, prediction=name != kind
-    )
+    return collator_class(tokenizer, **options, kind=name, prediction=name != kind)
 
 
 def evaluation_entries(node: DictConfig, kind: str) -> list[dict[str, Any]]:
@@ -288,6 +287,7 @@ def evaluation_entries(node: DictConfig, kind: str) -> list[dict[str, Any]]:
     # Not the whole node, in which something of no concern here may be missing.
     own = {name: value for name in ("metrics", "num_samples") if (value := node.get(name)) is not None}
     if node.get("evaluation") is not None:
+        check_value("task.evaluation", node.evaluation, list[dict])
         return plain(node.evaluation)
     return default_evaluation(
         kind, **{n: plain(value) if OmegaConf.is_config(value) else value for n, value in own.items()}
@@ -308,10 +308,9 @@ def build_evaluation_sets(
     Raises:
         ValueError: for an unknown option, split or field.
     """
-    known = [field.name for field in fields(EvaluationSet) if field.name not in ("dataset", "kind", "training_set")]
     sets = []
     for entry in entries:
-        check_options("An entry of task.evaluation", entry, [*known, "split", "num_samples"])
+        check_arguments("An entry of task.evaluation", entry, EvaluationEntry)
         split = entry.get("split")
         if split not in task.splits and not (split is None and "num_samples" in entry):
             raise ValueError(f"Task {task.name!r} has no split {split!r}: {did_you_mean(str(split), task.splits)}")

@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
+from typing import Annotated, Any
 
 import datasets
 import hydra
@@ -27,19 +28,31 @@ from omegaconf.errors import OmegaConfBaseException
 import xlm_hf.commands
 from xlm_hf.building import open_override
 from xlm_hf.files import write_text
+from xlm_hf.modules.checked_options import Count, Interval, PositiveInt, check_value
 from xlm_hf.modules.messages import did_you_mean
 from xlm_hf.reports.sweeps import ERROR_FILE
 from xlm_hf.saved_configs import translate_config
 from xlm_hf.training.debugging import apply_debug_options
+from xlm_hf.training.finite_guard import NotFiniteError
 from xlm_hf.training.signals import TrainingStopped
 
 # Commands with arguments of their own, `xlm-hf NAME ...`, beside the jobs of a config.
 _TOOLS = ("scaffold", "convert")
-_MISTAKES = (ValueError, OSError, HydraException, OmegaConfBaseException, StrictDataclassError)
+_USAGE = (ValueError, HydraException, OmegaConfBaseException, StrictDataclassError)
+_FAILURES = (OSError, NotFiniteError)
+# Options of the config itself, where it has them; those of its nodes are checked by the objects that they make.
+_OPTIONS: dict[str, Any] = {
+    **dict.fromkeys(("output_dir", "checkpoint", "experiment", "prompts", "eval_model"), str | None),
+    **dict.fromkeys(("ema", "trust_remote_code", "exist_ok"), bool),
+    **dict.fromkeys(("num_samples", "parallel"), PositiveInt),
+    **dict.fromkeys(("model", "loss", "collator", "train_collator", "generation", "trainer", "task"), dict),
+    **dict.fromkeys(("budget", "early_stopping", "nfe_sweep"), dict),
+    **{"seed": Count, "num_threads": PositiveInt | None, "seeds": Annotated[list[int], Interval("[0, inf)")]},
+}
 
 
 def main() -> None:
-    """Run the command line; a mistake ends in one sentence and exit status 1."""
+    """Run the command line; a mistake ends in one sentence, one of usage with exit status 2 and a failure with 1."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     logging.getLogger("xlm_hf").setLevel(logging.INFO)
     transformers.utils.logging.disable_progress_bar()
@@ -62,10 +75,11 @@ def _one_sentence() -> Iterator[None]:
     """Turn a mistake into one sentence; XLM_HF_TRACEBACK=1 shows where it came from."""
     try:
         yield
-    except _MISTAKES as error:
+    except (*_USAGE, *_FAILURES) as error:
         if os.environ.get("XLM_HF_TRACEBACK"):
             raise
-        sys.exit(f"Error: {explain(error)}")
+        print(f"Error: {explain(error)}", file=sys.stderr)
+        sys.exit(1 if isinstance(error, _FAILURES) and not isinstance(error, HydraException) else 2)
     except TrainingStopped as stopped:
         print(stopped, file=sys.stderr)
         # As the shell reports a process that died of the signal.
@@ -91,13 +105,16 @@ def _run_of_a_sweep(cfg: DictConfig) -> None:
     try:
         _run(cfg)
     except Exception as error:
-        if os.environ.get("XLM_HF_TRACEBACK") or not isinstance(error, _MISTAKES):
+        if os.environ.get("XLM_HF_TRACEBACK") or not isinstance(error, (*_USAGE, *_FAILURES)):
             traceback.print_exc()
         write_text(folder / ERROR_FILE, f"{explain(error)}\n")
         print(f"Error: {folder.name}: {explain(error)}", file=sys.stderr)
 
 
 def _run(cfg: DictConfig) -> None:
+    for option, kind in _OPTIONS.items():
+        if option in cfg:
+            check_value(option, cfg[option], kind)
     translate_config(cfg)
     name = HydraConfig.get().job.config_name
     cfg.experiment = cfg.experiment or (f"{cfg.family}_{cfg.task.name}" if name == "config" else name)
@@ -105,8 +122,6 @@ def _run(cfg: DictConfig) -> None:
         apply_debug_options(cfg, HydraConfig.get().overrides.task)
     if cfg.num_threads is not None:
         torch.set_num_threads(cfg.num_threads)
-    if "seed" in cfg and not isinstance(cfg.seed, int):
-        raise ValueError(f"seed must be an integer and is {cfg.seed!r}.")
     names = (module.name for module in pkgutil.iter_modules(xlm_hf.commands.__path__))
     jobs = sorted(name for name in names if name not in _TOOLS and not name.startswith("_"))
     if cfg.job not in jobs:

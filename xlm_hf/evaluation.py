@@ -4,9 +4,9 @@ import inspect
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import numpy as np
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from xlm_hf.data import KeyedExamples, Mixture
 from xlm_hf.likelihoods import likelihood_metrics, text_counts
+from xlm_hf.modules.checked_options import Count, PositiveInt, checked
 from xlm_hf.modules.counter_random import random_bits
 from xlm_hf.tasks.tokenizers import decode_text
 
@@ -67,7 +68,32 @@ class EvaluationSet:
     training_set: Any = None
 
 
-def default_evaluation(kind: str, metrics: Sequence[Any] = (), num_samples: int = 0) -> list[dict[str, Any]]:
+@dataclass(kw_only=True)
+class EvaluationEntry:
+    """An evaluation set as a task's `evaluation` list writes it; what is not said here is said of `EvaluationSet`.
+
+    Attributes:
+        collator: the kind that it makes batches of, for prompts with `_prediction` behind it.
+        split: of the task, that holds the examples or, with `num_samples`, the references.
+        num_samples: how many examples without a prompt there are.
+    """
+
+    name: str
+    collator: str
+    stages: Sequence[Literal["validation", "test"]]
+    split: str | None = None
+    num_samples: PositiveInt | None = None
+    loss: bool = False
+    generate: bool = False
+    metrics: Sequence[str | Mapping[str, Any]] = ()
+    num_draws: PositiveInt = 1
+    prediction_fields: Sequence[str] | None = None
+
+
+@checked
+def default_evaluation(
+    kind: str, metrics: Sequence[str | Mapping[str, Any]] = (), num_samples: Count = 0
+) -> list[dict[str, Any]]:
     """The evaluation sets of a task that lists none: entries as in a task's `evaluation` list.
 
     Every kind has its loss on `validation` while training and on `test` after it. Of prompts and blanks both are also

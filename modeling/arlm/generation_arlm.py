@@ -2,7 +2,7 @@
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from transformers.cache_utils import Cache
@@ -16,6 +16,7 @@ from transformers.generation import (
     StoppingCriteriaList,
 )
 
+from xlm_hf.modules.checked_options import CheckedOptions, Count, Interval, PartialShare, Positive, PositiveInt, Share
 from xlm_hf.modules.counter_random import random_bits, uniform
 from xlm_hf.modules.edits import INSERT, EditLog
 from xlm_hf.modules.generation import GenerationOptionsMixin, left_align_padding, row_seeds
@@ -24,7 +25,7 @@ from xlm_hf.modules.messages import did_you_mean
 from xlm_hf.modules.token_sampling import sample_categorical
 
 
-class ARLMGenerationConfig(GenerationConfig):
+class ARLMGenerationConfig(CheckedOptions, GenerationConfig):
     """Options of `ARLMForCausalLM.generate`: those of transformers' `GenerationConfig`, and no others.
 
     Three differ from there: without `max_new_tokens` and `max_length` a sequence may fill the model's positions,
@@ -37,6 +38,46 @@ class ARLMGenerationConfig(GenerationConfig):
         ValueError: for an option that does not exist, naming the closest one, and for a value out of its range.
     """
 
+    max_new_tokens: PositiveInt | None
+    max_length: PositiveInt | None
+    min_length: Count | None
+    min_new_tokens: Count | None
+    early_stopping: bool | Literal["never"] | None
+    max_time: Positive | None
+    stop_strings: str | list[str] | None
+    do_sample: bool | None
+    num_beams: PositiveInt | None
+    num_return_sequences: PositiveInt | None
+    use_cache: bool | None
+    cache_implementation: str | None
+    temperature: Positive | None
+    top_k: Count | None
+    top_p: Share | None
+    min_p: Annotated[float, Interval("[0, 1]")] | None
+    top_h: Share | None
+    typical_p: Share | None
+    epsilon_cutoff: PartialShare | None
+    eta_cutoff: PartialShare | None
+    repetition_penalty: Positive | None
+    length_penalty: float | None
+    no_repeat_ngram_size: Count | None
+    bad_words_ids: list[list[int]] | None
+    renormalize_logits: bool | None
+    remove_invalid_values: bool | None
+    exponential_decay_length_penalty: tuple[float, float] | None
+    suppress_tokens: list[int] | None
+    begin_suppress_tokens: list[int] | None
+    guidance_scale: float | None
+    forced_bos_token_id: Count | None
+    forced_eos_token_id: Count | list[int] | None
+    pad_token_id: Count | None
+    bos_token_id: Count | None
+    eos_token_id: Count | list[int] | None
+    output_attentions: bool | None
+    output_hidden_states: bool | None
+    output_scores: bool | None
+    output_logits: bool | None
+    return_dict_in_generate: bool | None
     return_history: bool
 
     _metadata = ("_commit_hash", "_from_model_config", "transformers_version")
@@ -60,12 +101,9 @@ class ARLMGenerationConfig(GenerationConfig):
 
     def validate(self, strict: bool = False, user_set_attributes: set[str] | None = None) -> None:
         """Check every option; raises ValueError naming the option, its value and its range."""
+        self.check()
         # An option that the decoding at hand does not use, such as a temperature in greedy decoding, is no mistake.
         super().validate(user_set_attributes={"do_sample", "num_beams"})
-        if self.temperature is not None and self.temperature <= 0:
-            raise ValueError(f"temperature must be greater than 0 and is {self.temperature}.")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1] and is {self.top_p}.")
 
     @classmethod
     def from_model_config(cls, model_config) -> "ARLMGenerationConfig":

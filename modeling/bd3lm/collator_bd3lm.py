@@ -1,19 +1,17 @@
 """From examples to batches for block diffusion: two copies of each document, and the masks of each block."""
 
 import math
-from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from xlm_hf.modules.messages import did_you_mean
+from xlm_hf.modules.checked_options import Positive, PositiveInt
 from xlm_hf.objectives.collation import Documents, segment_numbers, segment_ranges, segment_starts, tensors
 from xlm_hf.objectives.collators import CanvasCollator, Entry
 from xlm_hf.objectives.corruption import bernoulli_masks, exact_masks, skewed_times
 from xlm_hf.objectives.head_operator import IGNORED_ID
-
-MASKINGS = ("exact", "bernoulli")
 
 
 class BD3LMCollator(CanvasCollator):
@@ -76,21 +74,17 @@ class BD3LMCollator(CanvasCollator):
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        max_length: int,
+        max_length: PositiveInt,
         kind: str,
         prediction: bool = False,
         seed: int = 0,
         packing: bool = False,
-        block_length: int = 4,
-        masking: str = "exact",
-        mask_beta: float | None = None,
-        mask_range: Sequence[float] | None = None,
+        block_length: PositiveInt = 4,
+        masking: Literal["exact", "bernoulli"] = "exact",
+        mask_beta: Positive | None = None,
+        mask_range: tuple[float, float] | None = None,
     ):
         super().__init__(tokenizer, max_length, kind, prediction, seed, packing)
-        if masking not in MASKINGS:
-            raise ValueError(f"masking {masking!r} does not exist: {did_you_mean(masking, MASKINGS)}")
-        if block_length < 1 or (mask_beta is not None and mask_beta <= 0):
-            raise ValueError(f"block_length ({block_length}) and mask_beta ({mask_beta}) must be greater than 0.")
         low, high = mask_range or (0.0, 1.0)
         if not 0 <= low < high <= 1:
             raise ValueError(f"mask_range must be 0 <= low < high <= 1 and is ({low}, {high}).")

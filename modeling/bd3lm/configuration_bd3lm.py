@@ -3,6 +3,7 @@
 from transformers.configuration_utils import strict
 
 from xlm_hf.modules.backbone_config import RotaryTransformerConfig
+from xlm_hf.modules.checked_options import Count, PositiveInt
 
 
 @strict
@@ -23,24 +24,15 @@ class BD3LMConfig(RotaryTransformerConfig):
         eos_token_id: ends the text on the canvas.
         suppress_tokens: ids that no sequence gets; their logits are -inf in training and in generation. `[EOS]` and
             `[PAD]` are exempt, since a canvas holds them, and `[MASK]` is added.
-
-    Raises:
-        ValueError: if `block_length` is less than 1.
     """
 
     model_type = "bd3lm"
 
-    block_length: int = 4
-    pad_token_id: int | None = 0
-    mask_token_id: int = 2
-    bos_token_id: int | None = 4
-    eos_token_id: int | None = 3
-    suppress_tokens: list[int] | None = None
-
-    def __post_init__(self, **kwargs):
-        super().__post_init__(**kwargs)
-        if self.block_length < 1:
-            raise ValueError(f"block_length is {self.block_length}: a block has at least 1 position.")
+    block_length: PositiveInt = 4
+    pad_token_id: Count | None = 0
+    mask_token_id: Count = 2
+    bos_token_id: Count | None = 4
+    eos_token_id: Count | None = 3
 
     @property
     def suppressed_ids(self) -> list[int]:

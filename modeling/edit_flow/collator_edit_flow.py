@@ -1,19 +1,18 @@
 """From examples to batches for edit flows: which edits have been made, and which remain."""
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from xlm_hf.modules.messages import did_you_mean
+from xlm_hf.modules.checked_options import PartialShare, Positive, PositiveInt
 from xlm_hf.objectives.alignment import BLANK, aligned, columns_of, random_columns
 from xlm_hf.objectives.collation import Documents, Examples, ragged, segment_numbers
 from xlm_hf.objectives.collators import Collator, Entry
 from xlm_hf.objectives.corruption import remaining_events
 from xlm_hf.objectives.head_operator import IGNORED_ID
 
-COUPLINGS = ("empty", "uniform", "source")
 NONE, KEPT, DELETED, SUBSTITUTED = range(-1, 3)  # what remains to be done to the token of a slot
 
 
@@ -87,22 +86,18 @@ class EditFlowCollator(Collator):
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        max_length: int,
+        max_length: PositiveInt,
         kind: str,
         prediction: bool = False,
         seed: int = 0,
         packing: bool = False,
-        coupling: str = "empty",
-        noise_length: int = 100,
-        drop_beta: float = 1.0,
-        condition_dropout: float = 0.0,
+        coupling: Literal["empty", "uniform", "source"] = "empty",
+        noise_length: PositiveInt = 100,
+        drop_beta: Positive = 1.0,
+        condition_dropout: PartialShare = 0.0,
     ):
         super().__init__(tokenizer, max_length, kind, prediction, seed, packing)
-        if coupling not in COUPLINGS:
-            raise ValueError(f"unknown coupling {coupling!r}: {did_you_mean(coupling, COUPLINGS)}")
-        if drop_beta <= 0:
-            raise ValueError(f"drop_beta must be greater than 0 and is {drop_beta}.")
-        self.drop_conditions(condition_dropout)
+        self.condition_dropout = condition_dropout
         self.coupling, self.noise_length, self.drop_beta = coupling, noise_length, drop_beta
 
     def training_batch(self, documents: Documents) -> dict[str, torch.Tensor]:

@@ -5,6 +5,7 @@ from typing import Any, Literal
 from transformers.configuration_utils import strict
 
 from xlm_hf.modules.backbone_config import RotaryTransformerConfig
+from xlm_hf.modules.checked_options import Count, PositiveInt
 from xlm_hf.modules.noise_schedules import make_schedule
 
 
@@ -36,13 +37,13 @@ class EditFlowConfig(RotaryTransformerConfig):
 
     model_type = "edit_flow"
 
-    pad_token_id: int | None = 0
-    cls_token_id: int = 1
-    bos_token_id: int | None = 4
-    eos_token_id: int | None = None
+    pad_token_id: Count | None = 0
+    cls_token_id: Count = 1
+    bos_token_id: Count | None = 4
+    eos_token_id: Count | None = None
     conditioning: Literal["none", "adaln", "token"] = "token"
     coupling: Literal["empty", "uniform", "source"] = "empty"
-    noise_length: int = 100
+    noise_length: PositiveInt = 100
     insertion_head: Literal["independent", "joint"] = "independent"
     noise_schedule: str | dict[str, Any] = "linear"
 

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch.nn.functional import pad
 
+from xlm_hf.modules.checked_options import PositiveInt
 from xlm_hf.modules.counter_random import uniform
 from xlm_hf.modules.edits import EditBuffer
 from xlm_hf.modules.generation import (
@@ -58,10 +59,7 @@ class TauLeapingSampler(Sampler):
         num_steps: steps from the beginning to the text; None means one for each token that a row may write.
     """
 
-    num_steps: int | None = None
-
-    def __post_init__(self):
-        self._check_positive("num_steps")
+    num_steps: PositiveInt | None = None
 
     def chosen(self, edits: torch.Tensor, now, then, seeds, step: int, do_sample: bool):
         """The edits of a step, from those that are expected in it.

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from xlm_hf.modules.checked_options import Positive, PositiveInt
 from xlm_hf.modules.noise_schedules import make_schedule
 from xlm_hf.objectives.collation import Documents, segment_numbers, segment_starts
 from xlm_hf.objectives.collators import Collator, Entry
@@ -72,18 +73,16 @@ class FlexMDMCollator(Collator):
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        max_length: int,
+        max_length: PositiveInt,
         kind: str,
         prediction: bool = False,
         seed: int = 0,
         packing: bool = False,
         insertion_schedule: str | Mapping[str, Any] = "linear",
         unmasking_schedule: str | Mapping[str, Any] = "linear",
-        noise_beta: float | None = None,
+        noise_beta: Positive | None = None,
     ):
         super().__init__(tokenizer, max_length, kind, prediction, seed, packing)
-        if noise_beta is not None and noise_beta <= 0:
-            raise ValueError(f"noise_beta must be greater than 0 and is {noise_beta}.")
         self.noise_beta = noise_beta
         self.insertion = make_schedule(insertion_schedule)
         self.unmasking = make_schedule(unmasking_schedule)

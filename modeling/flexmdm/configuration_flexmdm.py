@@ -5,6 +5,7 @@ from typing import Any, Literal
 from transformers.configuration_utils import strict
 
 from xlm_hf.modules.backbone_config import RotaryTransformerConfig
+from xlm_hf.modules.checked_options import Count, PositiveInt
 from xlm_hf.modules.noise_schedules import make_schedule
 
 
@@ -36,15 +37,15 @@ class FlexMDMConfig(RotaryTransformerConfig):
 
     model_type = "flexmdm"
 
-    pad_token_id: int | None = 0
-    mask_token_id: int = 2
-    bos_token_id: int | None = 4
-    eos_token_id: int | None = 3
+    pad_token_id: Count | None = 0
+    mask_token_id: Count = 2
+    bos_token_id: Count | None = 4
+    eos_token_id: Count | None = 3
     conditioning: Literal["none", "adaln", "token"] = "token"
     insertion_schedule: str | dict[str, Any] = "linear"
     unmasking_schedule: str | dict[str, Any] = "linear"
     gap_head: Literal["rate", "count", "distribution"] = "rate"
-    max_count: int | None = None
+    max_count: PositiveInt | None = None
     end_token: Literal["eos", "pad"] | None = None
 
     def __post_init__(self, **kwargs):

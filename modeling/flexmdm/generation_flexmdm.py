@@ -1,11 +1,12 @@
 """Generation by flexible masked diffusion: masks come into the gaps, and become tokens at times of their own."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch.nn.functional import pad
 
+from xlm_hf.modules.checked_options import PositiveInt
 from xlm_hf.modules.counter_random import uniform
 from xlm_hf.modules.devices import is_synchronous, rounded_up, shape_of_call, true_indices
 from xlm_hf.modules.edits import DELETE, EditBuffer, slots_of_counts
@@ -40,14 +41,9 @@ class TauLeapingSampler(Sampler):
             keep the times at which they turn into tokens. So the length is written first. None means all steps.
     """
 
-    num_steps: int | None = None
-    counts: str = "independent"
-    insertion_steps: int | None = None
-
-    def __post_init__(self):
-        self._check_positive("num_steps")
-        self._check_positive("insertion_steps")
-        self._check_choice("counts", ("independent", "rounded"))
+    num_steps: PositiveInt | None = None
+    counts: Literal["independent", "rounded"] = "independent"
+    insertion_steps: PositiveInt | None = None
 
     def candidates(self, masked: torch.Tensor, due: torch.Tensor) -> torch.Tensor:
         """Which of the masks (B, W) may become tokens, when those that are `due` (B, W) have had their time."""
@@ -68,11 +64,7 @@ class ConfidenceSampler(TauLeapingSampler):
         order: "confidence", the largest p1; "margin", the largest p1 - p2; "entropy", the smallest entropy.
     """
 
-    order: str = "confidence"
-
-    def __post_init__(self):
-        super().__post_init__()
-        self._check_choice("order", ("confidence", "margin", "entropy"))
+    order: Literal["confidence", "margin", "entropy"] = "confidence"
 
     def candidates(self, masked, due) -> torch.Tensor:
         """All masks of the rows in which any turns."""

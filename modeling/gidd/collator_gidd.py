@@ -1,9 +1,12 @@
 """From examples to batches for GIDD: the canvas, the time, the noise and the weights of the bound."""
 
+from typing import Annotated, Literal
+
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from xlm_hf.modules.checked_options import Interval, PartialShare, Positive, PositiveInt
 from xlm_hf.modules.messages import did_you_mean
 from xlm_hf.objectives.collation import Documents, segment_numbers
 from xlm_hf.objectives.collators import CanvasCollator, Entry
@@ -12,7 +15,6 @@ from xlm_hf.objectives.head_operator import IGNORED_ID
 
 from .kernel_gidd import MixedKernel
 
-LOSS_WEIGHTINGS = ("bound", "clip", "dynamic", "even", "denoising")
 # The largest weight of "clip".
 _MAX_WEIGHT = 2.0
 # Beyond this t the rate of the bound, which goes to 0, is taken to be 0; below 1, where alpha_t and U_t vanish.
@@ -95,27 +97,23 @@ class GIDDCollator(CanvasCollator):
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        max_length: int,
+        max_length: PositiveInt,
         kind: str,
         prediction: bool = False,
         seed: int = 0,
         packing: bool = False,
-        canvas_length: int | None = None,
-        condition_dropout: float = 0.0,
-        uniform_share: float = 0.2,
-        gamma: float = 1.0,
-        loss_weighting: str = "bound",
-        noise_beta: float | None = None,
+        canvas_length: PositiveInt | None = None,
+        condition_dropout: PartialShare = 0.0,
+        uniform_share: PartialShare = 0.2,
+        gamma: Annotated[float, Interval("(0, 2]")] = 1.0,
+        loss_weighting: Literal["bound", "clip", "dynamic", "even", "denoising"] = "bound",
+        noise_beta: Positive | None = None,
     ):
         super().__init__(tokenizer, max_length, kind, prediction, seed, packing, canvas_length, condition_dropout)
-        if loss_weighting not in LOSS_WEIGHTINGS:
+        if noise_beta is not None and loss_weighting == "bound":
             raise ValueError(
-                f"loss_weighting {loss_weighting!r} does not exist: {did_you_mean(loss_weighting, LOSS_WEIGHTINGS)}"
-            )
-        if noise_beta is not None and (noise_beta <= 0 or loss_weighting == "bound"):
-            raise ValueError(
-                f"noise_beta is {noise_beta} and loss_weighting {loss_weighting!r}: noise_beta must be greater than 0 "
-                "and chooses the times of another weighting than the bound's, such as 'dynamic'."
+                f"noise_beta is {noise_beta} and loss_weighting {loss_weighting!r}: noise_beta chooses the times of "
+                "another weighting than the bound's, such as 'dynamic'."
             )
         self.loss_weighting, self.noise_beta = loss_weighting, noise_beta
         self.kernel = MixedKernel(uniform_share=uniform_share, gamma=gamma)

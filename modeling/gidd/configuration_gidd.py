@@ -1,10 +1,11 @@
 """Configuration of the generalized interpolating discrete diffusion model (GIDD)."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from transformers.configuration_utils import strict
 
 from xlm_hf.modules.backbone_config import RotaryTransformerConfig
+from xlm_hf.modules.checked_options import Count, Interval, PartialShare
 from xlm_hf.modules.noise_schedules import make_schedule
 
 
@@ -37,22 +38,17 @@ class GIDDConfig(RotaryTransformerConfig):
 
     model_type = "gidd"
 
-    uniform_share: float = 0.2
-    gamma: float = 1.0
+    uniform_share: PartialShare = 0.2
+    gamma: Annotated[float, Interval("(0, 2]")] = 1.0
     noise_schedule: str | dict[str, Any] = "linear"
     conditioning: Literal["none", "adaln", "token"] = "adaln"
-    pad_token_id: int | None = 0
-    mask_token_id: int = 2
-    bos_token_id: int | None = 4
-    eos_token_id: int | None = 3
-    suppress_tokens: list[int] | None = None
+    pad_token_id: Count | None = 0
+    mask_token_id: Count = 2
+    bos_token_id: Count | None = 4
+    eos_token_id: Count | None = 3
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        if not 0 <= self.uniform_share < 1:
-            raise ValueError(f"uniform_share must be in [0, 1) and is {self.uniform_share}.")
-        if not 0 < self.gamma <= 2:
-            raise ValueError(f"gamma must be in (0, 2] and is {self.gamma}.")
         if not make_schedule(self.noise_schedule).is_whole():
             raise ValueError(
                 f"noise_schedule {self.noise_schedule!r} does not run from data (alpha 1) to pure noise (alpha 0), "

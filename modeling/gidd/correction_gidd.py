@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from xlm_hf.modules.canvas import MaskedCanvas
+from xlm_hf.modules.checked_options import Positive, PositiveInt, Share
 from xlm_hf.modules.devices import shape_of_call, true_indices
 from xlm_hf.modules.generation import GenerationCall
 from xlm_hf.modules.kernel_samplers import TOKEN, KernelSampler
@@ -35,17 +36,12 @@ class SelfCorrectionSampler(KernelSampler):
             most probable tokens are drawn.
     """
 
-    correction_rounds: int = 128
-    correction_patience: int = 32
-    correction_time: float = 0.01
-    correction_temperature: float = 0.1
+    correction_rounds: PositiveInt = 128
+    correction_patience: PositiveInt = 32
+    correction_time: Share = 0.01
+    correction_temperature: Positive = 0.1
 
     takes_all_steps: ClassVar[bool] = False
-
-    def __post_init__(self):
-        super().__post_init__()
-        self._check_positive("correction_rounds", "correction_patience", "correction_temperature")
-        self._check_probability("correction_time")
 
     def open(self, process: CanvasProcess) -> None:
         """Begin with the corrections where a text stands."""

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from xlm_hf.modules.checked_options import Positive, PositiveInt
 from xlm_hf.objectives.collation import Documents, random_subset, segment_numbers, segment_starts
 from xlm_hf.objectives.collators import Collator, Entry
 from xlm_hf.objectives.head_operator import IGNORED_ID
@@ -58,16 +59,14 @@ class ILMCollator(Collator):
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        max_length: int,
+        max_length: PositiveInt,
         kind: str,
         prediction: bool = False,
         seed: int = 0,
         packing: bool = False,
-        drop_beta: float = 1.0,
+        drop_beta: Positive = 1.0,
     ):
         super().__init__(tokenizer, max_length, kind, prediction, seed, packing)
-        if drop_beta <= 0:
-            raise ValueError(f"drop_beta must be greater than 0 and is {drop_beta}.")
         self.drop_beta = drop_beta
 
     def training_batch(self, documents: Documents) -> dict[str, torch.Tensor]:

@@ -3,6 +3,7 @@
 from transformers.configuration_utils import strict
 
 from xlm_hf.modules.backbone_config import RotaryTransformerConfig
+from xlm_hf.modules.checked_options import Count
 
 
 @strict
@@ -25,9 +26,8 @@ class ILMConfig(RotaryTransformerConfig):
 
     model_type = "ilm"
 
-    pad_token_id: int | None = 0
-    cls_token_id: int = 1
-    bos_token_id: int | None = 4
-    eos_token_id: int | None = None
-    suppress_tokens: list[int] | None = None
-    num_missing_classes: int = 2
+    pad_token_id: Count | None = 0
+    cls_token_id: Count = 1
+    bos_token_id: Count | None = 4
+    eos_token_id: Count | None = None
+    num_missing_classes: Count = 2

@@ -1,9 +1,10 @@
 """Generation by insertion: choose a slot and a token, insert, and ask whether to stop."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from xlm_hf.modules.checked_options import Positive, PositiveInt, Share
 from xlm_hf.modules.counter_random import uniform
 from xlm_hf.modules.edits import EditBuffer
 from xlm_hf.modules.generation import (
@@ -35,21 +36,13 @@ class ILMGenerationConfig(NonAutoregressiveGenerationConfig):
             is used up.
     """
 
-    sampling_method: str = "joint"
-    slot_temperature: float = 1.0
-    slot_top_k: int | None = None
-    slot_top_p: float | None = None
-    insertions_per_step: int = 1
-    stopping: str = "threshold"
-    stopping_threshold: float | None = 0.5
-
-    def validate(self, strict: bool = False, user_set_attributes: set[str] | None = None) -> None:
-        """Check every option; raises ValueError naming the option, its value and its range."""
-        super().validate()
-        self._check_choice("sampling_method", ("joint", "two_stage"))
-        self._check_choice("stopping", ("threshold", "sample"))
-        self._check_positive("slot_temperature", "slot_top_k", "insertions_per_step")
-        self._check_probability("slot_top_p", "stopping_threshold")
+    sampling_method: Literal["joint", "two_stage"] = "joint"
+    slot_temperature: Positive = 1.0
+    slot_top_k: PositiveInt | None = None
+    slot_top_p: Share | None = None
+    insertions_per_step: PositiveInt = 1
+    stopping: Literal["threshold", "sample"] = "threshold"
+    stopping_threshold: Share | None = 0.5
 
 
 class ILMGenerationMixin(NonAutoregressiveGenerationMixin):

@@ -1,10 +1,12 @@
 """The training objective of the insertion language model, on sparse targets."""
 
 from functools import partial
+from typing import Annotated
 
 import torch
 from torch import nn
 
+from xlm_hf.modules.checked_options import Interval, NotNegative, checked
 from xlm_hf.objectives.head_operator import linear_cross_entropy
 from xlm_hf.objectives.loss_output import LossOutput, model_inputs
 
@@ -37,7 +39,12 @@ class ILMLoss:
             stopping head has more classes, the class is min(n, num_missing_classes - 1).
     """
 
-    def __init__(self, stop_loss_weight: float = 1.0, stop_class_weights: tuple[float, float] | None = None):
+    @checked
+    def __init__(
+        self,
+        stop_loss_weight: NotNegative = 1.0,
+        stop_class_weights: Annotated[tuple[float, float], Interval("[0, inf)")] | None = None,
+    ):
         self.stop_loss_weight = stop_loss_weight
         self.stop_class_weights = stop_class_weights
 

@@ -1,20 +1,18 @@
 """From examples to batches for the masked diffusion language model: the canvas, the time and the masks."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from xlm_hf.modules.messages import did_you_mean
+from xlm_hf.modules.checked_options import PartialShare, Positive, PositiveInt
 from xlm_hf.modules.noise_schedules import make_schedule
 from xlm_hf.objectives.collation import Documents, segment_numbers
 from xlm_hf.objectives.collators import CanvasCollator, Entry
 from xlm_hf.objectives.corruption import bernoulli_masks, exact_masks, schedule_at, skewed_times
 from xlm_hf.objectives.head_operator import IGNORED_ID
-
-MASKINGS = ("exact", "bernoulli")
 
 
 class MDLMCollator(CanvasCollator):
@@ -71,22 +69,18 @@ class MDLMCollator(CanvasCollator):
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        max_length: int,
+        max_length: PositiveInt,
         kind: str,
         prediction: bool = False,
         seed: int = 0,
         packing: bool = False,
-        canvas_length: int | None = None,
-        condition_dropout: float = 0.0,
-        masking: str = "exact",
+        canvas_length: PositiveInt | None = None,
+        condition_dropout: PartialShare = 0.0,
+        masking: Literal["exact", "bernoulli"] = "exact",
         noise_schedule: str | Mapping[str, Any] = "log_linear",
-        mask_beta: float | None = None,
+        mask_beta: Positive | None = None,
     ):
         super().__init__(tokenizer, max_length, kind, prediction, seed, packing, canvas_length, condition_dropout)
-        if mask_beta is not None and mask_beta <= 0:
-            raise ValueError(f"mask_beta must be greater than 0 and is {mask_beta}.")
-        if masking not in MASKINGS:
-            raise ValueError(f"masking {masking!r} does not exist: {did_you_mean(masking, MASKINGS)}")
         self.masking = masking
         self.mask_beta = mask_beta
         self.schedule = make_schedule(noise_schedule)

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from xlm_hf.modules.checked_options import Count, Positive, PositiveInt
 from xlm_hf.objectives.collation import Documents, Examples, Rows, segment_numbers
 from xlm_hf.objectives.collators import CanvasCollator, Entry
 from xlm_hf.objectives.corruption import bernoulli_masks, exact_masks
@@ -66,18 +67,16 @@ class MLMCollator(CanvasCollator):
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        max_length: int,
+        max_length: PositiveInt,
         kind: str,
         prediction: bool = False,
         seed: int = 0,
         packing: bool = False,
-        canvas_length: int | None = None,
-        mask_beta: float = 1.0,
-        max_canvas_length: int | None = None,
+        canvas_length: PositiveInt | None = None,
+        mask_beta: Positive = 1.0,
+        max_canvas_length: Count | None = None,
     ):
         super().__init__(tokenizer, max_length, kind, prediction, seed, packing, canvas_length)
-        if mask_beta <= 0:
-            raise ValueError(f"mask_beta must be greater than 0 and is {mask_beta}.")
         if canvas_length is not None and max_canvas_length is not None:
             raise ValueError(
                 f"The length of a canvas is either predicted (max_canvas_length, here {max_canvas_length}) or fixed "

@@ -3,6 +3,7 @@
 from transformers.configuration_utils import strict
 
 from xlm_hf.modules.backbone_config import RotaryTransformerConfig
+from xlm_hf.modules.checked_options import Count
 
 
 @strict
@@ -29,19 +30,16 @@ class MLMConfig(RotaryTransformerConfig):
 
     model_type = "mlm"
 
-    pad_token_id: int | None = 0
-    mask_token_id: int = 2
-    eos_token_id: int | None = 3
-    bos_token_id: int | None = 4
-    suppress_tokens: list[int] | None = None
-    max_canvas_length: int | None = None
+    pad_token_id: Count | None = 0
+    mask_token_id: Count = 2
+    eos_token_id: Count | None = 3
+    bos_token_id: Count | None = 4
+    max_canvas_length: Count | None = None
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         if self.max_canvas_length is None:
             return
-        if self.max_canvas_length < 0:
-            raise ValueError(f"max_canvas_length must be at least 0 and is {self.max_canvas_length}.")
         if self.bos_token_id in (None, self.pad_token_id, self.eos_token_id, self.mask_token_id):
             raise ValueError(
                 f"A length is read at [BOS], which needs an id of its own, and bos_token_id is {self.bos_token_id}: "

@@ -1,20 +1,18 @@
 """From examples to batches for score entropy diffusion: the canvas, the time, and masks or noise."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from xlm_hf.modules.messages import did_you_mean
+from xlm_hf.modules.checked_options import PartialShare, Positive, PositiveInt
 from xlm_hf.modules.noise_schedules import make_schedule
 from xlm_hf.objectives.collation import Documents, segment_numbers
 from xlm_hf.objectives.collators import CanvasCollator, Entry
 from xlm_hf.objectives.corruption import bernoulli_masks, exact_masks, exact_noise, mixed_noise, skewed_times
 from xlm_hf.objectives.head_operator import IGNORED_ID
-
-KERNELS = ("absorb", "uniform")
 
 
 class SEDDCollator(CanvasCollator):
@@ -67,22 +65,18 @@ class SEDDCollator(CanvasCollator):
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        max_length: int,
+        max_length: PositiveInt,
         kind: str,
         prediction: bool = False,
         seed: int = 0,
         packing: bool = False,
-        canvas_length: int | None = None,
-        condition_dropout: float = 0.0,
-        kernel: str = "absorb",
+        canvas_length: PositiveInt | None = None,
+        condition_dropout: PartialShare = 0.0,
+        kernel: Literal["absorb", "uniform"] = "absorb",
         noise_schedule: str | Mapping[str, Any] = "log_linear",
-        noise_beta: float | None = None,
+        noise_beta: Positive | None = None,
     ):
         super().__init__(tokenizer, max_length, kind, prediction, seed, packing, canvas_length, condition_dropout)
-        if kernel not in KERNELS:
-            raise ValueError(f"kernel {kernel!r} does not exist: {did_you_mean(kernel, KERNELS)}")
-        if noise_beta is not None and noise_beta <= 0:
-            raise ValueError(f"noise_beta must be greater than 0 and is {noise_beta}.")
         if not make_schedule(noise_schedule).is_whole():
             raise ValueError(
                 f"noise_schedule {noise_schedule!r} does not run from data (alpha 1) to pure noise (alpha 0), and what "

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from xlm_hf.modules.checked_options import PositiveInt
 from xlm_hf.modules.generation import GenerationCall, NonAutoregressiveGenerationConfig, Sampler
 from xlm_hf.modules.kernel_samplers import KernelProcess, Move
 from xlm_hf.modules.kernels import Kernel, Shares, UniformKernel
@@ -93,15 +94,12 @@ class ScoreSampler(Sampler):
         num_steps: steps from noise to text, each of one forward pass; None means one for each position.
     """
 
-    num_steps: int | None = None
+    num_steps: PositiveInt | None = None
 
     block_length: ClassVar[int | None] = None
     writes_behind_the_end: ClassVar[bool] = True
     takes_all_steps: ClassVar[bool] = True
     is_exact: ClassVar[bool] = True
-
-    def __post_init__(self):
-        self._check_positive("num_steps")
 
     def open(self, process: Any) -> None:
         """Nothing is prepared: the first step begins with noise."""

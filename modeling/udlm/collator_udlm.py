@@ -1,13 +1,13 @@
 """From examples to batches for uniform diffusion: the canvas, the time and the noise."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from xlm_hf.modules.messages import check_arguments, did_you_mean
+from xlm_hf.modules.checked_options import PartialShare, Positive, PositiveInt, check_arguments
 from xlm_hf.modules.noise_schedules import make_schedule
 from xlm_hf.objectives.collation import Documents, segment_numbers
 from xlm_hf.objectives.collators import CanvasCollator, Entry
@@ -16,10 +16,8 @@ from xlm_hf.objectives.head_operator import IGNORED_ID
 
 from .curriculum_udlm import uniform_noise
 
-NOISINGS = ("exact", "bernoulli")
 
-
-def published_curriculum(gamma_min: float = -3.55, gamma_max: float = -1.85, temperature: float = 1e-3) -> dict:
+def published_curriculum(gamma_min: float = -3.55, gamma_max: float = -1.85, temperature: Positive = 1e-3) -> dict:
     """The options of the curriculum by name; by default those published for OpenWebText (arXiv 2506.10892)."""
     return {"gamma_min": gamma_min, "gamma_max": gamma_max, "temperature": temperature}
 
@@ -82,23 +80,19 @@ class UDLMCollator(CanvasCollator):
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        max_length: int,
+        max_length: PositiveInt,
         kind: str,
         prediction: bool = False,
         seed: int = 0,
         packing: bool = False,
-        canvas_length: int | None = None,
-        condition_dropout: float = 0.0,
+        canvas_length: PositiveInt | None = None,
+        condition_dropout: PartialShare = 0.0,
         noise_schedule: str | Mapping[str, Any] = "log_linear",
-        noising: str = "exact",
-        noise_beta: float | None = None,
+        noising: Literal["exact", "bernoulli"] = "exact",
+        noise_beta: Positive | None = None,
         curriculum: Mapping[str, float] | None = None,
     ):
         super().__init__(tokenizer, max_length, kind, prediction, seed, packing, canvas_length, condition_dropout)
-        if noising not in NOISINGS:
-            raise ValueError(f"noising {noising!r} does not exist: {did_you_mean(noising, NOISINGS)}")
-        if noise_beta is not None and noise_beta <= 0:
-            raise ValueError(f"noise_beta must be greater than 0 and is {noise_beta}.")
         if noise_beta is not None and curriculum is not None:
             raise ValueError("noise_beta and curriculum are two objectives of training: set one of them to null.")
         self.noising, self.noise_beta = noising, noise_beta

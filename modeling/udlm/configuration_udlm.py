@@ -1,10 +1,11 @@
 """Configuration of the uniform diffusion language model (UDLM)."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from transformers.configuration_utils import strict
 
 from xlm_hf.modules.backbone_config import RotaryTransformerConfig
+from xlm_hf.modules.checked_options import Count, Interval
 from xlm_hf.modules.noise_schedules import make_schedule
 
 
@@ -43,12 +44,11 @@ class UDLMConfig(RotaryTransformerConfig):
     prediction_type: Literal["leave_one_out", "denoiser"] = "leave_one_out"
     conditioning: Literal["none", "adaln", "token"] = "adaln"
     time_conditioning: bool = True
-    noise_eps: float = 1e-3
-    pad_token_id: int | None = 0
-    mask_token_id: int = 2
-    bos_token_id: int | None = 4
-    eos_token_id: int | None = 3
-    suppress_tokens: list[int] | None = None
+    noise_eps: Annotated[float, Interval("(0, 1)")] = 1e-3
+    pad_token_id: Count | None = 0
+    mask_token_id: Count = 2
+    bos_token_id: Count | None = 4
+    eos_token_id: Count | None = 3
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)

@@ -79,7 +79,7 @@ def test_every_family_can_be_the_start(tmp_path, family):
 )
 def test_a_mistake_ends_in_one_sentence(tmp_path, arguments, sentence):
     result = xlm_hf("scaffold", *arguments, cwd=tmp_path)
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert sentence in result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert not list(tmp_path.iterdir())

@@ -63,18 +63,20 @@ def trained(run, folder):
 
 
 CALLS = """
-import json, os, sys
+import contextlib, io, json, os, sys
 from xlm_hf.cli import main
 
 endings = []
 for arguments in json.loads(sys.argv[1]):
     os.environ["HF_TOKEN"] = "" if "HF_TOKEN=" in arguments else "hf_loopback"
     sys.argv = ["run_xlm.py", *(argument for argument in arguments if argument != "HF_TOKEN=")]
+    errors = io.StringIO()
     try:
-        main()
+        with contextlib.redirect_stderr(errors):
+            main()
         endings.append("0")
-    except SystemExit as ending:
-        endings.append(ending.code)
+    except SystemExit:
+        endings.append(errors.getvalue().strip().splitlines()[-1])
 print(json.dumps(endings))
 """
 

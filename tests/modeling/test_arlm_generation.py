@@ -275,7 +275,7 @@ def test_streamer_processors_and_criteria_are_those_of_transformers():
         ({"inputs_embeds": torch.zeros(1, 2, 32)}, "no option 'inputs_embeds'"),
         ({"temperature": 0.0}, "temperature must be greater than 0 and is 0.0"),
         ({"top_p": 1.5}, r"top_p must be in \(0, 1\] and is 1.5"),
-        ({"max_new_tokens": 0}, "`max_new_tokens` must be greater than 0, but is 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1 and is 0"),
         ({"max_new_tokens": 30}, "max_new_tokens is 30, but a prompt of 4 tokens leaves 28 of the model's 32"),
         ({"max_length": 4}, "max_length is 4 and the prompt has 4 tokens"),
         ({"seed": [1, 2]}, "seed has 2 entries for 1 rows"),

@@ -118,8 +118,8 @@ def test_state_of_a_document_is_a_function_of_its_own():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"masking": "exakt"}, "masking 'exakt' does not exist"),
-        ({"block_length": 0}, r"block_length \(0\) and mask_beta \(None\) must be greater than 0"),
+        ({"masking": "exakt"}, "masking must be one of exact, bernoulli and is 'exakt'"),
+        ({"block_length": 0}, r"block_length must be at least 1 and is 0"),
         ({"mask_range": (0.8, 0.3)}, r"mask_range must be 0 <= low < high <= 1 and is \(0.8, 0.3\)"),
         ({"mask_range": (0.3, 0.8), "mask_beta": 2.0}, "set one of them to None"),
     ],

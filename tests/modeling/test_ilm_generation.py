@@ -237,7 +237,7 @@ def test_streamer_and_logits_processor_see_every_step():
         ({"stopping": "draw"}, "stopping must be one of threshold, sample and is 'draw'"),
         # The prompt of a family without [CLS].
         ({"input_ids": torch.tensor([[8, 9, BOS]])}, "none has these tokens"),
-        ({"insertions_per_step": 0}, "insertions_per_step must be greater than 0"),
+        ({"insertions_per_step": 0}, "insertions_per_step must be at least 1 and is 0"),
         ({"max_new_tokens": 30}, "max_new_tokens is 30, but a prompt of 5 tokens leaves 19 of the model's 24"),
         ({"max_length": 5}, "max_length is 5 and the prompt has 5 tokens"),
         ({"seed": [1, 2]}, "seed has 2 entries for 1 rows"),

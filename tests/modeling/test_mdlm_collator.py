@@ -176,7 +176,7 @@ def test_prediction_batches_are_padded_on_the_left():
         ({"prompt_ids": [8] * 40}, {}, "has 42 tokens with .* the model has 32 positions"),
         ({"target_ids": [8] * 5}, {"canvas_length": 4}, "A target has 5 tokens and the canvas 4 positions"),
         ({"target_ids": [8, MASK]}, {}, "holds the special token 2, which this model never writes"),
-        ({}, {"masking": "exakt"}, "masking 'exakt' does not exist: did you mean 'exact'"),
+        ({}, {"masking": "exakt"}, "masking must be one of exact, bernoulli and is 'exakt'"),
         ({}, {"mask_beta": 0.0}, r"mask_beta must be greater than 0 and is 0\.0"),
         ({}, {"noise_schedule": "cosin"}, "noise_schedule 'cosin' does not exist: did you mean 'cosine'"),
         ({}, {"noise_schedule": {"name": "log_linear", "eps": 1e-3}}, "does not run from data .* to pure noise"),

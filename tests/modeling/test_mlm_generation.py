@@ -191,7 +191,7 @@ def test_streamer_and_logits_processor_are_called_as_transformers_does():
     [
         ({"ordr": "random"}, "no option 'ordr': did you mean 'order'"),
         ({"order": "left"}, "order must be one of random, confidence, margin, entropy and is 'left'"),
-        ({"num_steps": 0}, "num_steps must be greater than 0 and is 0"),
+        ({"num_steps": 0}, "num_steps must be at least 1 and is 0"),
         ({"entropy_bound": -1.0}, "entropy_bound must be at least 0 and is -1.0"),
         ({"error_bound": -0.1}, "error_bound must be at least 0 and is -0.1"),
         ({"confidence_threshold": 1.5}, r"confidence_threshold must be in \(0, 1\] and is 1.5"),

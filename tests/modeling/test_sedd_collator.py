@@ -98,7 +98,7 @@ def test_in_infilling_blanks_alone_are_corrupted(kernel):
     ("change", "options", "message"),
     [
         ({"target_ids": [8, MASK]}, {}, "holds the special token 2, which this model never writes"),
-        ({}, {"kernel": "absorbing"}, "kernel 'absorbing' does not exist: did you mean 'absorb'"),
+        ({}, {"kernel": "absorbing"}, "kernel must be one of absorb, uniform and is 'absorbing'"),
         ({}, {"noise_beta": 0.0}, r"noise_beta must be greater than 0 and is 0\.0"),
         ({}, {"noise_schedule": "geometric"}, "does not run from data .* to pure noise"),
     ],

@@ -169,7 +169,7 @@ def test_prediction_batches_are_padded_on_the_left():
     [
         ({"target_ids": [V]}, {}, f"Token id {V} is outside the vocabulary of {V}"),
         ({"target_ids": [8, MASK]}, {}, "holds the special token 2, which this model never writes"),
-        ({}, {"noising": "exakt"}, "noising 'exakt' does not exist: did you mean 'exact'"),
+        ({}, {"noising": "exakt"}, "noising must be one of exact, bernoulli and is 'exakt'"),
         ({}, {"noise_beta": -1.0}, r"noise_beta must be greater than 0 and is -1\.0"),
         ({}, {"noise_beta": 2.0, "curriculum": {}}, "are two objectives of training"),
         ({}, {"curriculum": {"gama_min": -3}}, "gama_min.*did you mean 'gamma_min'"),

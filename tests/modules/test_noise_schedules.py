@@ -68,7 +68,7 @@ def test_hazards_stay_precise_at_the_smallest_times(name):
         ("cosin", "noise_schedule 'cosin' does not exist: did you mean 'cosine'"),
         ({"name": "polynomial", "pover": 2}, "noise_schedule 'polynomial' has no option 'pover': did you mean 'power'"),
         ({"name": "polynomial", "power": 0}, "power must be greater than 0 and is 0"),
-        ({"name": "log_linear", "eps": "x"}, "eps must be a number and is 'x'"),
+        ({"name": "log_linear", "eps": "x"}, "eps must be a finite number and is 'x'"),
         ({"name": "geometric", "sigma_min": 30.0}, r"sigma_min must be in \(0, sigma_max = 20.0\) and is 30.0"),
         ({"name": "clipped", "low": 0.8, "high": 0.3}, "0 <= low < high <= 1; they are 0.8 and 0.3"),
         ({"power": 2}, "noise_schedule 'None' does not exist"),

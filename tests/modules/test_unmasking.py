@@ -1,12 +1,13 @@
 import math
 from collections import Counter
+from typing import get_args
 
 import pytest
 import torch
 from scipy.stats import chisquare
 
 from xlm_hf.modules.unmasking import (
-    ORDERS,
+    Order,
     commit_bounded,
     commit_confident,
     commit_ranks,
@@ -111,7 +112,7 @@ def test_orders_rank_by_their_statistic():
         order: commit_ranks(
             order_scores(order, statistics.__getitem__, torch.tensor([0]), torch.arange(3)[None]), everywhere
         ).tolist()
-        for order in ORDERS
+        for order in get_args(Order)
     }
     assert ranks["confidence"] == [[1, 0, 2]]
     assert ranks["margin"] == [[0, 2, 1]]

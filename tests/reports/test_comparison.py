@@ -46,7 +46,8 @@ def call(folder, monkeypatch, capsys, *overrides):
         main()
     except SystemExit as stopped:
         sentence = stopped.code
-    return capsys.readouterr().out, sentence
+    out, err = capsys.readouterr()
+    return out, err.strip().splitlines()[-1] if sentence == 2 else sentence
 
 
 def metrics_of(folder):

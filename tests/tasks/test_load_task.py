@@ -188,7 +188,7 @@ def test_a_callable_of_the_users_own(own_module):
         ("star_easy", {"num_trian": 3}, r"Task 'star_easy' has no option 'num_trian': did you mean 'num_train'\?"),
         ("star_easy", {"evaluation": []}, r"Task 'star_easy' has no option 'evaluation'"),
         ({"_target_": "own_module.own_task", "word": [1]}, {}, r"Task .* has no option 'word': did you mean 'words'\?"),
-        ({"_target_": "own_module.own_task"}, {}, r"task 'own_module.own_task' needs a value for 'words'"),
+        ({"_target_": "own_module.own_task"}, {}, r"Task 'own_module.own_task' needs a value for 'words'"),
         ({"_target_": "own_module.own_task", "words": "???"}, {}, r"needs a value for 'words'"),
         ({"words": [1]}, {}, r"a task given as a mapping needs `_target_`.* only the keys \['words'\]"),
         ({"_target_": "own_module.missing"}, {}, r"target 'own_module.missing' cannot be imported"),

@@ -128,7 +128,7 @@ def test_blanks_make_it_infilling(folder, tmp_path):
 
 @pytest.mark.parametrize("longest", [(10, 10), (10, 0)])
 def test_lengths_that_leave_nothing_are_refused(longest, folder, tmp_path):
-    with pytest.raises(ValueError, match=r"max_target_length=.* must be at least 1 and below max_length=10"):
+    with pytest.raises(ValueError, match=r"max_target_length.* must be at least 1"):
         load(folder, tmp_path, max_length=longest[0], max_target_length=longest[1])
 
 

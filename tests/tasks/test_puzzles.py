@@ -297,7 +297,7 @@ def test_sorting_and_addition():
         ("graph_colouring", {"num_edges": 49}, "num_edges=49 must be from 1 to 48"),
         ("maze", {"num_loops": 17}, "num_loops from 0 to 16"),
         ("addition", {"num_digits": 1, "num_train": 100}, "104 puzzles .* only 100 different ones were found"),
-        ("sorting", {"num_test": 0}, "num_test=0 must be at least 1"),
+        ("sorting", {"num_test": 0}, "num_test must be at least 1 and is 0"),
         ("sorting", {"lenght": 3}, "Task 'sorting' has no option 'lenght': did you mean 'length'"),
     ],
 )

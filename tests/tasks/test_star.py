@@ -454,13 +454,13 @@ def test_tokenizer_round_trip_without_a_warning(tmp_path):
     [
         ({"num_labels": 6}, r"num_labels=6 is too few for 2 arms of up to 4 nodes .* need 7 labels: raise num_labels"),
         ({"min_plan_length": 3}, r"min_plan_length=3 does not fit in an arm of 3 nodes.*lower it to 2 or raise"),
-        ({"min_plan_length": 0}, r"min_plan_length=0 must be an int of at least 1"),
-        ({"max_arm_length": 2}, r"max_arm_length=2 must be an int of at least 3"),
-        ({"degree": 0}, r"degree=0 must be an int of at least 1"),
-        ({"num_test": 0}, r"num_test=0 must be an int of at least 1"),
-        ({"num_train": 1e3}, r"num_train=1000.0 must be an int of at least 1"),
-        ({"seed": -1}, r"seed=-1 must be an int of at least 0"),
-        ({"path_format": "node"}, r"unknown path_format 'node': did you mean 'nodes'\?"),
+        ({"min_plan_length": 0}, r"min_plan_length must be at least 1 and is 0"),
+        ({"max_arm_length": 2}, r"max_arm_length=2 must be at least min_arm_length=3"),
+        ({"degree": 0}, r"degree must be at least 1 and is 0"),
+        ({"num_test": 0}, r"num_test must be at least 1 and is 0"),
+        ({"num_train": 1e3}, r"num_train must be an integer and is 1000.0"),
+        ({"seed": -1}, r"seed must be at least 0 and is -1"),
+        ({"path_format": "node"}, r"path_format must be one of edges, nodes and is 'node'"),
     ],
 )
 def test_impossible_settings_are_refused_before_any_work(changes, message, tmp_path):

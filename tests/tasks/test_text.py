@@ -428,7 +428,7 @@ def test_a_python_function(own_data, tmp_path):
         ("missing.txt", {}, r"there is no file or folder 'missing.txt': name one .* a Hub id .* or a Python function"),
         ("own_data:nothing", {}, r"the function 'own_data:nothing' cannot be imported"),
         ("own_data:number", {}, r"own_data:number returned a int: a data function returns"),
-        ("own_data:texts", {"protocol": "pakced"}, r"unknown protocol 'pakced': did you mean 'packed'\?"),
+        ("own_data:texts", {"protocol": "pakced"}, r"protocol must be one of sentence, packed and is 'pakced'"),
         ("own_data:texts", {"detokenizer": "lm1"}, r"unknown detokenizer 'lm1': did you mean 'lm1b'\?"),
         ("own_data:texts", {"text_column": "txt"}, r"the tokenizer '/no/such' cannot be loaded"),
         ("own_data:dataset", {"text_column": "txt"}, r"split 'train' has no column 'txt': did you mean 'text'\?"),
@@ -437,7 +437,7 @@ def test_a_python_function(own_data, tmp_path):
             {"test_fraction": 0.99},
             r"50 documents with text are too few to draw the sets validation, test from",
         ),
-        ("own_data:texts", {"max_length": 0}, r"max_length=0 must be at least 1"),
+        ("own_data:texts", {"max_length": 0}, r"max_length must be at least 1 and is 0"),
     ],
 )
 def test_mistakes_end_in_one_sentence(path, options, message, own_data, tmp_path):

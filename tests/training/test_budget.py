@@ -102,8 +102,8 @@ def test_early_stopping_lets_a_run_that_improves_go_on(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        (["budget.tokens=0"], "budget.tokens must be greater than 0 and is 0."),
-        (["budget.seconds=-1"], "budget.seconds must be greater than 0 and is -1."),
+        (["budget.tokens=0"], "budget: tokens must be greater than 0 and is 0."),
+        (["budget.seconds=-1"], "budget: seconds must be greater than 0 and is -1."),
         (["early_stopping.patience=0"], "early_stopping.patience must be at least 1, .*; it is 0."),
         (
             ["early_stopping.patience=1", "trainer.eval_strategy=no"],

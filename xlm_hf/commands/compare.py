@@ -68,9 +68,9 @@ def run(cfg: DictConfig) -> None:
         failures = [*itertools.chain(*pool.map(lambda cell: run_cell(cell, launcher), cells))]
     write_comparison(cells, output_dir, options["quality"])
     if failures:
-        raise ValueError(
-            f"{len(failures)} of the runs failed ({', '.join(failures)}), their last lines are above: the same command "
-            "tries them again and keeps the others."
+        sys.exit(
+            f"Error: {len(failures)} of the runs failed ({', '.join(failures)}), their last lines are above: the same "
+            "command tries them again and keeps the others."
         )
 
 

@@ -1,14 +1,41 @@
 """The configuration of the backbone, which every family's extends."""
 
-from typing import Any, ClassVar, Literal
+from dataclasses import fields
+from typing import Annotated, Any, ClassVar, Literal
 
 from transformers import AutoConfig
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig, strict
 
+from .checked_options import (
+    CheckedOptions,
+    Count,
+    Interval,
+    NotNegative,
+    PartialShare,
+    Positive,
+    PositiveInt,
+    annotations_of,
+)
+
+
+class CheckedConfig(CheckedOptions, PreTrainedConfig):
+    """A configuration whose options are checked by their annotations whenever they are set."""
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        for option in fields(cls):
+            if option.name in annotations_of(cls):
+                # Of annotations with a range `strict` knows nothing.
+                option.type = Any
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self.check(**{name: value})
+        super().__setattr__(name, value)
+
 
 @strict
-class RotaryTransformerConfig(PreTrainedConfig):
+class RotaryTransformerConfig(CheckedConfig):
     """Architecture of the backbone, inherited by the configuration of every family.
 
     Attributes:
@@ -62,36 +89,36 @@ class RotaryTransformerConfig(PreTrainedConfig):
             of a head is odd; if nothing encodes the positions; or if the conditioning does not fit the backbone.
     """
 
-    vocab_size: int = 32000
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int | None = None
+    vocab_size: PositiveInt = 32000
+    hidden_size: PositiveInt = 768
+    num_hidden_layers: PositiveInt = 12
+    num_attention_heads: PositiveInt = 12
+    intermediate_size: PositiveInt | None = None
     hidden_act: str = "gelu"
-    max_position_embeddings: int = 1024
-    rope_theta: float | int = 10000.0
-    partial_rotary_factor: float | int = 1.0
+    max_position_embeddings: PositiveInt = 1024
+    rope_theta: Positive = 10000.0
+    partial_rotary_factor: Annotated[float, Interval("[0, 1]")] = 1.0
     learned_positions: bool = False
-    conv_kernel_size: int = 0
-    attention_dropout: float | int = 0.0
-    hidden_dropout_prob: float | int = 0.0
-    layer_norm_eps: float = 1e-5
+    conv_kernel_size: Count = 0
+    attention_dropout: PartialShare = 0.0
+    hidden_dropout_prob: PartialShare = 0.0
+    layer_norm_eps: Positive = 1e-5
     final_layer_norm: bool = True
     initialization: Literal["normal", "fan_in"] = "normal"
-    initializer_range: float | int = 0.02
+    initializer_range: NotNegative = 0.02
     tie_word_embeddings: bool = False
-    suppress_tokens: list[int] | None = None
+    suppress_tokens: Annotated[list[int], Interval("[0, inf)")] | None = None
     softmax_over_suppressed: bool = False
     lm_head_bias: bool = False
     backbone: str = "rotary"
     backbone_config: dict[str, Any] | None = None
     shift_logits: bool = False
     lora: dict[str, Any] | None = None
-    pad_token_id: int | None = None
-    bos_token_id: int | None = None
+    pad_token_id: Count | None = None
+    bos_token_id: Count | None = None
     conditioning: Literal["none", "adaln", "token"] = "none"
-    conditioning_size: int = 128
-    timestep_frequencies: int = 128
+    conditioning_size: PositiveInt = 128
+    timestep_frequencies: PositiveInt = 128
     legacy_modulated_residual: bool = False
 
     own_backbones: ClassVar[tuple[str, ...]] = ("rotary", "dit")

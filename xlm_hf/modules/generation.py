@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from transformers.generation import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
-from .checked_options import CheckedOptions
+from .checked_options import CheckedOptions, Count, Positive, PositiveInt, Share, annotations_of
 from .counter_random import random_bits
 from .edits import EditLog
 from .generation_output import NonAutoregressiveGenerationOutput
@@ -23,6 +23,9 @@ class Sampler(CheckedOptions):
 
     A sampler holds options and decides; it does not call the model. Whoever owns the forward pass hands it over.
     """
+
+    def __post_init__(self):
+        self.check()
 
     @classmethod
     def option_names(cls) -> list[str]:
@@ -58,18 +61,18 @@ class NonAutoregressiveGenerationConfig(CheckedOptions, GenerationConfig):
     samplers: ClassVar[dict[str, type[Sampler]]] = {}
     renamed_samplers: ClassVar[dict[str, str]] = {}  # old name -> name
 
-    max_new_tokens: int | None = None
-    max_length: int | None = None
+    max_new_tokens: PositiveInt | None = None
+    max_length: PositiveInt | None = None
     do_sample: bool = False
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
+    temperature: Positive = 1.0
+    top_k: PositiveInt | None = None
+    top_p: Share | None = None
     suppress_tokens: list[int] | None = None
     return_dict_in_generate: bool = True
     return_history: bool = False
-    bos_token_id: int | None = None
-    pad_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
+    bos_token_id: Count | None = None
+    pad_token_id: Count | None = None
+    eos_token_id: Count | list[int] | None = None
 
     _metadata: ClassVar[tuple[str, ...]] = ("_commit_hash", "_from_model_config", "transformers_version")
 
@@ -109,7 +112,7 @@ class NonAutoregressiveGenerationConfig(CheckedOptions, GenerationConfig):
     @classmethod
     def _of_sampler(cls, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """The options with the name of their sampler as it is now, and all options of that sampler by default."""
-        own = {name: getattr(cls, name) for name in cls._annotations()}
+        own = {name: getattr(cls, name) for name in annotations_of(cls)}
         if cls.samplers:
             sampler = options.get("sampler", own["sampler"])
             sampler = cls.renamed_samplers.get(str(sampler), sampler)
@@ -151,11 +154,7 @@ class NonAutoregressiveGenerationConfig(CheckedOptions, GenerationConfig):
     def validate(self, strict: bool = False, user_set_attributes: set[str] | None = None) -> None:
         """Check every option; raises ValueError naming the option, its value and its range."""
         self._check_names({name: value for name, value in vars(self).items() if name[0] != "_"})
-        self._check_kinds(type(self))
-        if self.samplers:
-            self._check_kinds(self.samplers[self.sampler])  # type: ignore[attr-defined]
-        self._check_positive("max_new_tokens", "max_length", "temperature", "top_k")
-        self._check_probability("top_p")
+        self.check()
         if self.samplers:
             self.make_sampler()
 

@@ -6,11 +6,12 @@ top-k and top-p act on x_theta; without `do_sample` it is all on its most probab
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 
 from .canvas import MaskedCanvas
+from .checked_options import Count, PositiveInt, Share
 from .counter_random import random_bits, uniform
 from .devices import is_synchronous, shape_of_call, true_indices
 from .generation import GenerationCall, Sampler
@@ -202,21 +203,15 @@ class KernelSampler(Sampler):
         greedy_tail: the last step takes the most probable token everywhere, whatever stood there. It seeks the mode.
     """
 
-    num_steps: int | None = None
-    corrector_steps: int = 0
-    corrector_positions: int = 1
-    corrector_order: str = "random"
+    num_steps: PositiveInt | None = None
+    corrector_steps: Count = 0
+    corrector_positions: PositiveInt = 1
+    corrector_order: Literal["random", "confidence"] = "random"
     greedy_tail: bool = False
 
     block_length: ClassVar[int | None] = None
     writes_behind_the_end: ClassVar[bool] = True
     takes_all_steps: ClassVar[bool] = True
-
-    def __post_init__(self):
-        self._check_positive("num_steps", "corrector_positions")
-        self._check_choice("corrector_order", ("random", "confidence"))
-        if self.corrector_steps < 0:
-            raise ValueError(f"corrector_steps must be at least 0 and is {self.corrector_steps}.")
 
     def open(self, process: CanvasProcess) -> None:
         """Nothing is prepared: the first step begins with noise."""
@@ -279,15 +274,9 @@ class PsiSampler(KernelSampler):
         loop_time: of "loop".
     """
 
-    schedule: str = "cap"
-    eta: float = 0.01
-    loop_time: float = 0.1
-
-    def __post_init__(self):
-        super().__post_init__()
-        self._check_choice("schedule", ("cap", "rescale", "loop"))
-        self._check_probability("eta")
-        self._check_probability("loop_time")
+    schedule: Literal["cap", "rescale", "loop"] = "cap"
+    eta: Share = 0.01
+    loop_time: Share = 0.1
 
     def times(self, done: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
         """See `KernelSampler`."""

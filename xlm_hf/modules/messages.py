@@ -1,10 +1,9 @@
 """Names and values that a person gave: looked up, checked, and what to say of those that do not fit."""
 
 import difflib
-import inspect
 import pkgutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, get_args
+from collections.abc import Iterable
+from typing import Any
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -29,21 +28,3 @@ def check_options(where: str, options: Iterable[str], known: Iterable[str]) -> N
     for name in options:
         if name not in known:
             raise ValueError(f"{where} has no option {name!r}: {did_you_mean(str(name), known)}")
-
-
-def check_arguments(
-    where: str, options: Mapping[str, Any], target: Callable[..., Any], given: Sequence[str] = ()
-) -> None:
-    """Raise ValueError for an option of `where` that `target` does not take, or whose value its annotation excludes.
-
-    Of the annotations those of numbers and of truth values are looked at. The arguments `given` by the caller are no
-    options.
-    """
-    parameters = inspect.signature(target).parameters
-    check_options(where, options, [name for name in parameters if name not in given])
-    for name, value in options.items():
-        annotation = parameters[name].annotation
-        kinds = {*(get_args(annotation) or [annotation])} - {type(None)}
-        for wanted, what in (({int, float}, "a number"), ({bool}, "true or false")):
-            if kinds <= wanted and not isinstance(value, (*wanted, type(None))):
-                raise ValueError(f"{where}: {name} must be {what} and is {value!r}.")

@@ -20,11 +20,15 @@ from typing import Any
 
 import torch
 
-from .messages import check_arguments, did_you_mean
+from .checked_options import CheckedOptions, PartialShare, Positive, check_arguments, check_value, checked
+from .messages import did_you_mean
 
 
-class NoiseSchedule:
+class NoiseSchedule(CheckedOptions):
     """A falling alpha_t; times and what is returned are float tensors of one shape."""
+
+    def __post_init__(self):
+        self.check()
 
     def mask_probability(self, t: torch.Tensor) -> torch.Tensor:
         """1 - alpha_t, without cancellation near t = 0."""
@@ -67,6 +71,7 @@ class ClippedSchedule(NoiseSchedule):
     high: float = 1.0
 
     def __post_init__(self):
+        super().__post_init__()
         if not 0 <= self.low < self.high <= 1:
             raise ValueError(f"A clipped schedule needs 0 <= low < high <= 1; they are {self.low} and {self.high}.")
 
@@ -93,7 +98,8 @@ class LinearSchedule(ClippedSchedule):
 class LogLinearSchedule(ClippedSchedule):
     """alpha_t = 1 - (1 - eps) t (arXiv 2406.07524, section 5 and appendix E); eps = 0 is the linear one."""
 
-    def __init__(self, eps: float = 0.0):
+    @checked
+    def __init__(self, eps: PartialShare = 0.0):
         super().__init__(0.0, 1 - eps)
 
 
@@ -122,11 +128,7 @@ class CosineSchedule(NoiseSchedule):
 class PolynomialSchedule(NoiseSchedule):
     """alpha_t = 1 - t^power (MD4, arXiv 2406.04329)."""
 
-    power: float = 2.0
-
-    def __post_init__(self):
-        if self.power <= 0:
-            raise ValueError(f"power must be greater than 0 and is {self.power}.")
+    power: Positive = 2.0
 
     def mask_probability(self, t: torch.Tensor) -> torch.Tensor:
         """t^power."""
@@ -152,10 +154,11 @@ class GeometricSchedule(NoiseSchedule):
     It runs from exp(-sigma_min), not 1, to exp(-sigma_max), not 0.
     """
 
-    sigma_min: float = 1e-4
-    sigma_max: float = 20.0
+    sigma_min: Positive = 1e-4
+    sigma_max: Positive = 20.0
 
     def __post_init__(self):
+        super().__post_init__()
         if not 0 < self.sigma_min < self.sigma_max:
             raise ValueError(f"sigma_min must be in (0, sigma_max = {self.sigma_max}) and is {self.sigma_min}.")
 
@@ -225,10 +228,12 @@ def make_schedule(schedule: str | Mapping[str, Any]) -> NoiseSchedule:
     Raises:
         ValueError: for an unknown name or parameter, naming the closest one, or a value out of range.
     """
-    parameters = {"name": schedule} if isinstance(schedule, str) else dict(schedule)
+    check_value("noise_schedule", schedule, str | dict)
+    parameters: dict[str, Any] = {"name": schedule} if isinstance(schedule, str) else dict(schedule)
     name, mirrored = str(parameters.pop("name", None)), parameters.pop("mirrored", False)
     if name not in NOISE_SCHEDULES:
         raise ValueError(f"noise_schedule {name!r} does not exist: {did_you_mean(name, NOISE_SCHEDULES)}")
+    check_value("mirrored", mirrored, bool)
     check_arguments(f"noise_schedule {name!r}", parameters, NOISE_SCHEDULES[name])
     made = NOISE_SCHEDULES[name](**parameters)
     return MirroredSchedule(made) if mirrored else made

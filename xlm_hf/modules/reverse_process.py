@@ -12,17 +12,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 
 from .canvas import MaskedCanvas
+from .checked_options import NotNegative, PositiveInt, Share
 from .counter_random import random_bits, uniform
 from .devices import shape_of_call, true_indices
 from .generation import GenerationCall, Sampler
 from .generation_output import NonAutoregressiveGenerationOutput
 from .noise_schedules import make_schedule
-from .unmasking import ORDERS, commit_ranks, draw_tokens, unmask
+from .unmasking import Order, commit_ranks, draw_tokens, unmask
 
 Predict = Callable[..., Any]
 _EVENT, _TOKEN, _TIME = 0, 1, 2  # last counter of a random number: what it decides
@@ -158,13 +159,10 @@ class CanvasSampler(Sampler):
         takes_all_steps: whether a block ends after its last step and not before.
     """
 
-    block_length: int | None = None
+    block_length: PositiveInt | None = None
 
     writes_behind_the_end: ClassVar[bool] = False
     takes_all_steps: ClassVar[bool] = False
-
-    def __post_init__(self):
-        self._check_positive("block_length")
 
     def open(self, process: CanvasProcess) -> None:
         """Prepare for the canvas of `process`."""
@@ -191,20 +189,14 @@ class ConfidenceSampler(CanvasSampler):
         error_bound: the same with 1 - p1 in place of the entropies.
     """
 
-    order: str = "confidence"
-    num_steps: int | None = None
-    confidence_threshold: float | None = None
-    entropy_bound: float | None = None
-    error_bound: float | None = None
+    order: Order = "confidence"
+    num_steps: PositiveInt | None = None
+    confidence_threshold: Share | None = None
+    entropy_bound: NotNegative | None = None
+    error_bound: NotNegative | None = None
 
     def __post_init__(self):
         super().__post_init__()
-        self._check_choice("order", ORDERS)
-        self._check_positive("num_steps")
-        self._check_probability("confidence_threshold")
-        for name in ("entropy_bound", "error_bound"):
-            if getattr(self, name) is not None and getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0 and is {getattr(self, name)}.")
         names = ("num_steps", "confidence_threshold", "entropy_bound", "error_bound")
         given = [name for name in names if getattr(self, name) is not None]
         if len(given) > 1:
@@ -302,12 +294,11 @@ class GridSampler(ReverseSampler):
         noise_schedule: spacing of the steps, as `make_schedule` takes it; None means the schedule of the training.
     """
 
-    num_steps: int | None = None
+    num_steps: PositiveInt | None = None
     noise_schedule: str | dict | None = None
 
     def __post_init__(self):
         super().__post_init__()
-        self._check_positive("num_steps")
         if self.noise_schedule is not None:
             make_schedule(self.noise_schedule)
 
@@ -357,15 +348,10 @@ class RemdmSampler(GridSampler):
         eta: strength of the remasking, in (0, 1].
     """
 
-    remasking: str = "cap"
-    eta: float = 0.02
+    remasking: Literal["cap", "rescale", "conf"] = "cap"
+    eta: Share = 0.02
 
     takes_all_steps: ClassVar[bool] = True
-
-    def __post_init__(self):
-        super().__post_init__()
-        self._check_choice("remasking", ("cap", "rescale", "conf"))
-        self._check_probability("eta")
 
     def transition(self, process: CanvasProcess) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Each mask and each token of the block by itself."""

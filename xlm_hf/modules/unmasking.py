@@ -8,7 +8,7 @@ A rule has two parts: an order of the eligible positions (`commit_ranks` of a sc
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -17,7 +17,7 @@ from .devices import is_synchronous, rounded_up, true_indices
 from .token_sampling import filter_logits, sample_categorical
 from .vocabulary_head import LogitsOnDemand
 
-ORDERS = ("random", "confidence", "margin", "entropy")
+Order = Literal["random", "confidence", "margin", "entropy"]
 
 
 def statistics_in_place(logits: LogitsOnDemand, eligible: torch.Tensor) -> Callable[[str], torch.Tensor]:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from xlm_hf.modules.checked_options import PartialShare, PositiveInt, checked
 from xlm_hf.modules.messages import did_you_mean
 from xlm_hf.objectives.collation import Documents, Examples, Ids, Rows, column, ragged, tensors
 
@@ -59,7 +60,7 @@ class Collator:
         kinds: of `layouts`.
         entries: of the batches, by name.
         written_specials: names of the special tokens that a text may hold.
-        condition_dropout: share of the documents whose prompts are left out (see `drop_conditions`).
+        condition_dropout: share of the training documents whose prompts are left out.
         given: what prompts for `generate` tell of the reference: ("length",) where its length is given.
 
     Called with a list of examples - dicts of the columns above, `example_id`, `epoch` and `position` (in the epoch) -
@@ -86,11 +87,12 @@ class Collator:
         super().__init_subclass__(**kwargs)
         if hasattr(cls, "layouts"):
             cls.kinds = tuple(cls.layouts)
+        cls.__init__ = checked(cls.__init__)  # type: ignore[method-assign]
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        max_length: int,
+        max_length: PositiveInt,
         kind: str,
         prediction: bool = False,
         seed: int = 0,
@@ -175,18 +177,6 @@ class Collator:
             documents.drop_prompts(documents.uniforms(self.seed, "condition") < self.condition_dropout)
         return documents
 
-    def drop_conditions(self, share: float) -> None:
-        """Leave the prompts of a share of the documents out, so that the model also learns what it writes without.
-
-        Classifier-free guidance (arXiv 2207.12598) needs a model that was trained so.
-
-        Raises:
-            ValueError: for a share outside of [0, 1).
-        """
-        if not 0 <= share < 1:
-            raise ValueError(f"condition_dropout must be in [0, 1) and is {share}.")
-        self.condition_dropout = share
-
     def check_ids(self, *ids: np.ndarray) -> None:
         """Raise ValueError if an id is outside the vocabulary."""
         for every in ids:
@@ -269,16 +259,16 @@ class CanvasCollator(Collator):
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        max_length: int,
+        max_length: PositiveInt,
         kind: str,
         prediction: bool = False,
         seed: int = 0,
         packing: bool = False,
-        canvas_length: int | None = None,
-        condition_dropout: float = 0.0,
+        canvas_length: PositiveInt | None = None,
+        condition_dropout: PartialShare = 0.0,
     ):
         super().__init__(tokenizer, max_length, kind, prediction, seed, packing)
-        self.drop_conditions(condition_dropout)
+        self.condition_dropout = condition_dropout
         self.canvas_length = canvas_length
 
     def canvas(self, documents: Documents) -> tuple[Rows, np.ndarray, np.ndarray]:

@@ -13,7 +13,8 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from xlm_hf.data import Mixture
-from xlm_hf.modules.messages import check_options, did_you_mean, import_target
+from xlm_hf.modules.checked_options import check_arguments
+from xlm_hf.modules.messages import did_you_mean, import_target
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -96,7 +97,8 @@ def load_task(task: str | Mapping[str, Any], /, **overrides: Any) -> Task:
     function = import_target("task target", target)
     ignored = {*_FOR_OTHERS, *getattr(function, "for_families", ())} - set(inspect.signature(function).parameters)
     options = {**_resolve(config, ignored), **overrides}
-    _check_options(task if isinstance(task, str) else target, function, options)
+    given = {name: value for name, value in options.items() if not name.startswith("_")}
+    check_arguments(f"Task {task if isinstance(task, str) else target!r}", given, function)
     # The target is called outside of Hydra, which would wrap its one-sentence errors in an exception of its own.
     result = instantiate(options, _convert_="all", _partial_=True)()
     if not isinstance(result, Task):
@@ -127,14 +129,3 @@ def _resolve(config: Mapping[str, Any], ignored: Collection[str]) -> dict[str, A
         name: OmegaConf.to_container(node[name], resolve=True) if OmegaConf.is_config(node[name]) else node[name]
         for name in names
     }
-
-
-def _check_options(label: str, target: Callable[..., Any], options: Mapping[str, Any]) -> None:
-    parameters = inspect.signature(target).parameters
-    given = [name for name in options if not name.startswith("_")]
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        check_options(f"Task {label!r}", given, parameters)
-    for name, parameter in parameters.items():
-        is_required = parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-        if is_required and name not in given:
-            raise ValueError(f"the task {label!r} needs a value for {name!r}: set it.")

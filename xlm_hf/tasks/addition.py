@@ -2,11 +2,12 @@
 
 from random import Random
 
+from xlm_hf.modules.checked_options import PositiveInt
 from xlm_hf.tasks.puzzles import Puzzle, puzzle
 
 
 @puzzle(symbols=lambda **_: "0123456789+")
-def addition(random: Random, num_digits: int = 4) -> Puzzle:
+def addition(random: Random, num_digits: PositiveInt = 4) -> Puzzle:
     """Two numbers of `num_digits` digits; the answer is their sum with one digit more, leading zeros included.
 
     Args:

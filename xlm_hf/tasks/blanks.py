@@ -3,11 +3,13 @@
 import torch
 from datasets import Dataset, DatasetDict
 
+from xlm_hf.modules.checked_options import Share, checked
 from xlm_hf.modules.counter_random import uniform
 from xlm_hf.tasks import Task
 
 
-def with_blanks(task: Task, blank_rate: float, seed: int) -> Task:
+@checked
+def with_blanks(task: Task, blank_rate: Share, seed: int) -> Task:
     """The infill task of a seq2seq task: `input_ids` are prompt and target with blanks, `target_ids` both in full.
 
     Each token of a target is blank with probability `blank_rate`, and at least one is; which ones is a function of
@@ -16,7 +18,6 @@ def with_blanks(task: Task, blank_rate: float, seed: int) -> Task:
     Raises:
         ValueError: for a rate that is not in (0, 1].
     """
-    check_blank_rate(blank_rate)
     splits = {}
     for split, dataset in task.splits.items():
         columns = dataset[:]
@@ -33,9 +34,3 @@ def with_blanks(task: Task, blank_rate: float, seed: int) -> Task:
         columns = {"example_id": columns["example_id"], "input_ids": inputs, "target_ids": targets}
         splits[split] = Dataset.from_dict(columns)
     return Task(task.name, "infill", DatasetDict(splits), task.tokenizer, task.files)
-
-
-def check_blank_rate(blank_rate: float) -> None:
-    """Raise ValueError for a rate that is not in (0, 1]."""
-    if not 0 < blank_rate <= 1:
-        raise ValueError(f"blank_rate must be in (0, 1] and is {blank_rate}.")

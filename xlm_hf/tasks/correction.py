@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from datasets import DatasetDict
 
+from xlm_hf.modules.checked_options import Share, checked
 from xlm_hf.modules.counter_random import random_bits, stream_seed, unit_interval
 from xlm_hf.objectives.alignment import aligned
 from xlm_hf.objectives.collation import ragged, segment_numbers, segment_ranges, segment_starts
@@ -14,7 +15,8 @@ from xlm_hf.tasks import Task
 _KIND, _SUBSTITUTE, _INSERTS, _INSERTED = range(4)  # last counter of a random number: what it decides
 
 
-def with_sources(task: Task, edit_rate: float, seed: int) -> Task:
+@checked
+def with_sources(task: Task, edit_rate: Share, seed: int) -> Task:
     """The correction task of a seq2seq task, or of texts: `source_ids` are the target after random edits.
 
     Each token is deleted with probability edit_rate / 3, and with as much substituted by another id, drawn evenly from
@@ -25,8 +27,6 @@ def with_sources(task: Task, edit_rate: float, seed: int) -> Task:
     Raises:
         ValueError: for a rate outside of (0, 1].
     """
-    if not 0 < edit_rate <= 1:
-        raise ValueError(f"edit_rate must be in (0, 1] and is {edit_rate}.")
     special = task.tokenizer.all_special_ids
     writable = np.setdiff1d(np.arange(len(task.tokenizer)), special)
     add = partial(_with_sources, edit_rate=edit_rate, writable=writable, seed=seed)

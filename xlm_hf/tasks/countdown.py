@@ -5,13 +5,16 @@ import re
 from collections import Counter
 from random import Random
 
+from xlm_hf.modules.checked_options import PositiveInt
 from xlm_hf.tasks.puzzles import Puzzle, puzzle
 
 _OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
 
 
 @puzzle(symbols=lambda **_: "0123456789+-*/=,:")
-def countdown(random: Random, num_numbers: int = 4, max_number: int = 50, max_target: int = 100) -> Puzzle:
+def countdown(
+    random: Random, num_numbers: PositiveInt = 4, max_number: PositiveInt = 50, max_target: PositiveInt = 100
+) -> Puzzle:
     """Numbers and a goal, `7,3,12:33`; the answer is steps, `12-3=9,...`, that use every number and end with the goal.
 
     All are written digit by digit. Two of the numbers at a time are replaced by a result, which is a positive integer;

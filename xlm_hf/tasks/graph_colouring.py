@@ -3,11 +3,14 @@
 from itertools import combinations
 from random import Random
 
+from xlm_hf.modules.checked_options import PositiveInt
 from xlm_hf.tasks.puzzles import Puzzle, puzzle
 
 
 @puzzle(symbols=lambda num_nodes, num_colours, **_: map(str, range(max(num_nodes, num_colours))))
-def graph_colouring(random: Random, num_nodes: int = 12, num_colours: int = 3, num_edges: int = 24) -> Puzzle:
+def graph_colouring(
+    random: Random, num_nodes: PositiveInt = 12, num_colours: PositiveInt = 3, num_edges: PositiveInt = 24
+) -> Puzzle:
     """The edges `u v` in random order; the answer is the colour of every node.
 
     The nodes get colours at random, as evenly as can be, and the edges are drawn between nodes of different colours. So

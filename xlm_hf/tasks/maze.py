@@ -3,13 +3,14 @@
 from collections import deque
 from random import Random
 
+from xlm_hf.modules.checked_options import Count, PositiveInt
 from xlm_hf.tasks.puzzles import Puzzle, puzzle
 
 WALL, FREE, START, GOAL = "#", ".", "S", "G"
 
 
 @puzzle(symbols=lambda size, **_: [WALL, FREE, START, GOAL, "/", "U", "D", "L", "R"])
-def maze(random: Random, size: int = 5, num_loops: int = 4) -> Puzzle:
+def maze(random: Random, size: PositiveInt = 5, num_loops: Count = 4) -> Puzzle:
     """The map of a maze, row by row with "/" between rows; the answer is the moves U, D, L, R of a shortest path.
 
     Of `size` x `size` cells, neighbours have a wall or a passage between them. A random depth-first walk makes a tree

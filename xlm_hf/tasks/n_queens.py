@@ -3,11 +3,12 @@
 from itertools import combinations
 from random import Random
 
+from xlm_hf.modules.checked_options import PositiveInt
 from xlm_hf.tasks.puzzles import Puzzle, puzzle
 
 
 @puzzle(symbols=lambda size, **_: [*map(str, range(size)), "."])
-def n_queens(random: Random, size: int = 10, max_givens: int = 4, blank: str = ".") -> Puzzle:
+def n_queens(random: Random, size: PositiveInt = 10, max_givens: PositiveInt = 4, blank: str = ".") -> Puzzle:
     """The column of the queen of every row, or a blank; the answer is all columns.
 
     A board is filled row by row, in a random order of columns. Then 1 to `max_givens` of its queens are given, so that

@@ -3,11 +3,12 @@
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from datasets import Dataset, DatasetDict, Features, List, Value
 from transformers import PreTrainedTokenizerFast
 
+from xlm_hf.modules.checked_options import Count, PartialShare, PositiveInt, Share, checked
 from xlm_hf.tasks import Task
 from xlm_hf.tasks.blanks import with_blanks
 from xlm_hf.tasks.cache import Prepared, cached
@@ -26,21 +27,22 @@ _FEATURES = {
 }
 
 
+@checked
 def text_pairs(
     name: str,
     path: str,
     source_column: str = "source",
     target_column: str = "target",
     tokenizer: str = "bpe",
-    vocab_size: int = 8_000,
-    max_length: int = 256,
-    max_target_length: int = 128,
-    blank_rate: float | None = None,
-    sample_by: str = "line",
+    vocab_size: PositiveInt = 8_000,
+    max_length: PositiveInt = 256,
+    max_target_length: PositiveInt = 128,
+    blank_rate: Share | None = None,
+    sample_by: Literal["line", "paragraph", "document"] = "line",
     splits: Mapping[str, str] | None = None,
-    validation_fraction: float = 0.05,
-    test_fraction: float = 0.05,
-    seed: int = 42,
+    validation_fraction: PartialShare = 0.05,
+    test_fraction: PartialShare = 0.05,
+    seed: Count = 42,
     subset: str | None = None,
     revision: str | None = None,
     cache_dir: str | os.PathLike | None = None,

@@ -20,6 +20,7 @@ from typing import Any, TypeAlias
 from datasets import Dataset, DatasetDict, Features, List, Value, load_dataset
 from datasets.exceptions import DatasetsError
 
+from xlm_hf.modules.checked_options import Count, PositiveInt, checked
 from xlm_hf.modules.counter_random import random_bits
 from xlm_hf.tasks import Task
 from xlm_hf.tasks.cache import Prepared, cached
@@ -57,10 +58,10 @@ def puzzle(symbols: Callable[..., Iterable[str]]) -> Callable[[Callable[..., Puz
 
         def build(
             name: str,
-            num_train: int = 20_000,
-            num_validation: int = 200,
-            num_test: int = 1_000,
-            seed: int = 42,
+            num_train: PositiveInt = 20_000,
+            num_validation: PositiveInt = 200,
+            num_test: PositiveInt = 1_000,
+            seed: Count = 42,
             test_path: str | None = None,
             test_columns: tuple[str, str] = ("prompt", "answer"),
             cache_dir: str | os.PathLike | None = None,
@@ -82,7 +83,7 @@ def puzzle(symbols: Callable[..., Iterable[str]]) -> Callable[[Callable[..., Puz
         build.__signature__ = inspect.Signature([*shared, *of_options])  # type: ignore[attr-defined]
         build.__doc__, build.__name__, build.__module__ = generate.__doc__, generate.__name__, generate.__module__
         build.generate = generate  # type: ignore[attr-defined]
-        return build
+        return checked(build)
 
     return decorated
 
@@ -109,9 +110,6 @@ def _prepare(
     seed: int,
     test: tuple[str, tuple[str, ...]] | None,
 ) -> Prepared:
-    for split, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"num_{split}={size} must be at least 1: raise it.")
     tokenizer = symbol_tokenizer(symbols)
     drawn = _distinct(generate, sum(sizes.values()), seed)
     splits = {split: list(islice(drawn, size)) for split, size in sizes.items()}

@@ -8,6 +8,7 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict, Features, List, Value
 
+from xlm_hf.modules.checked_options import Count, PartialShare, PositiveInt, checked
 from xlm_hf.tasks import Task
 from xlm_hf.tasks.text import text_corpus
 
@@ -16,17 +17,18 @@ _IDS = List(Value("int32"))
 _FEATURES = Features({"example_id": Value("int64"), "input_ids": _IDS, "target_ids": _IDS})
 
 
+@checked
 def scaffold_infilling(
     name: str,
     path: str,
     tokenizer: str,
     text_column: str = "text",
-    vocab_size: int = 30_000,
-    max_length: int = 64,
+    vocab_size: PositiveInt = 30_000,
+    max_length: PositiveInt = 64,
     splits: Mapping[str, str] | None = None,
-    validation_fraction: float = 0.05,
-    test_fraction: float = 0.05,
-    seed: int = 42,
+    validation_fraction: PartialShare = 0.05,
+    test_fraction: PartialShare = 0.05,
+    seed: Count = 42,
     subset: str | None = None,
     revision: str | None = None,
     cache_dir: str | os.PathLike | None = None,

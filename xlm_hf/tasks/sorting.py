@@ -4,11 +4,12 @@ from collections import Counter
 from itertools import pairwise
 from random import Random
 
+from xlm_hf.modules.checked_options import PositiveInt
 from xlm_hf.tasks.puzzles import Puzzle, puzzle
 
 
 @puzzle(symbols=lambda num_labels, **_: map(str, range(num_labels)))
-def sorting(random: Random, length: int = 8, num_labels: int = 20) -> Puzzle:
+def sorting(random: Random, length: PositiveInt = 8, num_labels: PositiveInt = 20) -> Puzzle:
     """Numbers below `num_labels`, repeats included; the answer is the same numbers in order.
 
     Args:

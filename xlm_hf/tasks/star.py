@@ -6,15 +6,16 @@ So the source need not be the centre, and only the far end of an arm shows wheth
 """
 
 import os
+from typing import Annotated, Literal
 
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerFast
 
-from xlm_hf.modules.messages import did_you_mean
+from xlm_hf.modules.checked_options import Count, Interval, PositiveInt, Share, checked
 from xlm_hf.tasks import Task
-from xlm_hf.tasks.blanks import check_blank_rate, with_blanks
+from xlm_hf.tasks.blanks import with_blanks
 from xlm_hf.tasks.cache import cached
 from xlm_hf.tasks.correction import with_sources
 from xlm_hf.tasks.tokenizers import NUMBER_TOKENS, number_tokenizer
@@ -22,27 +23,27 @@ from xlm_hf.tasks.tokenizers import NUMBER_TOKENS, number_tokenizer
 # Part of the cache key: raise it with every change that makes other graphs or other columns from the same settings.
 GENERATOR_VERSION = 2
 
-PATH_FORMATS = ("edges", "nodes")
 
 # Graphs drawn at a time: enough for the share of repeats to mean something, and few enough for memory.
 _MIN_ROUND = 1_000
 _MAX_ROUND = 100_000
 
 
+@checked
 def star_graphs(
     name: str,
-    degree: int,
-    min_arm_length: int,
-    max_arm_length: int,
-    min_plan_length: int,
-    num_labels: int,
-    path_format: str = "edges",
-    blank_rate: float | None = None,
-    edit_rate: float | None = None,
-    num_train: int = 50_000,
-    num_validation: int = 100,
-    num_test: int = 5_000,
-    seed: int = 42,
+    degree: PositiveInt,
+    min_arm_length: Annotated[int, Interval("[2, inf)")],
+    max_arm_length: Annotated[int, Interval("[2, inf)")],
+    min_plan_length: PositiveInt,
+    num_labels: PositiveInt,
+    path_format: Literal["edges", "nodes"] = "edges",
+    blank_rate: Share | None = None,
+    edit_rate: Share | None = None,
+    num_train: PositiveInt = 50_000,
+    num_validation: PositiveInt = 100,
+    num_test: PositiveInt = 5_000,
+    seed: Count = 42,
     cache_dir: str | os.PathLike | None = None,
 ) -> Task:
     """Star graphs as a seq2seq task: prompt = shuffled edges, source and goal; target = the path between the two.
@@ -78,7 +79,7 @@ def star_graphs(
     settings = {"degree": degree, "min_arm_length": min_arm_length, "max_arm_length": max_arm_length}
     settings |= {"min_plan_length": min_plan_length, "num_labels": num_labels, "seed": seed}
     sizes = {"test": num_test, "validation": num_validation, "train": num_train}
-    _check(settings, sizes, path_format, blank_rate)
+    _check(settings)
 
     key = {"generator": GENERATOR_VERSION, **settings, "sizes": sizes, "path_format": path_format}
     splits, tokenizer = cached(name, key, lambda _: _build(settings, sizes, path_format), cache_dir)
@@ -99,24 +100,10 @@ def _build(
     return DatasetDict(splits), number_tokenizer(settings["num_labels"])
 
 
-def _check(settings: dict[str, int], sizes: dict[str, int], path_format: str, blank_rate: float | None) -> None:
-    if blank_rate is not None:
-        check_blank_rate(blank_rate)
-    if path_format not in PATH_FORMATS:
-        raise ValueError(f"unknown path_format {path_format!r}: {did_you_mean(str(path_format), PATH_FORMATS)}")
-    least = {
-        "degree": 1,
-        "min_arm_length": 2,
-        "max_arm_length": settings["min_arm_length"],
-        "min_plan_length": 1,
-        "num_labels": 1,
-        "seed": 0,
-        **{f"num_{split}": 1 for split in sizes},
-    }
-    for option, value in {**settings, **{f"num_{split}": size for split, size in sizes.items()}}.items():
-        if not isinstance(value, int) or value < least[option]:
-            raise ValueError(f"{option}={value!r} must be an int of at least {least[option]}: raise it.")
+def _check(settings: dict[str, int]) -> None:
     shortest, longest = settings["min_arm_length"], settings["max_arm_length"]
+    if longest < shortest:
+        raise ValueError(f"max_arm_length={longest} must be at least min_arm_length={shortest}: raise it.")
     if settings["min_plan_length"] >= shortest:
         raise ValueError(
             f"min_plan_length={settings['min_plan_length']} does not fit in an arm of {shortest} nodes, which has "
@@ -157,11 +144,11 @@ def _distinct_graphs(count: int, seed: int, **settings: int) -> tuple[np.ndarray
 def _draw_graphs(
     rng: np.random.Generator,
     count: int,
-    degree: int,
-    min_arm_length: int,
-    max_arm_length: int,
-    min_plan_length: int,
-    num_labels: int,
+    degree: PositiveInt,
+    min_arm_length: Annotated[int, Interval("[2, inf)")],
+    max_arm_length: Annotated[int, Interval("[2, inf)")],
+    min_plan_length: PositiveInt,
+    num_labels: PositiveInt,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draw graphs, repeats included; -1 fills what a graph does not use.
 

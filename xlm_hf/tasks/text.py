@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, MutableSequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +21,15 @@ from datasets.arrow_writer import ArrowWriter
 from transformers import PreTrainedTokenizerFast
 
 from xlm_hf.data import Mixture
+from xlm_hf.modules.checked_options import (
+    Count,
+    PartialShare,
+    Positive,
+    PositiveInt,
+    check_arguments,
+    check_value,
+    checked,
+)
 from xlm_hf.modules.messages import check_options, did_you_mean
 from xlm_hf.tasks import Task, for_families
 from xlm_hf.tasks.cache import Prepared, cached
@@ -41,36 +50,31 @@ _WINDOW = 128
 _NOT_OF_A_CORPUS = ("name", "mixture", "streaming", "num_proc", "cache_dir")
 # Parts of a streamed training set whose order is shuffled.
 _NUM_SHARDS = 1024
-_CHOICES: dict[str, tuple[Any, ...]] = {
-    "detokenizer": (None, *DETOKENIZERS),
-    "protocol": ("sentence", "packed"),
-    "long_documents": ("split", "truncate"),
-    "sample_by": ("line", "paragraph", "document"),
-}
 
 
 @for_families("canvas_length", "canvas_lengths")
+@checked
 def text_corpus(
     name: str,
     path: str,
     tokenizer: str = "word",
-    vocab_size: int = 30_000,
+    vocab_size: PositiveInt = 30_000,
     text_column: str = "text",
     detokenizer: str | None = None,
-    protocol: str = "sentence",
-    max_length: int = 128,
-    long_documents: str = "split",
+    protocol: Literal["sentence", "packed"] = "sentence",
+    max_length: PositiveInt = 128,
+    long_documents: Literal["split", "truncate"] = "split",
     document_masks: bool = True,
-    sample_by: str = "line",
+    sample_by: Literal["line", "paragraph", "document"] = "line",
     splits: Mapping[str, str] | None = None,
-    validation_fraction: float = 0.05,
-    test_fraction: float = 0.05,
-    seed: int = 42,
+    validation_fraction: PartialShare = 0.05,
+    test_fraction: PartialShare = 0.05,
+    seed: Count = 42,
     subset: str | None = None,
     revision: str | None = None,
     mixture: list[dict[str, Any]] | None = None,
     streaming: bool = False,
-    num_proc: int | None = None,
+    num_proc: PositiveInt | None = None,
     cache_dir: str | os.PathLike | None = None,
 ) -> Task:
     """A text corpus as a task of language modelling; `docs/tasks.md` describes every option.
@@ -91,10 +95,14 @@ def text_corpus(
     storage: dict[str, Any] = {"num_proc": num_proc, "cache_dir": cache_dir}
     prepared, made = _corpus(name, options, None, **storage)
     splits = dict(prepared)
+    where = "An entry of task.mixture"
     for entry in mixture or []:
-        check_options("An entry of task.mixture", entry, ["weight", *options])
+        check_options(where, entry, ["weight", *options])
     parts = [{**options, **entry} for entry in mixture or []]
     weights = [part.pop("weight", 1.0) for part in parts]
+    for part, weight in zip(parts, weights, strict=True):
+        check_value(f"{where}: weight", weight, Positive)
+        check_arguments(where, part, text_corpus, given=_NOT_OF_A_CORPUS)
     train = [_corpus(name, part, made, **storage)[0]["train"] for part in parts] or [prepared["train"]]
     if streaming:
         train = [data.to_iterable_dataset(num_shards=min(_NUM_SHARDS, len(data))) for data in train]
@@ -106,13 +114,8 @@ def _corpus(
     name: str, options: dict[str, Any], tokenizer: PreTrainedTokenizerFast | None, num_proc: int | None, cache_dir
 ) -> Prepared:
     """Prepare one corpus, or take it from the cache; without a `tokenizer` by the one that the options name."""
-    for option, known in _CHOICES.items():
-        if options[option] not in known:
-            raise ValueError(
-                f"unknown {option} {options[option]!r}: {did_you_mean(str(options[option]), map(str, known))}"
-            )
-    if options["max_length"] < 1:
-        raise ValueError(f"max_length={options['max_length']} must be at least 1: raise it.")
+    if (detokenizer := options["detokenizer"]) is not None and detokenizer not in DETOKENIZERS:
+        raise ValueError(f"unknown detokenizer {detokenizer!r}: {did_you_mean(detokenizer, DETOKENIZERS)}")
     source = locate(options["path"], options["text_column"], options["splits"])
     tokenizer = tokenizer or ready_tokenizer(options["tokenizer"])
     key = {

@@ -2,19 +2,41 @@
 
 import os
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from transformers import TrainingArguments
+
+from xlm_hf.modules.checked_options import (
+    CheckedOptions,
+    Count,
+    NotNegative,
+    PartialShare,
+    Positive,
+    PositiveInt,
+    check_value,
+)
 
 # Metrics whose names end so, up to a condition as in `perplexity_given_length`, are better when lower.
 _LOWER_IS_BETTER = (
     *("loss", "perplexity", "nats_per_token", "bits_per_character", "unknown_rate", "nelbo", "nll"),
     *("entropy", "nfe", "seconds"),
 )
+# Ranges of what transformers takes as it comes.
+_RANGES: dict[str, Any] = {
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), PositiveInt),
+    **dict.fromkeys(("gradient_accumulation_steps", "save_total_limit", "torch_empty_cache_steps"), PositiveInt | None),
+    **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "eval_delay"), NotNegative),
+    **dict.fromkeys(("num_train_epochs", "adam_epsilon", "logging_steps", "save_steps"), Positive),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor"), PartialShare),
+    **dict.fromkeys(("neftune_noise_alpha", "eval_steps"), Positive | None),
+    **dict.fromkeys(("seed", "dataloader_num_workers"), Count),
+    "max_steps": PositiveInt | Literal[-1],
+}
 
 
 @dataclass
-class XLMTrainingArguments(TrainingArguments):
+class XLMTrainingArguments(CheckedOptions, TrainingArguments):
     """`transformers.TrainingArguments` with the defaults that counter-based collators and honest logs need.
 
     Attributes:
@@ -44,28 +66,26 @@ class XLMTrainingArguments(TrainingArguments):
 
     remove_unused_columns: bool = field(default=False, metadata={"help": "Keep the columns that the collators read."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Show a loss that is not a number."})
-    muon_learning_rate: float | None = field(default=None, metadata={"help": "Muon's rate for the layers' matrices."})
-    ema_decay: float | None = field(default=None, metadata={"help": "Decay of the average of the weights."})
+    muon_learning_rate: Positive | None = field(default=None, metadata={"help": "Muon's rate for the matrices."})
+    ema_decay: PartialShare | None = field(default=None, metadata={"help": "Decay of the average of the weights."})
     use_ema: bool = field(default=True, metadata={"help": "Evaluate and export the averaged weights."})
-    global_batch_size: int | None = field(default=None, metadata={"help": "Examples of a step over all devices."})
-    static_length: int | None = field(default=None, metadata={"help": "Tokens of every row of a training batch."})
-    keep_every: int | None = field(default=None, metadata={"help": "Keep the checkpoints at multiples of it."})
+    global_batch_size: PositiveInt | None = field(default=None, metadata={"help": "Examples of a step, all devices."})
+    static_length: PositiveInt | None = field(
+        default=None, metadata={"help": "Tokens of each row of a training batch."}
+    )
+    keep_every: PositiveInt | None = field(default=None, metadata={"help": "Keep the checkpoints at multiples of it."})
     save_on_exception: bool = field(default=False, metadata={"help": "Save when training ends early."})
-    tracked_predictions: int = field(default=50, metadata={"help": "Rows of the tables of predictions."})
-    shown_predictions: int = field(default=0, metadata={"help": "Predictions that the console shows."})
+    tracked_predictions: Count = field(default=50, metadata={"help": "Rows of the tables of predictions."})
+    shown_predictions: Count = field(default=0, metadata={"help": "Predictions that the console shows."})
 
     def __post_init__(self):
-        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
-            raise ValueError(
-                f"ema_decay must be in [0, 1) and is {self.ema_decay}: 0.9999 averages over about 10,000 steps."
-            )
+        self.check()
+        for name, kind in _RANGES.items():
+            check_value(name, getattr(self, name), kind)
         if self.train_sampling_strategy not in ("random", "group_by_length"):
             raise ValueError(
                 f"train_sampling_strategy must be random or group_by_length and is {self.train_sampling_strategy!r}."
             )
-        for name, unit in (("keep_every", "steps"), ("static_length", "tokens")):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be a positive number of {unit} and is {getattr(self, name)}.")
         if self.metric_for_best_model is not None and self.greater_is_better is None:
             self.greater_is_better = not self.metric_for_best_model.split("_given_")[0].endswith(_LOWER_IS_BETTER)
         if self.global_batch_size is not None:
@@ -81,7 +101,7 @@ class XLMTrainingArguments(TrainingArguments):
 
     def _accumulate_to(self, batch_size: int, num_devices: int) -> None:
         at_once = self.per_device_train_batch_size * num_devices
-        if batch_size < 1 or batch_size % at_once:
+        if batch_size % at_once:
             raise ValueError(
                 f"global_batch_size ({batch_size}) must be a multiple of per_device_train_batch_size "
                 f"({self.per_device_train_batch_size}) x {num_devices} devices = {at_once}: change one of the three."

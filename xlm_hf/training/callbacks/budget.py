@@ -8,6 +8,8 @@ from accelerate.utils import reduce
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState, TrainerState
 
+from xlm_hf.modules.checked_options import Positive, check_arguments
+
 
 class Budget(TrainerCallback, ExportableState):
     """Counts the seconds of training, over resumes, and ends training after the step that spends the budget.
@@ -24,10 +26,8 @@ class Budget(TrainerCallback, ExportableState):
         ValueError: for a budget that is not positive.
     """
 
-    def __init__(self, tokens: float | None = None, seconds: float | None = None):
-        for name, value in {"tokens": tokens, "seconds": seconds}.items():
-            if value is not None and not value > 0:
-                raise ValueError(f"budget.{name} must be greater than 0 and is {value}.")
+    def __init__(self, tokens: Positive | None = None, seconds: Positive | None = None):
+        check_arguments("budget", {"tokens": tokens, "seconds": seconds}, Budget)
         self.tokens = tokens
         self.seconds = seconds
         self.spent_seconds = 0.0
