@@ -95,12 +95,10 @@ def text_corpus(
     storage: dict[str, Any] = {"num_proc": num_proc, "cache_dir": cache_dir}
     prepared, made = _corpus(name, options, None, **storage)
     splits = dict(prepared)
-    where = "An entry of task.mixture"
-    for entry in mixture or []:
-        check_options(where, entry, ["weight", *options])
-    parts = [{**options, **entry} for entry in mixture or []]
+    where, parts = "An entry of task.mixture", [{**options, **entry} for entry in mixture or []]
     weights = [part.pop("weight", 1.0) for part in parts]
-    for part, weight in zip(parts, weights, strict=True):
+    for entry, part, weight in zip(mixture or [], parts, weights, strict=True):
+        check_options(where, entry, ["weight", *options])
         check_value(f"{where}: weight", weight, Positive)
         check_arguments(where, part, text_corpus, given=_NOT_OF_A_CORPUS)
     train = [_corpus(name, part, made, **storage)[0]["train"] for part in parts] or [prepared["train"]]
