@@ -7,7 +7,6 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from xlm_hf.modules.checked_options import Interval, PartialShare, Positive, PositiveInt
-from xlm_hf.modules.messages import did_you_mean
 from xlm_hf.objectives.collation import Documents, segment_numbers
 from xlm_hf.objectives.collators import CanvasCollator, Entry
 from xlm_hf.objectives.corruption import mixed_noise, skewed_times

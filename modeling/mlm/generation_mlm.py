@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from xlm_hf.modules.checked_options import PositiveInt
 from xlm_hf.modules.counter_random import uniform
 from xlm_hf.modules.devices import shape_of_call
 from xlm_hf.modules.generation import GenerationCall, Sampler
@@ -28,14 +29,13 @@ class MaskPredictSampler(CanvasSampler):
             largest mean log-score is kept; the forward passes of all count.
     """
 
-    num_steps: int | None = None
-    num_lengths: int = 1
+    num_steps: PositiveInt | None = None
+    num_lengths: PositiveInt = 1
 
     writes_behind_the_end: ClassVar[bool] = True
 
     def __post_init__(self):
         super().__post_init__()
-        self._check_positive("num_steps", "num_lengths")
         self.num_steps = self.num_steps or 10
 
     def step(self, process: CanvasProcess, predict, number: int) -> bool:
