@@ -61,12 +61,13 @@ class TauLeapingSampler(Sampler):
 
     num_steps: PositiveInt | None = None
 
-    def chosen(self, edits: torch.Tensor, now, then, seeds, step: int, do_sample: bool):
+    def chosen(self, edits: torch.Tensor, now, then, waited, seeds, step: int, do_sample: bool):
         """The edits of a step, from those that are expected in it.
 
         Args:
             edits: (R, W + 1, 3) expected edits of each slot, and of the token left of it.
             now, then: (R,) the time that is left before the step and after it.
+            waited: (R,) how many edits have been expected since the last one, without any.
             seeds: (R,) of the rows.
             step: its number.
             do_sample: whether choices are drawn.
@@ -88,13 +89,14 @@ class EventSampler(TauLeapingSampler):
 
     Within a step the rates are frozen until an edit is made. If none is made before the step ends, the network looks
     again there; without this, an edit whose count is frozen above 0 would almost surely be made, however unlikely it
-    becomes. Without `do_sample` an edit is made when it has become as likely as not, and it is the likeliest.
+    becomes. Without `do_sample` an edit is made when it has become as likely as not since the last one, however many
+    steps that takes, and it is the likeliest.
 
     Attributes:
         num_steps: how often at least the network looks again; None means once for each token that a row may write.
     """
 
-    def chosen(self, edits: torch.Tensor, now, then, seeds, step: int, do_sample: bool):
+    def chosen(self, edits: torch.Tensor, now, then, waited, seeds, step: int, do_sample: bool):
         """See `TauLeapingSampler`; the time of an edit is where the expected edits, spread evenly, reach its draw."""
         of_rows = edits.flatten(1)
         cumulative = of_rows.cumsum(dim=-1)
@@ -105,7 +107,7 @@ class EventSampler(TauLeapingSampler):
             below = torch.minimum(below, total.nextafter(torch.zeros_like(total)))
             which = torch.searchsorted(cumulative, below[:, None], right=True).clamp(max=of_rows.shape[1] - 1)
         else:
-            until, which = torch.full_like(total, math.log(2)), of_rows.argmax(dim=-1, keepdim=True)
+            until, which = (math.log(2) - waited).clamp(min=0), of_rows.argmax(dim=-1, keepdim=True)
         happens = until < total
         made = torch.zeros_like(of_rows, dtype=torch.bool).scatter_(1, which, happens[:, None]).view_as(edits)
         return made, torch.where(happens, now - (now - then) * (until / total.where(happens, 1.0)), then)
@@ -136,12 +138,14 @@ class EditFlowState(EditBuffer):
         num_steps: (B,) steps of each row's time grid.
         window: (B,) the step of the grid that each row is in.
         time_left: (B,) float64.
+        waited: (B,) float64, edits that were expected since the last one.
     """
 
     sampler: TauLeapingSampler
     num_steps: torch.Tensor
     window: torch.Tensor
     time_left: torch.Tensor
+    waited: torch.Tensor
 
 
 class EditFlowGenerationMixin(NonAutoregressiveGenerationMixin):
@@ -169,12 +173,13 @@ class EditFlowGenerationMixin(NonAutoregressiveGenerationMixin):
         num_steps = state.sampler.num_steps
         state.num_steps = torch.full_like(capacity, num_steps) if num_steps else capacity.clone()
         state.window, state.time_left = torch.zeros_like(capacity), torch.ones_like(capacity, dtype=torch.float64)
+        state.waited = torch.zeros_like(state.time_left)
         return state
 
     def _start(self: Any, call: GenerationCall, B: int, source_ids=None, source_mask=None):
         """What the flow begins with, (B, N) padded on the right, and how much of it there is (B,); None for nothing."""
         config = self.config
-        if config.coupling != "source" and source_ids is not None:
+        if config.coupling != "source" and (source_ids is not None or source_mask is not None):
             raise ValueError(f"This model begins with {config.coupling!r} and takes no source_ids: leave them out.")
         if config.coupling == "empty":
             return None, None
@@ -185,10 +190,17 @@ class EditFlowGenerationMixin(NonAutoregressiveGenerationMixin):
             draws = uniform(call.seeds[:, None], 0, numbers, _NOISE) * len(writable)
             start = torch.tensor(writable, device=self.device)[draws.long()]
             return start, torch.full_like(call.seeds, len(numbers))
-        if source_ids is None or len(source_ids) != B:
-            raise ValueError("This model edits given texts: pass source_ids, a text for each prompt.")
+        shapes = {tuple(x.shape) for x in (source_ids, source_mask) if x is not None}
+        if source_ids is None or len(source_ids) != B or source_ids.ndim != 2 or len(shapes) > 1:
+            raise ValueError(
+                f"This model edits given texts: pass source_ids ({B}, N), a text for each prompt, and if anything a "
+                f"source_mask of the same shape; what came has {shapes or 'no shape'}."
+            )
         self.check_token_ids(source_ids)
         mask = source_ids != config.pad_token_id if source_mask is None else source_mask.bool()
+        special = torch.tensor([config.cls_token_id, config.bos_token_id], device=source_ids.device)
+        if bool((torch.isin(source_ids, special) & mask).any()):
+            raise ValueError("A source text holds [CLS] or [BOS], but no text does: tokenize without special tokens.")
         order = mask.logical_not().int().argsort(dim=-1, stable=True)
         order = order[:, : int(mask.sum(dim=-1).max())]
         kept = mask.gather(1, order)
@@ -248,7 +260,9 @@ class EditFlowGenerationMixin(NonAutoregressiveGenerationMixin):
             edits[..., INSERT] = edits[:, :1, INSERT] * log_mass.softmax(dim=-1)
         # [BOS] is not edited.
         edits[:, 0, DELETE:] = 0.0
-        made, time_left = state.sampler.chosen(edits, now, then, seeds, step, call.config.do_sample)
+        waited = state.waited[rows]
+        made, time_left = state.sampler.chosen(edits, now, then, waited, seeds, step, call.config.do_sample)
+        state.waited[rows] = (waited + edits.flatten(1).sum(dim=-1)).masked_fill(made.flatten(1).any(dim=-1), 0.0)
         numbers = torch.arange(of_slots.shape[1], device=rows.device)
         draws = [uniform(seeds[:, None], step, numbers, what) for what in (_INSERTED, _SUBSTITUTE)]
         tokens = draw_where(logits[0], of_slots, made[..., INSERT], draws[0], call.config)

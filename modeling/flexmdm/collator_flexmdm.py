@@ -1,7 +1,7 @@
 """From examples to batches for flexible masked diffusion: which tokens are absent, and which are masks."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ class FlexMDMCollator(Collator):
         noise_beta: None trains on the bound, with t = v^2 for uniform v, which keeps the variance of its weights
             finite. A number, for training alone, draws t from Beta(noise_beta, 1), and every mask and every gap counts
             1 in the loss: a larger one shows emptier states.
+        end_token: that of the model: "eos" or "pad" stands behind the text, and gaps are those left of a token.
 
     A training batch holds, for D documents in B rows of at most L tokens, with M masks and G gaps in all:
         input_ids (B, L): what is there of the documents, padded on the right.
@@ -81,32 +82,28 @@ class FlexMDMCollator(Collator):
         insertion_schedule: str | Mapping[str, Any] = "linear",
         unmasking_schedule: str | Mapping[str, Any] = "linear",
         noise_beta: Positive | None = None,
+        end_token: Literal["eos", "pad"] | None = None,
     ):
         super().__init__(tokenizer, max_length, kind, prediction, seed, packing)
         self.noise_beta = noise_beta
         self.insertion = make_schedule(insertion_schedule)
         self.unmasking = make_schedule(unmasking_schedule)
-        self.is_special = np.isin(
-            np.arange(len(tokenizer)), list(set(tokenizer.all_special_ids) - {tokenizer.unk_token_id})
-        )
+        self.end_token_id = None if end_token is None else getattr(tokenizer, f"{end_token}_token_id")
 
     def training_batch(self, documents: Documents) -> dict[str, torch.Tensor]:
         """What is there of the documents at their times, the tokens behind the masks, and what is missing where."""
-        lengths, targets = documents.target_lengths, documents.target_ids
-        self.check_lengths(documents.prompt_lengths + len(self.specials) + lengths, "sequence", self.specials)
-        if self.is_special[targets].any():
-            raise ValueError(
-                f"A text holds the special token {targets[self.is_special[targets]][0]}, which this model never "
-                "writes: tokenize the data without special tokens, and keep documents apart by "
-                "task.document_masks=true."
-            )
+        lengths, targets, has_end = documents.target_lengths, documents.target_ids, self.end_token_id is not None
+        self.check_lengths(documents.prompt_lengths + len(self.specials) + lengths + has_end, "sequence", self.specials)
+        self.check_content(targets)
         t, density_weights = skewed_times(documents.low_discrepancy_draws(self.seed), self.noise_beta or 0.5)
         hidden = np.ones(len(targets), dtype=bool) if documents.blank is None else documents.blank
         absent, masked = self.corrupted(documents, t, hidden)
         there, of_tokens = ~absent, segment_numbers(lengths)
         num_kept = lengths - np.bincount(of_tokens[absent], minlength=len(lengths))
-        rows, starts = self.rows_of(documents, num_kept)
+        rows, starts = self.rows_of(documents, num_kept + has_end)
         rows.write(starts, num_kept, np.where(masked, self.mask_token_id, targets)[there])
+        if has_end:
+            rows.input_ids[rows.first + starts + num_kept] = self.end_token_id
 
         # A gap for [BOS] and for each token that is there; an absent token is missing in that of the last one before.
         gaps = num_kept + 1
@@ -120,7 +117,7 @@ class FlexMDMCollator(Collator):
             logits_index=rows.index(starts, num_kept)[masked[there]],
             target_ids=targets[masked],
             target_documents=of_tokens[masked],
-            gap_index=rows.index(starts - 1, gaps)[is_open],
+            gap_index=rows.index(starts - 1 + has_end, gaps)[is_open],
             gap_counts=counts[is_open],
             gap_documents=segment_numbers(gaps)[is_open],
             unmasking_weights=hazards[0].astype(np.float32),

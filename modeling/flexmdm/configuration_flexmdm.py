@@ -53,7 +53,11 @@ class FlexMDMConfig(RotaryTransformerConfig):
         if self.conditioning == "none":
             raise ValueError("This model must be told the time: choose conditioning='adaln' or 'token'.")
         for schedule in (self.insertion_schedule, self.unmasking_schedule):
-            make_schedule(schedule)
+            if not make_schedule(schedule).is_whole():
+                raise ValueError(
+                    f"The schedule {schedule!r} does not run from data (alpha 1) to nothing (alpha 0), and what is "
+                    "reported as a likelihood integrates all of it: choose one that does, such as 'linear'."
+                )
         if self.max_count is None:
             self.max_count = self.max_position_embeddings
 

@@ -256,9 +256,10 @@ class FlexMDMGenerationMixin(NonAutoregressiveGenerationMixin):
             logits, uniforms = outputs.count_logits[slots], uniform(seeds, step, numbers[: gaps.shape[1]], _NUMBER)
             counts = sample_categorical(logits, uniforms) if call.config.do_sample else logits.argmax(dim=-1)
             counts = counts.masked_fill(~gaps, 0)
-        missing, is_missing = slots_of_counts(counts, state.width)
-        is_missing &= (numbers[:-1] < capacity) & (uniform(seeds, step, numbers[:-1], _COMES) < comes[:, None])
-        return missing, is_missing
+        # Of all that are missing, whatever there is capacity for, each comes or not; what exceeds it is then left out.
+        numbers = torch.arange(self.config.max_position_embeddings, device=rows.device)
+        missing, is_missing = slots_of_counts(counts, len(numbers))
+        return missing, is_missing & (uniform(seeds, step, numbers, _COMES) < comes[:, None])
 
     def _time_new_masks(self: Any, state, rows, seeds, step: int, absent: list[torch.Tensor]) -> None:
         """Give each new mask its time to become a token, as the data had it.

@@ -165,13 +165,14 @@ def test_more_steps_come_closer_to_the_data(kinds):
         assert distance(decoded(model, 1000, 8, 24, "event")[0], law) < 0.3 * found["event", 1]
 
 
-def test_without_sampling_the_likeliest_edit_is_made_when_it_is_as_likely_as_not():
+@pytest.mark.parametrize("num_steps", [2, 12])
+def test_without_sampling_the_likeliest_edit_is_made_when_it_is_as_likely_as_not(num_steps):
+    """However often the network looks again: the edits that were expected since the last one add up."""
     model, tables = model_of(3), tables_of(3)
-    output = model.generate(
-        torch.tensor([[CLS, BOS]]), source_ids=torch.tensor([SOURCE]), sampler="event", num_steps=2, max_new_tokens=9
-    )
-    text, time_left, window, grid, nfe = SOURCE, 1.0, 0, grid_of("linear", 2), 0
-    while window < 2:
+    options = {"sampler": "event", "num_steps": num_steps, "max_new_tokens": 9}
+    output = model.generate(torch.tensor([[CLS, BOS]]), source_ids=torch.tensor([SOURCE]), **options)
+    text, time_left, window, grid, nfe, waited = SOURCE, 1.0, 0, grid_of("linear", num_steps), 0, 0.0
+    while window < num_steps:
         nfe += 1
         then = grid[window + 1]
         edits = expected_edits(tables, text, time_left, then)
@@ -179,10 +180,11 @@ def test_without_sampling_the_likeliest_edit_is_made_when_it_is_as_likely_as_not
         for (kind, i, *_), n in edits.items():
             kinds[kind, i] += n
         total = sum(kinds.values())
-        if total <= math.log(2):
-            time_left, window = then, window + 1
+        if waited + total <= math.log(2):
+            time_left, window, waited = then, window + 1, waited + total
             continue
-        time_left -= (time_left - then) * math.log(2) / total
+        time_left -= (time_left - then) * max(math.log(2) - waited, 0.0) / total
+        waited = 0.0
         (kind, i), _ = max(kinds.items(), key=lambda item: item[1])
         words = {e[2]: n for e, n in edits.items() if e[:2] == (kind, i) and len(e) > 2}
         word = [max(words, key=words.__getitem__)] if words else []
@@ -190,6 +192,34 @@ def test_without_sampling_the_likeliest_edit_is_made_when_it_is_as_likely_as_not
     assert written(output, 2) == [text]
     assert output.nfe.tolist() == [nfe]
     assert nfe > 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"source_ids": [[8, 9]], "source_mask": [[1, 1, 1]]}, r"a source_mask of the same shape; what came has"),
+        ({"source_ids": [8]}, r"pass source_ids \(1, N\)"),
+        ({}, r"pass source_ids \(1, N\), a text for each prompt"),
+        ({"source_ids": [[8, BOS]]}, r"A source text holds \[CLS\] or \[BOS\], but no text does"),
+    ],
+)
+def test_sources_that_cannot_be_edited_are_refused(options, message):
+    inputs = {name: torch.tensor(value) for name, value in options.items()}
+    with pytest.raises(ValueError, match=message):
+        network("source").generate(batch_of([[8]]), **inputs)
+
+
+def test_a_flow_from_nothing_takes_neither_sources_nor_their_mask():
+    with pytest.raises(ValueError, match="begins with 'empty' and takes no source_ids"):
+        network().generate(batch_of([[8]]), source_mask=torch.ones(1, 2))
+
+
+def test_the_mask_of_a_source_says_which_of_its_tokens_there_are():
+    model, padded = network("source"), torch.tensor([[8, 9, 10, 11]])
+    call = {"seed": [3], "max_new_tokens": 8, "do_sample": True}
+    masked = model.generate(batch_of([[12]]), source_ids=padded, source_mask=torch.tensor([[0, 1, 1, 0]]), **call)
+    alone = model.generate(batch_of([[12]]), source_ids=padded[:, 1:3], **call)
+    assert masked.sequences.tolist() == alone.sequences.tolist()
 
 
 PROMPTS = [[8, 9, 10], [11], [12, 13, 14, 15, 16, 17], []]

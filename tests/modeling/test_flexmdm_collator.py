@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from tests.modeling.naive_flexmdm import BOS, MASK, SpecialIds, shares
+from tests.modeling.naive_flexmdm import BOS, EOS, MASK, PAD, SpecialIds, shares
 from xlm_hf.modeling.flexmdm import FlexMDMCollator
 
 QUARTIC = {"name": "polynomial", "power": 4}
@@ -73,6 +73,26 @@ def test_in_infilling_a_run_of_masks_is_one_open_gap():
     assert batch["sequence_tokens"].tolist() == [4] * 60
     prompts = FlexMDMCollator(SpecialIds(40), max_length=32, kind="infill", prediction=True)(examples)
     assert prompts["input_ids"][0].tolist() == [BOS, *given]
+
+
+@pytest.mark.parametrize(("end_token", "end"), [("eos", EOS), ("pad", PAD)])
+@pytest.mark.parametrize("packing", [False, True])
+def test_with_an_end_token_the_gaps_are_those_left_of_a_token(end_token, end, packing):
+    """As the published layout has it: the same corruption, the end behind each row, every gap one further right."""
+    examples = examples_of([10, 11, 12, 13], [], [14], [15, 16, 17], prompt=(8, 9))
+    options = {"max_length": 32, "kind": "seq2seq", "packing": packing}
+    plain = FlexMDMCollator(SpecialIds(40), **options)(examples)
+    batch = FlexMDMCollator(SpecialIds(40), **options, end_token=end_token)(examples)
+    for name in ("gap_counts", "target_ids", "insertion_weights", "sequence_tokens"):
+        torch.testing.assert_close(batch[name], plain[name])
+    documents, of_plain = batch["gap_documents"], plain["gap_documents"]
+    for number in range(4):
+        gaps = batch["gap_index"][documents == number].tolist()
+        tokens = batch["input_ids"].flatten()[gaps].tolist()
+        others = plain["input_ids"].flatten()[plain["gap_index"][of_plain == number]].tolist()
+        assert tokens == [*others[1:], end]
+        assert others[0] == BOS == batch["input_ids"].flatten()[gaps[0] - 1]
+    assert int(batch["attention_mask"].sum()) == int(plain["attention_mask"].sum()) + 4
 
 
 @pytest.mark.parametrize(("insertion", "unmasking"), [("linear", "linear"), (QUARTIC, MIRRORED)])

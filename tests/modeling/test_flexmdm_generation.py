@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from scipy.stats import chisquare, poisson
+from scipy.stats import binom, chisquare, poisson
 
 from tests.host_reads import as_on_an_accelerator
 from tests.modeling.naive_flexmdm import (
@@ -243,6 +243,27 @@ def test_known_mistakes_are_found(mistake):
     assert p_value(found, law) < 1e-6
 
 
+@pytest.mark.parametrize("counts", ["independent", "rounded"])
+def test_what_is_missing_comes_or_not_before_the_capacity_cuts_it_off(counts):
+    """Of 12 missing tokens each comes in the first of four steps with probability 1/4; at most 4 are written."""
+    model = TableModel(RandomTables(), gap_head="distribution", max_count=12)
+    model.count_probabilities = lambda gaps: torch.nn.functional.one_hot(torch.full(gaps.shape, 12), 13).double()
+    forward = model.forward
+
+    def expecting_all(*args, **inputs):
+        output = forward(*args, **inputs)
+        output.expected_counts = torch.full_like(output.expected_counts, 12.0)
+        return output
+
+    model.forward = expecting_all
+    call = {"max_new_tokens": 4, "num_steps": 4, "counts": counts, "do_sample": True, "return_history": True}
+    edits = model.generate(torch.full((4000, 1), BOS), seed=2, **call).edits
+    first = edits[(edits[:, 1] == 0) & (edits[:, 2] == EDIT_KINDS.index("insert"))]
+    came = np.bincount(first[:, 0].bincount(minlength=4000).numpy(), minlength=5)
+    law = binom.pmf(np.arange(12), 12, 0.25)
+    assert chisquare(came, 4000 * np.append(law[:4], 1 - law[:4].sum())).pvalue > 1e-4
+
+
 def test_the_count_head_says_how_many_are_missing():
     """Each gap misses 0 to 2 tokens by the head's probabilities, and each of them comes or not."""
     model = TableModel(RandomTables(), gap_head="distribution", max_count=2)
@@ -363,3 +384,6 @@ def test_what_cannot_be_is_refused_in_one_sentence():
         model(torch.tensor([[BOS]]))
     with pytest.raises(ValueError, match="must be told the time"):
         FlexMDMConfig(conditioning="none")
+    for name in ("insertion_schedule", "unmasking_schedule"):
+        with pytest.raises(ValueError, match=r"'geometric' does not run from data .alpha 1. to nothing .alpha 0."):
+            FlexMDMConfig(**{name: "geometric"})
