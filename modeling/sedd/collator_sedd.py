@@ -35,7 +35,7 @@ class SEDDCollator(CanvasCollator):
         input_ids (B, L): the documents with their masks or noise, padded on the right.
         attention_mask (B, L): True for the documents, the `[PAD]` of their canvases included.
         segment_ids, position_ids (B, L): document and position of each token, where a row holds several documents.
-        is_given (B, L): True for tokens that have no noise at any time; in infilling by noise.
+        is_given (B, L): True for tokens that have no noise at any time; in infilling.
         logits_index (M,): the masks, or with noise the canvases, as indices into the flattened (B x L) tokens.
         target_ids (M,): their clean tokens. target_documents (M,): the documents they belong to.
         alpha (B,): float32, alpha_t, which the network is told; (B, L) where a row holds several documents.
@@ -93,9 +93,8 @@ class SEDDCollator(CanvasCollator):
         if documents.blank is not None:
             index, bits = index[documents.blank], bits[documents.blank]
             lengths = np.bincount(segment_numbers(lengths)[documents.blank], minlength=len(lengths))
-            if self.kernel == "uniform":
-                entries["is_given"] = np.ones(rows.shape, dtype=bool)
-                entries["is_given"].reshape(-1)[index] = False
+            entries["is_given"] = np.ones(rows.shape, dtype=bool)
+            entries["is_given"].reshape(-1)[index] = False
         tokens = documents.target_lengths + documents.ends if documents.blank is None else lengths
         is_told = documents.blank is None and self.canvas_length is None
         content, owners = rows.input_ids[index], segment_numbers(lengths)
