@@ -122,6 +122,11 @@ def test_the_times_and_shares_of_psi_are_those_of_their_formulas():
     expected = [1 - 0.8 * i / 9 for i in range(9)] + [0.2] * 11 + [0.0]
     assert times[:, 0].tolist() == pytest.approx(expected)
     assert times[18:, 1].tolist() == pytest.approx([0.2] * 3)
+    # Too few steps for three phases are even; three are one of each.
+    few = {1: [1, 0], 2: [1, 0.5, 0], 3: [1, 0.2, 0.2, 0]}
+    for number, expected in few.items():
+        made = [loop.times(torch.tensor([i]), torch.tensor([number])).item() for i in range(number + 1)]
+        assert made == pytest.approx(expected)
     process = SimpleNamespace(kernel=UniformKernel(schedule=make_schedule("log_linear"), writable_ids=torch.arange(3)))
     t, s = (torch.tensor(x, dtype=torch.float64) for x in ([1.0, 0.6, 0.2, 0.2], [0.8, 0.4, 0.2, 0.0]))
     # sigma_max = min(1, s / (1 - t)), sigma / s.

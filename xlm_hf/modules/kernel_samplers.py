@@ -269,7 +269,7 @@ class PsiSampler(KernelSampler):
     Attributes:
         schedule: "cap", sigma = min(eta, sigma_max); "rescale", sigma = eta sigma_max; "loop", as "cap" in the second
             of three phases and 0 in the others: 45 % of the steps lead to the time `loop_time`, 50 % stay there and
-            the rest lead to the text.
+            the rest lead to the text. Fewer than 3 steps are even and have no such phase.
         eta: strength, in (0, 1].
         loop_time: of "loop".
     """
@@ -285,7 +285,8 @@ class PsiSampler(KernelSampler):
         first, last = (0.45 * n).long(), (0.95 * n).long()
         falling = 1 - (1 - self.loop_time) * done / first.clamp(min=1)
         end = self.loop_time * (n - done) / (n - last)
-        return torch.where(done < first, falling, torch.where(done <= last, self.loop_time, end)).double()
+        loop = torch.where(done < first, falling, torch.where(done <= last, self.loop_time, end)).double()
+        return torch.where(first > 0, loop, super().times(done, n))
 
     def share_to_data(self, process: Any, t: torch.Tensor, s: torch.Tensor) -> torch.Tensor | None:
         """See `KernelSampler`."""
