@@ -69,6 +69,17 @@ def prompts_of(case, model):
     return prompt
 
 
+@pytest.mark.parametrize("family", families())
+def test_what_leaves_nothing_to_write_is_refused_in_one_sentence(family):
+    model = FamilyCase(family).model()
+    with pytest.raises(ValueError, match="input_ids has 0 rows and needs at least 1"):
+        model.generate(torch.zeros(0, 3, dtype=torch.int64))
+    every = list(range(model.config.vocab_size))
+    num = len(set(every) - set(model.config.suppressed_ids or ()))
+    with pytest.raises(ValueError, match=f"suppress_tokens has all {num} ids that the model writes"):
+        model.generate(suppress_tokens=every)
+
+
 @pytest.mark.parametrize(("family", "name"), CASES)
 def test_a_step_waits_once_for_its_device(family, name):
     case = FamilyCase(family)

@@ -256,7 +256,7 @@ class ARLMGenerationMixin(GenerationOptionsMixin, GenerationMixin):  # type: ign
                 f"The options select {mode.value}, but only {', '.join(mode.value for mode in modes)} are supported: "
                 "unset num_beams, do_sample or the options of assisted decoding."
             )
-        self.check_token_ids(torch.tensor(list(config.suppress_tokens or ())), "suppress_tokens: id")
+        self.check_suppressed(config.suppress_tokens or ())
         return config
 
     def _prepare_prompt(self, input_ids, attention_mask):

@@ -227,7 +227,12 @@ def left_align_padding(input_ids: torch.Tensor, attention_mask: torch.Tensor) ->
 
     Returns:
         the moved ids and mask, (B, longest row), the mask as bool.
+
+    Raises:
+        ValueError: for a batch without rows.
     """
+    if len(input_ids) == 0:
+        raise ValueError("input_ids has 0 rows and needs at least 1: pass a prompt, or None for an empty one.")
     order = attention_mask.bool().int().argsort(dim=-1, stable=True)
     longest = int(attention_mask.bool().sum(dim=-1).max())
     order = order[:, order.shape[1] - longest :]
@@ -312,7 +317,7 @@ class GenerationOptionsMixin:
             empty: ids of an empty prompt.
 
         Raises:
-            ValueError: for an id outside the vocabulary.
+            ValueError: for an id outside the vocabulary, or a batch without rows.
         """
         if input_ids is None or input_ids.shape[1] == 0:
             num_rows = 1 if input_ids is None else len(input_ids)
@@ -365,6 +370,16 @@ class GenerationOptionsMixin:
             raise ValueError(
                 f"{what} {int(outside[0])} is outside the model's vocabulary of {vocab_size}: use the tokenizer that "
                 "was saved with the model."
+            )
+
+    def check_suppressed(self, suppress_tokens: Sequence[int]) -> None:
+        """Raise ValueError for an id outside the vocabulary, or if no id is left to write."""
+        self.check_token_ids(torch.tensor(list(suppress_tokens)), "suppress_tokens: id")
+        suppressed, size = set(self.config.suppressed_ids or ()), self.config.vocab_size
+        if len(suppressed.union(suppress_tokens)) == size:
+            num = size - len(suppressed)
+            raise ValueError(
+                f"suppress_tokens has all {num} ids that the model writes: leave at least one of them out."
             )
 
 
@@ -432,7 +447,7 @@ class NonAutoregressiveGenerationMixin(GenerationOptionsMixin):
         config = self.resolve_generation_config(generation_config, overrides)
         # Attributes may have been set since it was made.
         config.validate()
-        self.check_token_ids(torch.tensor(list(config.suppress_tokens or ())), "suppress_tokens: id")
+        self.check_suppressed(config.suppress_tokens or ())
         num_rows, device = (1, self.device) if input_ids is None else (len(input_ids), input_ids.device)
         takes_edits = getattr(streamer, "takes_edits", False)
         is_watched = any(watcher is not None for watcher in (streamer, logits_processor, stopping_criteria))
