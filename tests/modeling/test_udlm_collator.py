@@ -210,6 +210,11 @@ def test_the_curriculum_trains_on_the_bound_of_what_was_drawn():
     options = {"gamma_min": -2.0, "gamma_max": 1.0, "temperature": 1e-6}
     batch = collator(curriculum=options)(examples)
     assert torch.equal(restored(batch), batch["input_ids"])
+    # Times are even in gamma: the weight is the change of the noise with the draw.
+    gamma, step = batch["gamma"].numpy().astype(float), 1e-5
+    (before, _), (after, _) = (uniform_noise(gamma + sign * step, len(WRITABLE)) for sign in (-1, 1))
+    expected = torch.from_numpy((after - before) / (2 * step) * 3).float()
+    torch.testing.assert_close(batch["loss_weights"], expected, rtol=1e-4, atol=1e-6)
     output = UDLMLoss()(model, batch)
     documents = batch["target_documents"]
     noisy, *_ = gaussian_tokens(
