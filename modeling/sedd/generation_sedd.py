@@ -1,6 +1,7 @@
 """Generation by score entropy diffusion: steps of the reverse process by ratios of probabilities."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -14,6 +15,8 @@ from xlm_hf.modules.masked_generation import MaskedGenerationMixin
 from xlm_hf.modules.noise_schedules import NoiseSchedule, make_schedule
 from xlm_hf.modules.reverse_process import CanvasProcess, ConfidenceSampler
 from xlm_hf.modules.token_sampling import filter_logits, sample_categorical
+from xlm_hf.modules.unmasking import draw_tokens
+from xlm_hf.modules.vocabulary_head import LogitsOnDemand
 
 _STAY, _TOKEN = 2, 3  # which of the numbers of a move decide whether a mask stays, and by which token it goes
 
@@ -29,61 +32,107 @@ class AbsorbingKernel(Kernel):
         return Shares(self.schedule.alpha(t), self.schedule.mask_probability(t), torch.zeros_like(t))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ScoreMove(Move):
     """What a step makes of positions by their scores; `own` is not used.
 
     Attributes:
+        num_ids: N, the ids that the model's config does not suppress.
         is_exact: whether the step is the analytic one, else Euler's.
         is_scaled: see `SEDDConfig.scaled_scores`.
         noise_eps: no alpha is taken to be less.
+        log_mass: (S,) log sum exp of the logits as the network gives them; None where the call changes none of them.
     """
 
+    num_ids: int
     is_exact: bool = True
     is_scaled: bool = True
     noise_eps: float = 1e-3
+    log_mass: torch.Tensor | None = None
+
+    per_position: ClassVar[tuple[str, ...]] = (*Move.per_position, "log_mass")
+
+    def __call__(self, logits: LogitsOnDemand) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Move`."""
+        if logits.unprocessed is None or self.log_mass is not None:
+            return super().__call__(logits)
+        return replace(self, log_mass=logits.unprocessed.statistic("log_mass"))(logits)
 
     def predictions(self, scores: torch.Tensor) -> torch.Tensor:
         """The logits (S, V) as they are."""
         return scores
 
-    def drawn(self, scores: torch.Tensor) -> torch.Tensor:
-        """Ids (S,) drawn from logits (S, V) after the options, or the most probable ones."""
-        if not self.config.do_sample:
-            return scores.argmax(dim=-1)
-        filtered = filter_logits(scores, self.config.temperature, self.config.top_k, self.config.top_p)
-        return sample_categorical(filtered, self.uniforms[_TOKEN])
-
     def tokens(self, scores: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
         """The tokens (S,) at s."""
-        alpha_t, alpha_s = (self.kernel.shares(x).alpha.clamp(min=self.noise_eps)[:, None] for x in (self.t, self.s))
-        num_ids = scores.isfinite().sum(dim=-1, keepdim=True)
         if self.kernel.mask_token_id is not None:
-            return self._unmasked(scores, num_ids, alpha_t, alpha_s)
-        kappa = num_ids * alpha_t / (1 - alpha_t)
-        log_s = scores.double() * (kappa / (1 + kappa) if self.is_scaled else 1.0)
-        s = log_s.scatter(1, self.ids[:, None], 0.0).exp()
-        ratio = alpha_t / alpha_s
+            return self._unmasked(scores)
+        return sample_categorical(self.law(scores).log(), self.uniforms[_TOKEN])
+
+    def law(self, scores: torch.Tensor) -> torch.Tensor:
+        """Probabilities (S, V), up to a factor, of the tokens at s where the noise is uniform, by logits (S, V)."""
+        alpha_t, alpha_s = self._alphas()
+        s, ratio = self._ratios(scores, alpha_t), alpha_t / alpha_s
         if self.is_exact:
             # (exp(-change Q) s)_y x q(z_t | y at s), with exp(-change Q) = (1 - 1 / ratio) / N + 1 / ratio at y.
-            p = (s / ratio + (1 - 1 / ratio) / num_ids * s.sum(dim=-1, keepdim=True)).clamp(min=0)
+            p = (s / ratio + (1 - 1 / ratio) / self.num_ids * s.sum(dim=-1, keepdim=True)).clamp(min=0)
             stays = torch.zeros_like(p).scatter(1, self.ids[:, None], 1.0)
-            p = p * ((1 - ratio) / num_ids + ratio * stays)
+            p = p * ((1 - ratio) / self.num_ids + ratio * stays)
         else:
-            p = -ratio.log() / num_ids * s
+            p = -ratio.log() / self.num_ids * s
             p = p.scatter(1, self.ids[:, None], 0.0)
             p = p.scatter(1, self.ids[:, None], (1 - p.sum(dim=-1, keepdim=True)).clamp(min=0))
-        return self.drawn(p.masked_fill(scores == -torch.inf, 0.0).log().float())
+        # Noise may be an id that `suppress_tokens` leaves out, what is written may not.
+        return p.masked_fill((scores == -torch.inf) & (self.s == 0)[:, None], 0.0)
 
-    def _unmasked(self, scores, num_ids, alpha_t, alpha_s) -> torch.Tensor:
-        """Ids, or masks where they stay; the last step leaves none."""
+    def _alphas(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The shares alpha (S, 1) at t and at s."""
+        alpha_t, alpha_s = (self.kernel.shares(x).alpha.clamp(min=self.noise_eps)[:, None] for x in (self.t, self.s))
+        return alpha_t, alpha_s
+
+    def _ratios(self, scores: torch.Tensor, alpha_t: torch.Tensor) -> torch.Tensor:
+        """The scores s (S, V), 1 at the present ids: the network's, or those of its prediction after the options.
+
+        With q_y proportional to s_y = alpha p_y + (1 - alpha) / N, the prediction p_y of the clean token by the others
+        is proportional to s_y - (1 - alpha) x mean of s, which free scores may have below 0. The options make p' of it,
+        and p' makes the scores (alpha p'_y + (1 - alpha) / N) / (alpha p'_z + (1 - alpha) / N).
+        """
+        config, ids, num_ids = self.config, self.ids[:, None], self.num_ids
+        kappa = num_ids * alpha_t / (1 - alpha_t)
+        log_s = scores.double() * (kappa / (1 + kappa) if self.is_scaled else 1.0)
+        s = log_s.scatter(1, ids, 0.0).exp()
+        draws_all = config.do_sample and config.temperature == 1 and not config.top_k and config.top_p in (None, 1)
+        if draws_all and self.log_mass is None:
+            return s
+        # What the call leaves out has p_y = 0, so that s_y = (1 - alpha) x mean of s.
+        is_left = scores > -torch.inf
+        num_out = num_ids - is_left.scatter(1, ids, True).sum(dim=-1, keepdim=True)
+        mean = s.sum(dim=-1, keepdim=True) / (num_ids - num_out * (1 - alpha_t))
+        p = (s - (1 - alpha_t) * mean).clamp(min=0) * is_left
+        p = torch.where(p.sum(dim=-1, keepdim=True) > 0, p, s * is_left)
+        q = alpha_t * _filtered(p, config)
+        q[:, self.kernel.writable_ids] += (1 - alpha_t) / num_ids
+        noised = q / q.gather(1, ids)
+        # A processor may leave a row as it is.
+        return torch.where(is_left.sum(dim=-1, keepdim=True) < num_ids, noised, s) if draws_all else noised
+
+    def _unmasked(self, scores: torch.Tensor) -> torch.Tensor:
+        """Ids (S,), or masks where they stay; the last step leaves none."""
+        alpha_t, alpha_s = self._alphas()
         log_odds = alpha_t.log() - torch.log1p(-alpha_t)
-        mass = scores.double().logsumexp(dim=-1, keepdim=True)
-        total = (mass + log_odds - num_ids.log() if self.is_scaled else mass).exp()
+        # Ids that the call leaves out do not slow the steps down: the others get their mass.
+        mass = (scores.double().logsumexp(dim=-1) if self.log_mass is None else self.log_mass.double())[:, None]
+        total = (mass + log_odds - math.log(self.num_ids) if self.is_scaled else mass).exp()
         change = alpha_s / alpha_t
         leaves = (change - 1 if self.is_exact else change.log()) * total
         is_unmasked = (self.uniforms[_STAY] < leaves[:, 0]) | (self.s == 0)
-        return torch.where(is_unmasked, self.drawn(scores), self.ids)
+        return torch.where(is_unmasked, draw_tokens(scores, self.uniforms[_TOKEN], self.config), self.ids)
+
+
+def _filtered(p: torch.Tensor, config: Any) -> torch.Tensor:
+    """Probabilities (S, V) that are proportional to p after temperature, top-k and top-p, or all on the largest."""
+    if not config.do_sample:
+        return torch.zeros_like(p).scatter_(1, p.argmax(dim=-1, keepdim=True), 1.0)
+    return filter_logits(p.log(), config.temperature, config.top_k, config.top_p).double().softmax(dim=-1)
 
 
 @dataclass
@@ -131,8 +180,9 @@ class EulerSampler(ScoreSampler):
 class SEDDGenerationConfig(NonAutoregressiveGenerationConfig):
     """Options of `SEDDForScoreEntropy.generate`.
 
-    `max_new_tokens` is the size of the canvas. Temperature, top-k and top-p act on what a token is drawn from: with
-    masks the scores, with uniform noise the law of the step.
+    `max_new_tokens` is the size of the canvas. Temperature, top-k and top-p act on the prediction of the clean token by
+    the others: with masks the scores, with uniform noise what the scores say of it. Without `do_sample` it is all on
+    its most probable token; then only the noise is random.
 
     Attributes:
         sampler: "analytic" or "euler", see `AnalyticSampler` and `EulerSampler`; with masks also "confidence", which
@@ -170,7 +220,11 @@ class SEDDGenerationMixin(MaskedGenerationMixin):
             every = torch.arange(config.vocab_size, device=canvas.ids.device)
             kernel = UniformKernel(schedule=schedule, writable_ids=every[~torch.isin(every, suppressed)])
         process: Any = KernelProcess(canvas, sampler, call, kernel)
-        process.score_options = {"is_scaled": config.scaled_scores, "noise_eps": config.noise_eps}
+        process.score_options = {
+            "num_ids": config.vocab_size - len(config.suppressed_ids),
+            "is_scaled": config.scaled_scores,
+            "noise_eps": config.noise_eps,
+        }
         return process
 
     def time_inputs(self, alpha: torch.Tensor) -> dict[str, torch.Tensor]:

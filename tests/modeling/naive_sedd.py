@@ -1,13 +1,14 @@
 """The slow twin of score entropy diffusion."""
 
 import itertools
+import math
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import one_hot
 
-from tests.modeling.naive import BOS, FIRST_WORD, UNK, small_model
+from tests.modeling.naive import BOS, FIRST_WORD, UNK, filtered, small_model
 from xlm_hf.modeling.sedd import SEDDConfig, SEDDForScoreEntropy, SEDDGenerationConfig
 from xlm_hf.modeling.sedd.generation_sedd import SEDDGenerationMixin
 from xlm_hf.modules.vocabulary_head import LanguageModelOutput, head_fields
@@ -113,6 +114,35 @@ def random_joint(length, seed=0):
     return weights / weights.sum()
 
 
+def after_options(predicted, left, options):
+    """Predictions (..., 3), up to a factor, of the numbers in `left` after temperature, top-k and top-p."""
+    result = torch.zeros_like(predicted)
+    for row, weights in zip(result.view(-1, 3), predicted.reshape(-1, 3).tolist(), strict=True):
+        total = sum(weights[i] for i in left)
+        for i, p in filtered({i: weights[i] / total for i in left}, **options).items():
+            row[i] = p
+    return result
+
+
+def scores_after_options(log_s, z, alpha, left, options):
+    """log s (..., 3) of uniform noise by a prediction after the options; `left` has all numbers that are not -inf."""
+    s = torch.where(one_hot(z, 3) > 0, 1.0, log_s.exp())
+    result = torch.zeros_like(s)
+    for index in itertools.product(*map(range, z.shape)):
+        own = int(z[index])
+        # q = factor x s is known of these alone; all of the prediction is among them.
+        known = {*left, own}
+        factor = (alpha + (1 - alpha) * len(known) / 3) / sum(float(s[index][i]) for i in known)
+        p = {i: max(0.0, factor * float(s[index][i]) - (1 - alpha) / 3) for i in left}
+        if sum(p.values()) == 0:
+            p = {i: float(s[index][i]) for i in left}
+        total = sum(p.values())
+        p = filtered({i: weight / total for i, weight in p.items()}, **options)
+        q = [alpha * p.get(i, 0.0) + (1 - alpha) / 3 for i in range(3)]
+        result[index] = torch.tensor([math.log(x / q[own]) for x in q])
+    return result
+
+
 def step_law(log_s, z, alpha_t, alpha_s, kernel, is_exact):
     """Laws (R, L, N + 1) of the tokens at s, the mask last, by matrices: exp(-change Q) s_t x exp(change Q)."""
     eye = torch.eye(4 if kernel == "absorb" else 3, dtype=torch.float64)
@@ -140,8 +170,9 @@ def step_law(log_s, z, alpha_t, alpha_s, kernel, is_exact):
     return law / law.sum(dim=-1, keepdim=True)
 
 
-def chain_law(model, length, num_steps, is_exact=True):
-    """Law of the canvas after `num_steps` even steps of alpha, by ids of the words."""
+def chain_law(model, length, num_steps, is_exact=True, left=(0, 1, 2), **options):
+    """Law of the canvas after `num_steps` even steps of alpha, by ids of the words, of which `left` may be written."""
+    is_plain = len(left) == 3 and not options
     kernel, eps = model.config.kernel, model.config.noise_eps
     num = 4 if kernel == "absorb" else 3
     z = canvases(length, num)
@@ -154,11 +185,18 @@ def chain_law(model, length, num_steps, is_exact=True):
         a_t, a_s = max(step / num_steps, eps), (step + 1) / num_steps
         alpha = torch.full((len(z), 1, 1), a_t, dtype=torch.float64)
         log_s = log_scores(logits, z, alpha, kernel, model.config.scaled_scores)
+        if kernel == "uniform" and not is_plain:
+            log_s = scores_after_options(log_s, z, a_t, left, options)
         laws = step_law(log_s, z, a_t, a_s, kernel, is_exact)
-        if kernel == "absorb" and step + 1 == num_steps:
-            words = logits.softmax(dim=-1)
-            last = torch.cat((words, torch.zeros_like(words[..., :1])), dim=-1)
+        if kernel == "absorb":
+            # Which word it is, the options change; how many masks go, they do not.
+            words = after_options(logits.softmax(dim=-1), left, options)
+            goes = 1.0 if step + 1 == num_steps else laws[..., :3].sum(dim=-1, keepdim=True)
+            last = torch.cat((words * goes, torch.zeros_like(words[..., :1]) + 1 - goes), dim=-1)
             laws = torch.where((z == MASK_NUMBER)[..., None], last, one_hot(z, 4).double())
+        elif step + 1 == num_steps:
+            laws = laws * torch.tensor([float(i in left) for i in range(3)])
+            laws = laws / laws.sum(dim=-1, keepdim=True)
         law = law @ laws.gather(2, z.T.expand(len(z), -1, -1)).prod(dim=1)
     return {tuple(WORDS[i] for i in row): float(p) for row, p in zip(z.tolist(), law, strict=True) if max(row) < 3}
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import xlm_hf
 from tests.modeling.naive_sedd import log_scores
-from xlm_hf.modeling.sedd import SEDDLoss
+from xlm_hf.modeling.sedd import SEDDGenerationConfig, SEDDLoss
 from xlm_hf.modeling.sedd.generation_sedd import ScoreMove
 from xlm_hf.modeling.sedd.loss_sedd import RawNoiseScores
 
@@ -73,7 +73,7 @@ def test_recorded_analytic_steps_are_met():
     """Of uniform noise, the law that a step draws from."""
     tensors, _, _ = recorded("uniform")
     z, sigma, change = tensors["in.xt"], tensors["out.sigma"].double(), tensors["out.dsigma_step"][:, 0].double()
-    expected, drawn = tensors["out.analytic_probs"], []
+    expected = tensors["out.analytic_probs"]
 
     class Kernel:
         mask_token_id = None
@@ -82,15 +82,10 @@ def test_recorded_analytic_steps_are_met():
         def shares(t):
             return type("Shares", (), {"alpha": torch.exp(-t)})
 
-    class Law(ScoreMove):
-        def drawn(self, scores):
-            drawn.append(scores)
-            return self.ids
-
     of_rows = {"t": sigma, "s": sigma - change}
     times = {name: value.repeat_interleave(16) for name, value in of_rows.items()}
-    move = Law(Kernel(), None, False, z.flatten(), **times, uniforms=torch.zeros(7, 48), is_scaled=False, noise_eps=0)
-    move.tokens(tensors["out.log_score"].flatten(0, 1), torch.zeros(48))
-    law = expected.flatten(0, 1).clamp(min=0)
-    torch.testing.assert_close(drawn[0].exp(), law, rtol=1e-4, atol=1e-5)
-    assert math.isclose(float(drawn[0].exp().sum()), float(law.sum()), rel_tol=1e-4)
+    options = {"uniforms": torch.zeros(7, 48), "num_ids": 29, "is_scaled": False, "noise_eps": 0}
+    move = ScoreMove(Kernel(), SEDDGenerationConfig(do_sample=True), z.flatten(), **times, **options)
+    made, law = move.law(tensors["out.log_score"].flatten(0, 1)).float(), expected.flatten(0, 1).clamp(min=0)
+    torch.testing.assert_close(made, law, rtol=1e-4, atol=1e-5)
+    assert math.isclose(float(made.sum()), float(law.sum()), rel_tol=1e-4)

@@ -131,13 +131,14 @@ class Move:
     to_data: torch.Tensor | None = None
     is_greedy: torch.Tensor | None = None
 
+    per_position: ClassVar[tuple[str, ...]] = ("ids", "t", "s", "to_data", "is_greedy")
+
     def __call__(self, logits: LogitsOnDemand) -> tuple[torch.Tensor, torch.Tensor]:
         """The tokens at s, and x_theta of those at t, both (S,)."""
-        names = ("ids", "t", "s", "to_data", "is_greedy")
         of_blocks = []
         for start in range(0, len(self.ids), _BLOCK_ROWS):
             rows = slice(start, start + _BLOCK_ROWS)
-            given = {name: x[rows] for name in names if (x := getattr(self, name)) is not None}
+            given = {name: x[rows] for name in self.per_position if (x := getattr(self, name)) is not None}
             block = replace(self, **given, uniforms=self.uniforms[:, rows])
             scores = block.predictions(logits[rows])
             own = scores.gather(1, block.ids[:, None])[:, 0] - scores.logsumexp(dim=-1)

@@ -90,7 +90,12 @@ class LogitsOnDemand:
         hidden_states: (S, H).
         head: from (S, H) to (S, V).
         suppressed_ids: ids whose logits are -inf.
+
+    Attributes:
+        unprocessed: the logits before `processed`, where that has changed any; else None.
     """
+
+    unprocessed: "LogitsOnDemand | None" = None
 
     def __init__(self, hidden_states: torch.Tensor, head: nn.Module, suppressed_ids: Sequence[int] | None = None):
         self.hidden_states, self.head, self.suppressed_ids = hidden_states, head, [*(suppressed_ids or ())]
@@ -113,8 +118,13 @@ class LogitsOnDemand:
         those of `index` (S,) in the flattened `ids` (B, L).
         """
         if processor is not None:
-            return self.of(processor(ids[index // ids.shape[1]], self[:], cur_step=step), suppress_tokens)
-        return LogitsOnDemand(self.hidden_states, self.head, [*self.suppressed_ids, *(suppress_tokens or ())])
+            logits = self.of(processor(ids[index // ids.shape[1]], self[:], cur_step=step), suppress_tokens)
+        elif set(suppress_tokens or ()) <= set(self.suppressed_ids):
+            return self
+        else:
+            logits = LogitsOnDemand(self.hidden_states, self.head, [*self.suppressed_ids, *(suppress_tokens or ())])
+        logits.unprocessed = self
+        return logits
 
     def statistic(self, name: str) -> torch.Tensor:
         """A statistic (S,) of softmax(logits), float32, in which entries at -inf count as impossible.
