@@ -114,9 +114,10 @@ class EditFlowCollator(Collator):
         remains[differs] = chosen
         now = np.where(remains, before, after)
         is_there = now != BLANK
-        num_there = np.bincount(of_columns[is_there], minlength=len(lengths))
+        there = np.flatnonzero(is_there)
+        num_there = np.bincount(of_columns[there], minlength=len(lengths))
         rows, starts = self.rows_of(documents, num_there)
-        rows.write(starts, num_there, now[is_there])
+        rows.write(starts, num_there, now[there])
 
         # A slot for [BOS] and for each token; that of a column is the last one up to it.
         num_slots = num_there + 1
@@ -136,7 +137,7 @@ class EditFlowCollator(Collator):
             target_ids=after[inserted],
             weights=weights.astype(np.float32),
             sequence_tokens=documents.target_lengths + documents.ends,
-            **self.token_edits(before, after, remains, is_there, of_slots, len(counts)),
+            **self.token_edits(after[there], remains[there], of_slots[there], len(counts)),
             **skewed,
         )
 
@@ -146,31 +147,30 @@ class EditFlowCollator(Collator):
         if self.coupling == "empty":
             return np.full_like(targets, BLANK), targets, lengths
         if self.coupling == "uniform":
-            writable, num = np.flatnonzero(~self.is_suppressed), lengths + self.noise_length
-            noise = writable[(documents.uniforms(self.seed, "noise", num) * len(writable)).astype(np.int64)]
-            bits = documents.random_bits(self.seed, num, stream="columns")
+            num, substituted = self.noise_length, np.minimum(self.noise_length // 2, lengths)
+            writable, num_columns = np.flatnonzero(~self.is_suppressed), lengths + num - substituted
+            draws = documents.uniforms(self.seed, "noise", np.full_like(lengths, num))
+            bits = documents.random_bits(self.seed, num_columns, stream="columns")
             of_targets = documents.random_bits(self.seed, lengths, stream="substituted")
-            return random_columns(targets, lengths, self.noise_length, bits, of_targets, noise)
+            noise = writable[(draws * len(writable)).astype(np.int64)]
+            return *random_columns(targets, lengths, substituted, bits, of_targets, noise), num_columns
         sources, source_lengths = self.sources(documents.examples)
         if all("alignment" in example for example in documents.examples):
-            moves, num_columns = ragged([example["alignment"] for example in documents.examples])
+            rows = [bytes(example["alignment"]) for example in documents.examples]
+            moves, num_columns = np.frombuffer(b"".join(rows), np.uint8), np.array([*map(len, rows)])
         else:
             moves, num_columns = aligned(sources, source_lengths, targets, lengths)
         return *columns_of(moves, sources, targets), num_columns
 
-    def token_edits(self, before, after, remains, is_there, of_slots, num_slots: int) -> dict[str, np.ndarray]:
+    def token_edits(self, after, remains, slots, num_slots: int) -> dict[str, np.ndarray]:
         """What remains to be done to the tokens that are there."""
         if self.coupling == "empty":
             return {}
-        is_deleted, is_substituted = (is_there & remains & ((after == BLANK) == deleted) for deleted in (True, False))
-        token_edits = np.full(num_slots, NONE)
-        for kind, is_kind in ((KEPT, is_there), (DELETED, is_deleted), (SUBSTITUTED, is_substituted)):
-            token_edits[of_slots[is_kind]] = kind
-        return {
-            "token_edits": token_edits,
-            "changed_slots": of_slots[is_substituted],
-            "substitute_ids": after[is_substituted],
-        }
+        is_deleted, token_edits = after == BLANK, np.full(num_slots, NONE)
+        token_edits[slots] = np.where(remains, np.where(is_deleted, DELETED, SUBSTITUTED), KEPT)
+        substituted = np.flatnonzero(remains & ~is_deleted)
+        changes = {"changed_slots": slots[substituted], "substitute_ids": after[substituted]}
+        return {"token_edits": token_edits, **changes}
 
     def sources(self, examples: Examples) -> tuple[np.ndarray, np.ndarray]:
         """The sources of examples one after the other, and the length of each."""

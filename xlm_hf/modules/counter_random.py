@@ -5,6 +5,7 @@ No state is kept, so neither workers, ranks, batch composition nor a resume chan
 """
 
 import math
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,10 +23,17 @@ def _mix(state: Any) -> Any:
         state = (state ^ _logical_shift(state, 30)) * _signed(_MULTIPLIER_1)
         state = (state ^ _logical_shift(state, 27)) * _signed(_MULTIPLIER_2)
         return state ^ _logical_shift(state, 31)
-    state = state & _MASK
-    state = ((state ^ (state >> 30)) * _MULTIPLIER_1) & _MASK
-    state = ((state ^ (state >> 27)) * _MULTIPLIER_2) & _MASK
-    return state ^ (state >> 31)
+    if isinstance(state, int):
+        state = ((state & _MASK ^ (state & _MASK) >> 30) * _MULTIPLIER_1) & _MASK
+        state = ((state ^ (state >> 27)) * _MULTIPLIER_2) & _MASK
+        return state ^ (state >> 31)
+    # An array of uint64 wraps around by itself. It is a new one, so it can be changed in place.
+    state ^= state >> 30
+    state *= _MULTIPLIER_1
+    state ^= state >> 27
+    state *= _MULTIPLIER_2
+    state ^= state >> 31
+    return state
 
 
 def _logical_shift(x: torch.Tensor, bits: int) -> torch.Tensor:
@@ -52,12 +60,14 @@ def random_bits(*counters: Any, state: Any = 0) -> Any:
         if isinstance(counter, torch.Tensor):
             state = (state if isinstance(state, torch.Tensor) else _signed(state)) + (counter + 1) * _signed(_GAMMA)
         else:
-            step = (counter + 1) * _GAMMA & _MASK
+            step = (counter + 1) * _GAMMA
+            step = step & _MASK if isinstance(counter, int) else step
             state = state + (_signed(step) if isinstance(state, torch.Tensor) else step)
         state = _mix(state)
     return torch.tensor(_signed(state)) if isinstance(state, int) else state
 
 
+@cache
 def stream_seed(seed: int, stream: str | None) -> int:
     """The seed of a named stream: with it in place of `seed`, all draws are independent of those of other streams.
 

@@ -49,35 +49,35 @@ def columns_of(moves: np.ndarray, sources: np.ndarray, targets: np.ndarray) -> t
 
 
 def random_columns(
-    targets: np.ndarray, lengths: np.ndarray, num: int, bits: np.ndarray, target_bits: np.ndarray, noise: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Columns of `num` random tokens and each target: half are substituted by its tokens, the others deleted between.
+    targets: np.ndarray,
+    lengths: np.ndarray,
+    substituted: np.ndarray,
+    bits: np.ndarray,
+    target_bits: np.ndarray,
+    noise: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Columns of random tokens and each target: some are substituted by its tokens, the others deleted between.
 
-    Which of its tokens substitute others, at most all of them, is drawn; so is the order of the columns.
+    Which of its tokens substitute others is drawn; so is the order of the columns.
 
     Args:
         targets: tokens of the targets, one after the other.
         lengths: (D,) how many each has.
-        num: of the random tokens of each.
-        bits: uint64, lengths + num for each target; one for a column, and others unused.
+        substituted: (D,) how many of them substitute others.
+        bits: (C,) uint64, for each column.
         target_bits: uint64 for each token of the targets.
-        noise: random tokens, as many as `bits`.
+        noise: random tokens, as many for each target.
 
     Returns:
-        what `columns_of` does, and how many columns each has (D,).
+        what `columns_of` does, (C,).
     """
-    substituted = np.minimum(num // 2, lengths)
-    deleted = num - substituted
-    num_columns = lengths + deleted
-    bits = bits[segment_ranges(segment_starts(lengths + num), num_columns)]
-    is_deleted, _ = random_subset(bits, num_columns, deleted)
-    is_substituted, _ = random_subset(target_bits, lengths, substituted)
+    deleted = len(noise) // len(lengths) - substituted
+    is_deleted, _ = random_subset(bits, lengths + deleted, deleted)
     has_noise = is_deleted.copy()
-    has_noise[~is_deleted] = is_substituted
-    of_noise, of_targets = np.full((2, len(is_deleted)), BLANK)
-    of_targets[~is_deleted] = targets
-    of_noise[has_noise] = noise[segment_ranges(segment_starts(lengths + num), num_columns)][has_noise]
-    return of_noise, of_targets, num_columns
+    has_noise[~is_deleted], _ = random_subset(target_bits, lengths, substituted)
+    of_noise, of_targets = np.full((2, len(bits)), BLANK)
+    of_targets[~is_deleted], of_noise[has_noise] = targets, noise
+    return of_noise, of_targets
 
 
 def edit_distances(

@@ -49,7 +49,7 @@ def segment_ranges(first: np.ndarray | int, lengths: np.ndarray) -> np.ndarray:
 def random_subset(bits: np.ndarray, lengths: np.ndarray, num: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Choose the `num` smallest of the random `bits` of each part: uniformly random subsets of these sizes.
 
-    One sort orders all parts. The number of a part takes the highest of its keys' 64 bits, and the last random bits go.
+    Each part is a row of its own, filled up with the greatest key: rows sort many times faster than one long array.
 
     Args:
         bits: (N,) uint64, of all parts one after the other.
@@ -60,11 +60,11 @@ def random_subset(bits: np.ndarray, lengths: np.ndarray, num: np.ndarray) -> tup
         (N,) bool, which are chosen; and (D,) uint64, the greatest chosen key of each part, meaningless if there is
         none.
     """
-    shift = np.uint64((len(lengths) - 1).bit_length())
-    keys = (bits >> shift) | np.repeat(np.arange(len(lengths), dtype=np.uint64) << (np.uint64(64) - shift), lengths)
-    ordered = np.sort(np.append(keys, np.uint64(2**64 - 1)))
-    end = segment_starts(lengths) + num
-    return keys < np.repeat(ordered[end], lengths), ordered[end - 1] << shift
+    exists = np.arange(lengths.max(initial=0) + 1) < lengths[:, None]
+    ordered, part = np.full(exists.shape, np.uint64(2**64 - 1)), np.arange(len(lengths))
+    ordered[exists] = bits
+    ordered.sort(axis=1)
+    return bits < np.repeat(ordered[part, num], lengths), ordered[part, num - 1]
 
 
 def tensors(**arrays: np.ndarray) -> dict[str, torch.Tensor]:
