@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_module
 
+from xlm_hf.building import compose
 from xlm_hf.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -58,8 +58,7 @@ def run_command(line, monkeypatch):
 
 def with_smallest_sizes(arguments):
     name = arguments[arguments.index("--config-name") + 1] if "--config-name" in arguments else "config"
-    with initialize_config_module("xlm_hf.configs", version_base="1.3"):
-        cfg = compose(name, [a for a in arguments if "=" in a and not a.startswith(("-", "~"))])
+    cfg = compose(name, [a for a in arguments if "=" in a and not a.startswith(("-", "~"))])
     wanted = {**SMALLEST, **(FEW_GRAPHS if "num_train" in cfg.task else {})}
     return [a for a in arguments if a.split("=")[0] not in wanted] + [f"{key}={value}" for key, value in wanted.items()]
 

@@ -189,12 +189,7 @@ def load_model(
         ValueError: if it cannot be loaded, or is of another family or vocabulary.
     """
     source = resolve_checkpoint(checkpoint)
-    # Otherwise transformers asks a service to convert the pickles of a repository that has nothing else.
-    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "true"
-    with _loading(source):
-        model = AutoModel.from_pretrained(
-            source, dtype=torch.float32, trust_remote_code=trust_remote_code, use_safetensors=True
-        )
+    model = _read_model(source, trust_remote_code)
     config_class: Any = hydra.utils.get_class(node._target_)
     found, wanted = model.config.model_type, config_class.model_type
     # A type that nobody has registered brings its own code, and the config says which family's prompts it takes.
@@ -208,6 +203,63 @@ def load_model(
     averaged = use_ema and load_average(model, Path(source))
     logger.info("Loaded %s%s.", source, ", averaged weights" if averaged else "")
     return _with_generation_options(model, generation)
+
+
+def _read_model(source: str, trust_remote_code: bool) -> PreTrainedModel:
+    # Otherwise transformers asks a service to convert the pickles of a repository that has nothing else.
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "true"
+    options = {"dtype": torch.float32, "trust_remote_code": trust_remote_code, "use_safetensors": True}
+    with _loading(source):
+        return AutoModel.from_pretrained(source, **options)
+
+
+def initialise(
+    model: PreTrainedModel,
+    checkpoint: str,
+    tokenizer: PreTrainedTokenizerBase,
+    use_ema: bool = True,
+    trust_remote_code: bool = False,
+) -> dict[str, list[str]]:
+    """Give a fresh model those weights of a checkpoint that have the same names and shapes, whatever its family.
+
+    Args:
+        model: changed in place.
+        checkpoint: a run, a checkpoint, a model folder or a Hub id.
+        tokenizer: of the task. Embeddings belong to ids, so the checkpoint's must have the same tokens.
+        use_ema: takes the averaged weights, if there are any.
+        trust_remote_code: whether the checkpoint may bring code of its own.
+
+    Returns:
+        the names of the weights that are "taken"; of those of the model that are "new", since the checkpoint has none
+        of that name and shape; and of those of the checkpoint that are "left".
+
+    Raises:
+        ValueError: if it cannot be loaded, has another vocabulary, or embeddings of another size.
+    """
+    source = resolve_checkpoint(checkpoint)
+    given = _read_model(source, trust_remote_code)
+    theirs, ours = load_tokenizer(checkpoint, trust_remote_code).get_vocab(), tokenizer.get_vocab()
+    if theirs != ours:
+        token, number = min(ours.items() ^ theirs.items(), key=lambda item: (item[1], item[0]))
+        raise ValueError(
+            f"init_from={checkpoint} has another vocabulary than the task, {len(theirs)} tokens and not {len(ours)}, "
+            f"the first difference being {token!r} (id {number}): train on a task with the same tokenizer."
+        )
+    if use_ema:
+        load_average(given, Path(source))
+    # A head that is the embedding takes it along.
+    tied = model.all_tied_weights_keys
+    own, found = ({n: w for n, w in each.state_dict().items() if n not in tied} for each in (model, given))
+    embeddings: list[Any] = [each.get_input_embeddings() for each in (given, model)]
+    sizes = [tuple(embedding.weight.shape) for embedding in embeddings]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"init_from={checkpoint} has embeddings of shape {sizes[0]} and this model {sizes[1]}: choose that size."
+        )
+    taken = [name for name, weight in found.items() if name in own and own[name].shape == weight.shape]
+    model.load_state_dict({name: found[name] for name in taken}, strict=False)
+    left, new = ([name for name in names if name not in taken] for names in (found, own))
+    return {"taken": taken, "new": new, "left": left}
 
 
 def load_tokenizer(checkpoint: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -42,7 +42,7 @@ _USAGE = (ValueError, HydraException, OmegaConfBaseException, StrictDataclassErr
 _FAILURES = (OSError, NotFiniteError)
 # Options of the config itself, where it has them; those of its nodes are checked by the objects that they make.
 _OPTIONS: dict[str, Any] = {
-    **dict.fromkeys(("output_dir", "checkpoint", "experiment", "prompts", "eval_model"), str | None),
+    **dict.fromkeys(("output_dir", "checkpoint", "init_from", "experiment", "prompts", "eval_model"), str | None),
     **dict.fromkeys(("ema", "trust_remote_code", "exist_ok"), bool),
     **dict.fromkeys(("num_samples", "parallel"), PositiveInt),
     **dict.fromkeys(("model", "loss", "collator", "train_collator", "generation", "trainer", "task"), dict),

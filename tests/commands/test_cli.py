@@ -243,6 +243,8 @@ def mistake(capsys, monkeypatch, tmp_path, *arguments):
         ([*TINY, "task.num_train=0"], "num_train"),
         ([*TEXT, "task.protocol=packd"], "protocol must be one of sentence, packed and is 'packd'."),
         ([*TINY, "model.max_position_embeddings=20"], "the model has 20 positions"),
+        ([*TINY, "checkpoint=nowhere"], "init_from=RUN begins a new one with the weights of another"),
+        ([*TINY, "init_from=nowhere"], "There is no checkpoint at nowhere"),
         ([*TINY, "job=evaluate"], "job=evaluate needs a model: add checkpoint=DIR"),
         ([*TINY, "job=evaluate", "checkpoint=nowhere"], "There is no checkpoint at nowhere"),
         ([*TINY, "collator.kind=lm"], "The collator 'seq2seq' has no option 'kind': "),

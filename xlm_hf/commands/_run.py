@@ -25,14 +25,14 @@ from xlm_hf.tasks import Task
 from xlm_hf.training.callbacks.predictions import write_predictions
 
 # What a run trains. The rest - steps, logging, generation - may change when it is resumed.
-_TRAINED = ("family", "task", "model", "loss", "collator", "train_collator", "seed")
+_TRAINED = ("family", "task", "model", "loss", "collator", "train_collator", "seed", "init_from")
 
 
 def check_same_run(folder: Path, cfg: DictConfig, whole: bool = False) -> None:
     """Raise ValueError if `folder` holds a run of another config than `cfg`; a folder without a run is anyone's.
 
-    Two runs are the same if they train the same: family, task, model, loss, collator and seed. Where the folder lies
-    may change, and an option that is not set is as good as one that is not there.
+    Two runs are the same if they train the same: family, task, model, loss, collator, seed and what they begin with.
+    Where the folder lies may change, and an option that is not set is as good as one that is not there.
 
     Args:
         folder: of the run, with the `config.yaml` that it saved.
@@ -132,7 +132,7 @@ def card_variables(
     """What the model card says of a run: its config as plain Python, its metrics, with `steps`, and some decodes."""
     decodes = predictions[min(predictions)][:5] if predictions else []
     # Where the run lies on this machine is nobody's business, and a token even less.
-    hidden = ("output_dir", "checkpoint", "prompts")
+    hidden = ("output_dir", "checkpoint", "init_from", "prompts")
     public = {name: value for name, value in config.items() if name not in hidden}
     public["trainer"] = {name: value for name, value in config["trainer"].items() if "token" not in name}
     task, generation = config["task"], config["generation"]
@@ -159,7 +159,7 @@ def card_variables(
 
 def next_command(*overrides: str) -> str:
     """The command line of this process with other `overrides`, to be shown to the user."""
-    replaced = ("job", "output_dir", "checkpoint", "num_samples", "prompts")
+    replaced = ("job", "output_dir", "checkpoint", "init_from", "num_samples", "prompts")
     arguments = sys.argv[1:]
     if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
         arguments = ["--config-name", str(HydraConfig.get().job.config_name), *HydraConfig.get().overrides.task]

@@ -1,11 +1,13 @@
 """job=train: prepare, train (or resume), test, and export `model/`."""
 
+import re
 from collections.abc import Sized
 from pathlib import Path
 
+from accelerate import PartialState
 from omegaconf import DictConfig, OmegaConf
 
-from xlm_hf.building import build_model, build_task, build_trainer, plain, positions_of
+from xlm_hf.building import build_model, build_task, build_trainer, initialise, plain, positions_of
 from xlm_hf.commands._run import card_variables, check_same_run, next_command, run_directory, say, write_results
 from xlm_hf.files import write_text
 from xlm_hf.hub.export import export_model
@@ -21,12 +23,20 @@ def run(cfg: DictConfig) -> dict[str, float]:
     Raises:
         ValueError: if `output_dir` holds a different run, or an option does not fit.
     """
+    if cfg.checkpoint is not None:
+        raise ValueError(
+            "job=train takes no checkpoint: output_dir=RUN resumes a run, and init_from=RUN begins a new one with the "
+            "weights of another."
+        )
     output_dir = run_directory(cfg)
     check_same_run(output_dir, cfg)
     task = build_task(cfg.task)
     if cfg.debug.name == "small_data":
         task.splits = first_examples(task.splits, cfg.debug.num_train, cfg.debug.num_others)
     model = build_model(cfg.model, task.tokenizer, cfg.generation, positions_of(cfg.task, cfg.collator), cfg.seed)
+    checkpoint = last_sound_checkpoint(output_dir)
+    if cfg.init_from is not None and checkpoint is None:
+        _initialise(cfg, model, task.tokenizer)
     trainer = build_trainer(cfg, task, model, output_dir)
     if cfg.debug.name == "print_batch":
         say(describe_batch(next(iter(trainer.get_train_dataloader())), task.tokenizer))
@@ -36,7 +46,6 @@ def run(cfg: DictConfig) -> dict[str, float]:
     # Only now is the config known to make a run; a mistaken one must not lay claim to the folder.
     if trainer.is_world_process_zero():
         write_text(output_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
-    checkpoint = last_sound_checkpoint(output_dir)
     _say_summary(trainer, cfg, output_dir, checkpoint)
     trainer.card_variables = card_variables(plain(cfg), {"steps": 0}, {})
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -60,6 +69,18 @@ def run(cfg: DictConfig) -> dict[str, float]:
         say(f"Model, ready for the Hub: {output_dir}/model")
         say(f"Next: {next_command('job=generate', f'checkpoint={output_dir}')}")
     return metrics
+
+
+def _initialise(cfg: DictConfig, model, tokenizer) -> None:
+    """Begin with the weights of `init_from`, and say which."""
+    weights = initialise(model, cfg.init_from, tokenizer, cfg.ema, cfg.trust_remote_code)
+    # A module is named once.
+    modules = {what: sorted({re.sub(r"\.\d+\..*|\.[^.]*$", "", n) for n in names}) for what, names in weights.items()}
+    if PartialState().is_main_process:
+        say(f"Initialised from {cfg.init_from}: {len(weights['taken'])} weights taken")
+        for what, meaning in (("new", "drawn anew, since it has none that fit"), ("left", "left there")):
+            if weights[what]:
+                say(f"  {len(weights[what])} {meaning}: {', '.join(modules[what])}")
 
 
 def _say_summary(trainer, cfg: DictConfig, output_dir: Path, checkpoint: Path | None) -> None:
