@@ -36,6 +36,9 @@ SETTINGS = [
     Setting("32 steps", "mdlm", options={"num_steps": 32}),
     Setting("one insertion a step, rows that end at 2 to 128", "ilm", rows=64, ragged=True, repetitions=1),
     Setting("one insertion a step", "ilm", options=UNTIL_FULL),
+    Setting("128 steps", "flexmdm", options={"num_steps": 128}),
+    Setting("128 steps", "edit_flow", options={"num_steps": 128}),
+    Setting("latency of one row, 128 steps", "edit_flow", rows=1, options={"num_steps": 128}),
     Setting("one token a step, 256 tokens", "arlm", rows=4, length=256),
     Setting("one token a step", "arlm"),
     Setting("128 steps", "mlm", options={"num_steps": 128}),
@@ -60,6 +63,8 @@ QUICK = [
     Setting("8 rows of 32, ragged", "ilm", rows=8, length=32, ragged=True),
     Setting("8 rows of 64", "arlm", rows=8, length=64),
     Setting("8 rows of 32, 8 steps, vocabulary 8,000", "mlm", 8, 32, 8_000, {"num_steps": 8}),
+    Setting("8 rows of 32, 32 steps", "flexmdm", rows=8, length=32, options={"num_steps": 32}),
+    Setting("8 rows of 32, 32 steps", "edit_flow", rows=8, length=32, options={"num_steps": 32}),
     Setting("8 rows of 32, 256 steps", "mdlm", rows=8, length=32, options={"num_steps": 256}),
 ]
 

@@ -140,16 +140,38 @@ def in_grid(index, batch):
 def cross_entropies(model, batch, block, dense, **inputs):
     """Cross-entropies of the targets, as a (B, L) grid that is 0 elsewhere."""
     ids, mask = padded(batch, block)
-    logits = model(ids, attention_mask=mask, **inputs).logits
-    targets = batch["target_ids"]
-    rows, columns = in_grid(batch["logits_index"], batch)
+    at = in_grid(batch["logits_index"], batch)
+    return grid_of_losses(model(ids, attention_mask=mask, **inputs).logits, at, batch["target_ids"], dense)
+
+
+def grid_of_losses(logits, at, targets, dense):
+    """Cross-entropies of targets at rows and columns, of which several may be one position, summed in a (B, L) grid."""
     if not dense:
-        losses = logits.logsumexp(dim=-1)[rows, columns] - logits[rows, columns, targets]
-        return torch.zeros_like(logits[..., 0]).index_put((rows, columns), losses)
-    grid = torch.zeros_like(logits)
-    grid[rows, columns] = one_hot(targets, logits.shape[-1]).to(grid.dtype)
+        losses = logits.logsumexp(dim=-1)[at] - logits[(*at, targets)]
+        return torch.zeros_like(logits[..., 0]).index_put(at, losses, accumulate=True)
+    grid = torch.zeros_like(logits).index_put((*at, targets), torch.ones((), dtype=logits.dtype), accumulate=True)
     log_probabilities = logits.log_softmax(dim=-1).masked_fill(grid == 0, 0.0)
     return -(grid * log_probabilities).sum(dim=-1)
+
+
+def dropped_at_random(examples, vocab_size, dense):
+    """Drop n ~ U{0..L} tokens of each target, and note for each which kept token it stood behind."""
+    rows, entries = [], []
+    for number, example in enumerate(examples):
+        target, row = example["target_ids"], [CLS, *example["prompt_ids"], BOS]
+        dropped = set(random.sample(range(len(target)), random.randint(0, len(target))))
+        for position, token in enumerate(target):
+            if position in dropped:
+                entries.append((number, len(row) - 1, token))
+            else:
+                row.append(token)
+        rows.append(row)
+    ids = stack(rows, PAD)
+    batch = {"input_ids": ids, "attention_mask": ids != PAD, "targets": torch.tensor(entries)}
+    if dense:
+        grid = torch.zeros(*ids.shape, vocab_size)
+        batch["targets"] = grid.index_put(tuple(torch.tensor(entries).T), torch.ones(()), accumulate=True)
+    return batch
 
 
 def masked_at_random(examples, vocab_size, dense):

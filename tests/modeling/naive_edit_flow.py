@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import random
 from collections import Counter
 from functools import cache
 
@@ -9,16 +10,94 @@ import numpy as np
 import torch
 from torch import nn
 
-from tests.modeling.naive import BOS, CLS, FIRST_WORD, PAD
+from tests.modeling.naive import (
+    BOS,
+    CLS,
+    FIRST_WORD,
+    PAD,
+    draw,
+    dropped_at_random,
+    grid_of_losses,
+    in_grid,
+    make_canvas,
+    padded,
+)
 from xlm_hf.modeling.edit_flow import EditFlowConfig, EditFlowGenerationConfig
 from xlm_hf.modeling.edit_flow.generation_edit_flow import EditFlowGenerationMixin, EditRates
 from xlm_hf.modeling.edit_flow.modeling_edit_flow import EditFlowOutput
+from xlm_hf.modules.counter_random import uniform
+from xlm_hf.modules.generation import row_seeds
 from xlm_hf.modules.noise_schedules import make_schedule
 from xlm_hf.modules.vocabulary_head import head_fields
 
 WORDS = (FIRST_WORD, FIRST_WORD + 1)
 VOCABULARY = FIRST_WORD + 2
 BLANK = -1
+LADDER = ("gather", "rows", "width", "head")
+
+
+def slow_loss(model, batch, block=None, dense=True):
+    """Of insertions alone, with independent rates: those expected less 1 + log n + log p of each that remains."""
+    ids, mask = padded(batch, block)
+    outputs = model(ids, attention_mask=mask, time_left=batch["time_left"])
+    rows, columns = in_grid(batch["slot_index"], batch)
+    counts = torch.zeros(ids.shape).index_put((rows, columns), batch["insertion_counts"].float())
+    is_slot = torch.zeros(ids.shape, dtype=torch.bool).index_put((rows, columns), torch.tensor(True))
+    slots = batch["filled_slots"][batch["target_rows"]]
+    losses = grid_of_losses(outputs.logits, (rows[slots], columns[slots]), batch["target_ids"], dense)
+    n = outputs.rates.expected(batch["time_left"][:, None, None])[..., 0]
+    return batch["weights"] @ (losses + (n - counts * (1 + n.log())).where(is_slot, 0.0)).sum(dim=1)
+
+
+def slow_collation(examples, vocab_size, dense):
+    """Insertions from nothing: n of K remain, and the time that is left is Beta(n, K - n + 1)."""
+    batch = dropped_at_random(examples, vocab_size, dense)
+    sizes = [2 + len(e["prompt_ids"]) + len(e["target_ids"]) for e in examples]
+    num = (torch.tensor(sizes) - batch["attention_mask"].sum(dim=1)).tolist()
+    left = [
+        random.betavariate(n, k - n + 1) if n else 1 - random.random() ** (1 / (k + 1))
+        for n, k in zip(num, [len(e["target_ids"]) for e in examples], strict=True)
+    ]
+    return {**batch, "time_left": torch.tensor(left)}
+
+
+@torch.no_grad()
+def slow_sampler(model, prompts, max_new_tokens, do_sample, seed, savings=(), num_steps=None):
+    """Tau-leaping of a flow from nothing: each slot gets a token or not, from the right."""
+    (B, P), N = prompts.shape, num_steps or max_new_tokens
+    seeds = row_seeds(seed, B, prompts.device)
+    ids, columns = make_canvas(prompts, max_new_tokens, model.config.pad_token_id)
+    lengths, finished = torch.full((B,), P), torch.zeros(B, dtype=torch.bool)
+    for step in range(N):
+        rows = (~finished if "rows" in savings else torch.ones_like(finished)).nonzero().squeeze(-1)
+        now, then = (torch.tensor(1 - k / N, dtype=torch.float64) for k in (step, step + 1))
+        width = int(lengths[rows].max()) if "width" in savings else ids.shape[1]
+        seen, mask = ids[rows, :width], columns[rows, :width] < lengths[rows, None]
+        slots = mask & (columns[rows, :width] >= P - 1)
+        index = {"slot_index": slots.flatten().nonzero().squeeze(-1)} if "head" in savings else {}
+        outputs = model(seen, attention_mask=mask, time_left=now.float().expand(len(rows)), **index)
+        edits = outputs.rates.between(now, then)[..., 0].double()
+        if index:
+            edits = torch.zeros(seen.shape, dtype=torch.float64).masked_scatter(slots, edits)
+        numbers = torch.arange(1 - P, width - P + 1)
+        inserted = slots & (uniform(seeds[rows, None], step, numbers, 0) < -torch.expm1(-edits))
+        uniforms = uniform(seeds[rows, None], step, numbers, 3) if do_sample else None
+        if "head" in savings or "gather" in savings:
+            logits = outputs.logits[inserted[slots]] if index else outputs.logits[inserted]
+            drawn = draw(logits, None if uniforms is None else uniforms[inserted])
+        else:
+            drawn = draw(outputs.logits.log_softmax(dim=-1), uniforms)[inserted]
+        tokens = torch.zeros_like(seen).masked_scatter(inserted, drawn)
+        for row, words, is_made in zip(rows.tolist(), tokens, inserted, strict=True):
+            free = ids.shape[1] - lengths[row]
+            for column in reversed(is_made.nonzero().squeeze(-1).tolist()[:free]):
+                ids[row, column + 2 :] = ids[row, column + 1 : -1].clone()
+                ids[row, column + 1] = words[column]
+                lengths[row] += 1
+        finished |= lengths == ids.shape[1]
+        if finished.all():
+            break
+    return ids[:, : int(lengths.max())]
 
 
 def random_law(longest=2, seed=1, words=WORDS):
@@ -380,7 +459,7 @@ def event_law(tables, texts, start, grid, capacity, num=200):
     return dict(zip(texts, law, strict=True))
 
 
-def slow_loss(model, batch):
+def looped_loss(model, batch):
     """The training loss of a batch, from the model's dense outputs, one document at a time."""
     ids, mask = batch["input_ids"], batch["attention_mask"]
     outputs = model(ids, attention_mask=mask, time_left=batch["time_left"])

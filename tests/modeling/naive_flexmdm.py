@@ -2,15 +2,19 @@
 
 import itertools
 import math
+import random
 from functools import cache
 
 import numpy as np
 import torch
 from torch import nn
 
+from tests.modeling.naive import draw, grid_of_losses, in_grid, make_canvas, padded, stack, with_targets
 from xlm_hf.modeling.flexmdm import FlexMDMConfig, FlexMDMForFlexibleMaskedDiffusion, FlexMDMGenerationConfig
 from xlm_hf.modeling.flexmdm.generation_flexmdm import FlexMDMGenerationMixin
 from xlm_hf.modeling.flexmdm.modeling_flexmdm import FlexMDMOutput
+from xlm_hf.modules.counter_random import uniform
+from xlm_hf.modules.generation import row_seeds
 from xlm_hf.modules.noise_schedules import make_schedule
 from xlm_hf.modules.vocabulary_head import head_fields
 
@@ -18,6 +22,106 @@ PAD, MASK, EOS, BOS, FIRST_WORD = 0, 2, 3, 4, 7
 WORDS = (7, 8)
 VOCABULARY = 9
 ABSENT, MASKED, CLEAN = range(3)
+LADDER = ("gather", "rows", "width", "head")
+
+
+def slow_loss(model, batch, block=None, dense=True):
+    """Weighted cross-entropies of the masks, and n - c - c log n of the gaps."""
+    ids, mask = padded(batch, block)
+    outputs = model(ids, attention_mask=mask, times=batch["times"])
+    losses = grid_of_losses(outputs.logits, in_grid(batch["logits_index"], batch), batch["target_ids"], dense)
+    n, at = outputs.expected_counts, in_grid(batch["gap_index"], batch)
+    counts = torch.zeros_like(n).index_put(at, batch["gap_counts"].to(n.dtype))
+    is_gap = torch.zeros_like(counts, dtype=torch.bool).index_put(at, torch.tensor(True))
+    deviances = (n - counts - torch.special.xlogy(counts, n)).where(is_gap, 0.0)
+    return batch["unmasking_weights"] @ losses.sum(dim=1) + batch["insertion_weights"] @ deviances.sum(dim=1)
+
+
+def slow_collation(examples, vocab_size, dense):
+    """At a time t, a token that came at a later time s, uniform in (0, 1), is a mask with probability t / s."""
+    rows, labels, gaps = [], [], []
+    for example in examples:
+        t, row = random.random() ** 2, [*example["prompt_ids"], BOS]
+        label, counts = [-100] * len(row), [0] * len(row)
+        for token in example["target_ids"]:
+            came_at = random.random()
+            if came_at < t:
+                counts[-1] += 1
+                continue
+            is_mask = random.random() * came_at < t
+            row.append(MASK if is_mask else token)
+            label.append(token if is_mask else -100)
+            counts.append(0)
+        rows.append(row)
+        labels.append(label)
+        gaps.append(counts)
+    return {**with_targets(rows, labels, vocab_size, dense), "gap_counts": stack(gaps, 0)}
+
+
+def grow(ids, turns_at, rates, prompt, free, seed, step):
+    """Insert masks into one row, from the right, by the cumulative rates of its gaps; how many there are."""
+    numbers = torch.arange(len(ids) - prompt + 1)
+    at_most = torch.special.gammaincc(numbers.double() + 1, rates[-1:])
+    num = int((at_most <= uniform(seed, step, 0, 1)).sum())
+    below = uniform(seed, step, numbers, 2)[:num] * rates[-1:]
+    slots = sorted(torch.searchsorted(rates, below, right=True).tolist())[:free]
+    for at in reversed([prompt + slot for slot in slots]):
+        for values, new in ((ids, MASK), (turns_at, -1.0)):
+            values[at + 1 :] = values[at:-1].clone()
+            values[at] = new
+    return len(slots)
+
+
+def commit_due(outputs, is_due, uniforms, savings):
+    """Tokens for the masks that are due."""
+    if "head" not in savings and "gather" not in savings:
+        return draw(outputs.logits.log_softmax(dim=-1), uniforms)[is_due]
+    logits = outputs.logits if "head" in savings else outputs.logits[is_due]
+    return draw(logits, None if uniforms is None else uniforms[is_due])
+
+
+@torch.no_grad()
+def slow_sampler(model, prompts, max_new_tokens, do_sample, seed, savings=(), num_steps=None):
+    """Tau-leaping: masks that are due become tokens, then as many come into each gap as its Poisson rate says.
+
+    Insertions are made one after the other, from the right.
+    """
+    (B, P), N = prompts.shape, num_steps or max_new_tokens
+    seeds = row_seeds(seed, B, prompts.device)
+    ids, columns = make_canvas(prompts, max_new_tokens, model.config.pad_token_id)
+    lengths, finished = torch.full((B,), P), torch.zeros(B, dtype=torch.bool)
+    turns_at = torch.zeros(ids.shape, dtype=torch.float64)
+    for step in range(N + 1):
+        now, then = 1 - step / N, max(1 - (step + 1) / N, 0.0)
+        due = (ids == MASK) & ((turns_at >= then) | (step == N))
+        grows = ~finished & (lengths < ids.shape[1]) & (step < N)
+        called = ~finished if "rows" not in savings else ~finished & (due.any(dim=1) | grows | (step == N))
+        rows = called.nonzero().squeeze(-1)
+        if finished.all() or (not len(rows) and step == N):
+            break
+        if not len(rows):
+            continue
+        width = int(lengths[rows].max()) if "width" in savings else ids.shape[1]
+        seen, is_due, mask = ids[rows, :width], due[rows, :width], columns[rows, :width] < lengths[rows, None]
+        gaps, index = mask & (columns[rows, :width] >= P - 1), {}
+        if "head" in savings:
+            index = {"logits_index": is_due.flatten().nonzero()[:, 0], "gap_index": gaps.flatten().nonzero()[:, 0]}
+        outputs = model(seen, attention_mask=mask, times=torch.full((len(rows),), now), **index)
+        expected = outputs.expected_counts
+        if index:
+            expected = torch.zeros(seen.shape).masked_scatter(gaps, expected)
+        uniforms = uniform(seeds[rows, None], step, torch.arange(-P, width - P), 0) if do_sample else None
+        ids[rows, :width] = seen.masked_scatter(is_due, commit_due(outputs, is_due, uniforms, savings))
+        for row, counts in zip(rows.tolist(), expected.double(), strict=True):
+            if grows[row]:
+                rates = (counts[P - 1 : lengths[row]] * (now - then) / now).cumsum(dim=0)
+                lengths[row] += grow(ids[row], turns_at[row], rates, P, ids.shape[1] - lengths[row], seeds[row], step)
+                for column in (turns_at[row] == -1).nonzero().squeeze(-1).tolist():
+                    came, turns = (uniform(seeds[row], step, column - P, which) for which in (4, 5))
+                    turns_at[row, column] = turns * (then + came * (now - then))
+            is_over = then == 0 or lengths[row] == ids.shape[1]
+            finished[row] |= step == N or (is_over and not (ids[row] == MASK).any())
+    return ids[:, : int(lengths.max())]
 
 
 class SpecialIds:

@@ -2,19 +2,19 @@
 
 import functools
 import math
-import random
 
 import numpy as np
 import torch
 from torch import nn
 
-from tests.modeling.naive import BOS, CLS, PAD, draw, filtered, in_grid, make_canvas, padded, small_model, stack
+from tests.modeling.naive import BOS, draw, dropped_at_random, filtered, in_grid, make_canvas, padded, small_model
 from xlm_hf.modeling.ilm import ILMConfig, ILMForInsertionLM, ILMOutput
 from xlm_hf.modeling.ilm.generation_ilm import ILMGenerationConfig, ILMGenerationMixin
 from xlm_hf.modules.counter_random import uniform
 from xlm_hf.modules.generation import row_seeds
 
 LADDER = ("gather", "rows", "width", "head")
+slow_collation = dropped_at_random
 make_model = functools.partial(small_model, ILMForInsertionLM)
 
 
@@ -38,26 +38,6 @@ def slow_loss(model, batch, block=None, dense=True, stop_loss_weight=1.0):
         token_losses = torch.where(missing, logits.flatten(1).logsumexp(dim=-1) - means, 0.0)
     stop_losses = torch.nn.functional.cross_entropy(outputs.stop_logits, missing.long(), reduction="sum")
     return token_losses.sum() + stop_loss_weight * stop_losses
-
-
-def slow_collation(examples, vocab_size, dense):
-    """Drop n ~ U{0..L} tokens of each target, and note for each which kept token it stood behind."""
-    rows, entries = [], []
-    for number, example in enumerate(examples):
-        target, row = example["target_ids"], [CLS, *example["prompt_ids"], BOS]
-        dropped = set(random.sample(range(len(target)), random.randint(0, len(target))))
-        for position, token in enumerate(target):
-            if position in dropped:
-                entries.append((number, len(row) - 1, token))
-            else:
-                row.append(token)
-        rows.append(row)
-    ids = stack(rows, PAD)
-    batch = {"input_ids": ids, "attention_mask": ids != PAD, "targets": torch.tensor(entries)}
-    if dense:
-        grid = torch.zeros(*ids.shape, vocab_size)
-        batch["targets"] = grid.index_put(tuple(torch.tensor(entries).T), torch.ones(()), accumulate=True)
-    return batch
 
 
 @torch.no_grad()

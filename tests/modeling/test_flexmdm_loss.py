@@ -23,7 +23,7 @@ from tests.modeling.naive_flexmdm import (
     shares,
     states,
 )
-from xlm_hf.modeling.flexmdm import FlexMDMCollator, FlexMDMLoss
+from xlm_hf.modeling.flexmdm import FlexMDMCollator, FlexMDMLoss, loss_flexmdm
 from xlm_hf.modeling.mdlm import MDLMLoss
 from xlm_hf.modules.noise_schedules import make_schedule
 
@@ -99,6 +99,34 @@ def test_the_bound_is_above_it_for_other_tables():
         sum(p * bound_by_the_loss(model, text, 24) for text, p in law.items()) for model in (TableModel(Wrong()), exact)
     )
     assert wrong > right + 1e-2
+
+
+def loose(model, monkeypatch):
+    """A known mistake: c log c is added for each gap, which makes the bound loose."""
+    tight = loss_flexmdm._poisson_losses
+    monkeypatch.setattr(loss_flexmdm, "_poisson_losses", lambda n, c: tight(n, c) + torch.special.xlogy(c, c))
+
+
+def no_time(model, monkeypatch):
+    """A known mistake: a network that is not told the time, and answers as in the middle of it."""
+    tables = model.tables.tables
+    monkeypatch.setattr(model.tables, "tables", lambda there, t: tables(there, 0.5))
+
+
+def frozen_rates(model, monkeypatch):
+    """A known mistake: as many tokens are missing at every time as in the beginning."""
+    tables = model.tables.tables
+    monkeypatch.setattr(model.tables, "tables", lambda there, t: (tables(there, t)[0] / t, tables(there, t)[1]))
+
+
+@pytest.mark.parametrize("mistake", [loose, no_time, frozen_rates])
+def test_known_mistakes_are_found(mistake, monkeypatch):
+    """The mean over the law is its entropy, and more with a mistake."""
+    law = random_law()
+    model = TableModel(ExactTables(law))
+    mistake(model, monkeypatch)
+    nats = sum(p * bound_by_the_loss(model, text, 24) for text, p in law.items())
+    assert nats > 0.05 - sum(p * math.log(p) for p in law.values())
 
 
 @pytest.mark.parametrize(("insertion", "unmasking"), [("linear", MIRRORED), (QUARTIC, "cosine")])
