@@ -55,7 +55,7 @@ def few_examples(task, few_texts):
         return [f"task.path={folder}", "task.validation_fraction=0.3", "task.test_fraction=0.3"]
     if task in PAIRS:
         return [*few_texts, "task.max_target_length=12"]
-    return few_texts if task in TEXTS else FEW
+    return few_texts if task in (*TEXTS, "text_correction") else FEW
 
 
 def family_and_task():

@@ -79,3 +79,18 @@ def test_star_correction_is_star_easy_with_wrong_paths(tmp_path):
     for row, of_plain in zip(task.splits["train"], plain.splits["train"], strict=True):
         assert {name: row[name] for name in of_plain} == of_plain
     assert any(row["source_ids"] != row["target_ids"] for row in task.splits["train"])
+
+
+def test_text_correction_is_text_with_random_edits(tmp_path):
+    (tmp_path / "corpus.txt").write_text("".join(f"line {number} of a text\n" for number in range(60)))
+    options = {"path": str(tmp_path / "corpus.txt"), "tokenizer": "byte", "cache_dir": tmp_path}
+    task, plain = load_task("text_correction", **options), load_task("text", **options)
+    assert task.kind == "seq2seq"
+    assert task.files == plain.files
+    for split, rows in task.splits.items():
+        assert rows["target_ids"][:] == plain.splits[split]["input_ids"][:]
+    distances = [distance(row["source_ids"], row["target_ids"]) for row in task.splits["train"]]
+    # About 0.15 edits a token, some of which undo each other.
+    assert 0.1 < sum(distances) / sum(map(len, task.splits["train"]["target_ids"])) < 0.16
+    with pytest.raises(ValueError, match="as an example of its own: choose protocol=sentence"):
+        load_task("text_correction", **options, protocol="packed")

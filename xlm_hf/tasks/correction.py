@@ -1,16 +1,18 @@
 """Correction: a wrong version of each target, made by random edits, from which the target is to be restored."""
 
+import inspect
 from functools import partial
 from typing import Any
 
 import numpy as np
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 
-from xlm_hf.modules.checked_options import Share, checked
+from xlm_hf.modules.checked_options import Count, Share, checked
 from xlm_hf.modules.counter_random import random_bits, stream_seed, unit_interval
 from xlm_hf.objectives.alignment import aligned
 from xlm_hf.objectives.collation import ragged, segment_numbers, segment_ranges, segment_starts
-from xlm_hf.tasks import Task
+from xlm_hf.tasks import Task, for_families
+from xlm_hf.tasks.text import text_corpus
 
 _KIND, _SUBSTITUTE, _INSERTS, _INSERTED = range(4)  # last counter of a random number: what it decides
 
@@ -25,18 +27,43 @@ def with_sources(task: Task, edit_rate: Share, seed: int) -> Task:
     `xlm_hf.objectives.alignment`). Texts get an empty prompt.
 
     Raises:
-        ValueError: for a rate outside of (0, 1].
+        ValueError: for a rate outside of (0, 1], and for texts that are not examples of their own.
     """
     special = task.tokenizer.all_special_ids
     writable = np.setdiff1d(np.arange(len(task.tokenizer)), special)
     add = partial(_with_sources, edit_rate=edit_rate, writable=writable, seed=seed)
     splits = {}
     for split, dataset in task.splits.items():
+        if not isinstance(dataset, Dataset) or "segment_ids" in dataset.column_names:
+            raise ValueError(
+                "A text is corrected as an example of its own: choose protocol=sentence, and no streaming or mixture."
+            )
         if "prompt_ids" not in dataset.column_names:
             dataset = dataset.rename_column("input_ids", "target_ids")
             dataset = dataset.add_column("prompt_ids", [[] for _ in range(len(dataset))])
         splits[split] = dataset.map(add, batched=True)
-    return Task(name=task.name, kind="seq2seq", splits=DatasetDict(splits), tokenizer=task.tokenizer)
+    return Task(task.name, "seq2seq", DatasetDict(splits), task.tokenizer, task.files)
+
+
+@for_families("canvas_length", "canvas_lengths")
+def text_correction(*, edit_rate: Share, seed: Count = 42, **options: Any) -> Task:
+    """The documents of a corpus after random edits, which are to be undone: see `with_sources`.
+
+    Args:
+        edit_rate: how often a token has an edit.
+        seed: of the edits, and of the splits.
+        options: those of `xlm_hf.tasks.text.text_corpus`.
+    """
+    return with_sources(text_corpus(seed=seed, **options), edit_rate, seed)
+
+
+_OWN = inspect.signature(text_correction)
+_OF_TEXTS = [
+    p.replace(kind=p.KEYWORD_ONLY) for n, p in inspect.signature(text_corpus).parameters.items() if n != "seed"
+]
+text_correction.__signature__ = _OWN.replace(  # type: ignore[attr-defined]
+    parameters=[*(p for n, p in _OWN.parameters.items() if n != "options"), *_OF_TEXTS]
+)
 
 
 def _with_sources(rows: dict[str, list], edit_rate: float, writable: np.ndarray, seed: int) -> dict[str, Any]:
