@@ -147,13 +147,12 @@ class EditFlowCollator(Collator):
         if self.coupling == "empty":
             return np.full_like(targets, BLANK), targets, lengths
         if self.coupling == "uniform":
-            num, substituted = self.noise_length, np.minimum(self.noise_length // 2, lengths)
-            writable, num_columns = np.flatnonzero(~self.is_suppressed), lengths + num - substituted
-            draws = documents.uniforms(self.seed, "noise", np.full_like(lengths, num))
-            bits = documents.random_bits(self.seed, num_columns, stream="columns")
-            of_targets = documents.random_bits(self.seed, lengths, stream="substituted")
+            num, writable = np.full_like(lengths, self.noise_length), np.flatnonzero(~self.is_suppressed)
+            deleted = num - np.minimum(num // 2, lengths)
+            bits = documents.random_bits(self.seed, lengths + deleted, stream="columns")
+            draws = documents.uniforms(self.seed, "noise", num)
             noise = writable[(draws * len(writable)).astype(np.int64)]
-            return *random_columns(targets, lengths, substituted, bits, of_targets, noise), num_columns
+            return *random_columns(targets, lengths, noise, deleted, bits), lengths + deleted
         sources, source_lengths = self.sources(documents.examples)
         if all("alignment" in example for example in documents.examples):
             rows = [bytes(example["alignment"]) for example in documents.examples]

@@ -49,32 +49,25 @@ def columns_of(moves: np.ndarray, sources: np.ndarray, targets: np.ndarray) -> t
 
 
 def random_columns(
-    targets: np.ndarray,
-    lengths: np.ndarray,
-    substituted: np.ndarray,
-    bits: np.ndarray,
-    target_bits: np.ndarray,
-    noise: np.ndarray,
+    targets: np.ndarray, lengths: np.ndarray, noise: np.ndarray, deleted: np.ndarray, bits: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Columns of random tokens and each target: some are substituted by its tokens, the others deleted between.
+    """Columns of random tokens and each target: some are deleted, tokens of the target substitute the others.
 
-    Which of its tokens substitute others is drawn; so is the order of the columns.
+    The order of the columns is drawn, and which of its tokens substitute others. The columns with the smallest bits are
+    deletions, and those with the next smallest substitutions: one order gives both.
 
     Args:
         targets: tokens of the targets, one after the other.
         lengths: (D,) how many each has.
-        substituted: (D,) how many of them substitute others.
-        bits: (C,) uint64, for each column.
-        target_bits: uint64 for each token of the targets.
         noise: random tokens, as many for each target.
+        deleted: (D,) how many of them are deleted.
+        bits: (C,) uint64, for each column.
 
     Returns:
         what `columns_of` does, (C,).
     """
-    deleted = len(noise) // len(lengths) - substituted
-    is_deleted, _ = random_subset(bits, lengths + deleted, deleted)
-    has_noise = is_deleted.copy()
-    has_noise[~is_deleted], _ = random_subset(target_bits, lengths, substituted)
+    num_noise, num_columns = np.full_like(lengths, len(noise) // len(lengths)), lengths + deleted
+    is_deleted, has_noise = (random_subset(bits, num_columns, num)[0] for num in (deleted, num_noise))
     of_noise, of_targets = np.full((2, len(bits)), BLANK)
     of_targets[~is_deleted], of_noise[has_noise] = targets, noise
     return of_noise, of_targets
