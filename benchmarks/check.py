@@ -3,8 +3,9 @@
     OMP_NUM_THREADS=1 python -m benchmarks.check [--record]
 
 Measures the quick settings beside the plain references and compares the ratios with `benchmarks/results/ratios.json`:
-a ratio below half of what is recorded there is measured once more, and if it is low again the check fails. Both sides
-of a ratio run in turns on the same machine, so its speed and its load cancel. `--record` renews the file.
+a ratio below half of what is recorded there is measured once more, and if it is low again the check fails. It also
+fails for a ratio that has no record. Both sides of a ratio run in turns on the same machine, so its speed and its load
+cancel. `--record` renews the file.
 """
 
 import json
@@ -37,6 +38,9 @@ def main() -> None:
     torch.set_num_threads(1)
     ratios, watched = {}, measurements()
     recorded = {} if "--record" in sys.argv else json.loads(FILE.read_text())
+    unknown = [name for name in watched if name not in recorded]
+    if recorded and unknown:
+        sys.exit(f"No ratio is recorded in {FILE} for {', '.join(unknown)}: run with --record.")
     slow = []
     for name, measure in watched.items():
         ratios[name] = measure()["ratios"]["plain/ours"]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import ablation, collation, generation, preparation, training
+from benchmarks import ablation, collation, generation, noises, preparation, training
 from benchmarks.cases import FAMILIES
 from benchmarks.measure import machine, matrix_product_rate
 
@@ -49,6 +49,14 @@ def run_preparation(families, quick: bool) -> Iterator[dict]:
     yield {"examples_per_second": preparation.preparation_speeds(1_000 if quick else 50_000)}
 
 
+def run_noises(families, quick: bool) -> Iterator[dict]:
+    """The diffusion families beside one another."""
+    (setting,) = training.QUICK if quick else (noises.STEPS,)
+    yield noises.training_steps(setting, 3 if quick else 7, with_memory=not quick)
+    rows, length, repetitions = (2, 32, 1) if quick else (noises.ROWS, noises.LENGTH, 3)
+    yield noises.cached_blocks(rows, length, noises.BLOCK, 500 if quick else noises.VOCABULARY, repetitions)
+
+
 def run_ablation(families, quick: bool) -> Iterator[dict]:
     """What each optimisation brings."""
     yield from ablation.measure(1 if quick else 3)
@@ -58,6 +66,7 @@ BENCHMARKS = {
     "training": run_training,
     "collation": run_collation,
     "generation": run_generation,
+    "noises": run_noises,
     "preparation": run_preparation,
     "ablation": run_ablation,
 }
@@ -90,7 +99,8 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     RESULTS.mkdir(parents=True, exist_ok=True)
     for name in options.benchmarks or [n for n in BENCHMARKS if not (options.quick and n == "ablation")]:
-        result = {**machine(), "records": []}
+        command = f"python -m benchmarks.run {name}{' --quick' if options.quick else ''}"
+        result = {"command": command, **machine(), "records": []}
         file = RESULTS / f"{name}{'_quick' if options.quick else ''}.json"
         for record in BENCHMARKS[name](options.families, options.quick):
             result["records"].append(record)

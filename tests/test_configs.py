@@ -170,6 +170,23 @@ def test_published_numbers_are_not_lost_on_the_way_down(experiment):
     assert (cfg.model.hidden_size, cfg.model.hidden_act, cfg.model.attention_dropout) == (768, "relu", 0.1)
 
 
+NOISES = {
+    "paper/bd3lm_owt": "1000000 512 0.0003 constant_with_warmup 2500 0.0",
+    "paper/udlm_lm1b": "1000000 512 0.0003 constant_with_warmup 2500 0.0",
+    "paper/sedd_owt": "1300000 512 0.0003 constant_with_warmup 2500 0.0",
+    "paper/gidd_owt": "500000 512 0.0005 cosine 10000 0.02",
+}
+
+
+@pytest.mark.parametrize("experiment", NOISES)
+def test_numbers_of_the_papers_of_diffusion_are_not_lost_either(experiment):
+    cfg = composed(experiment)
+    names = ("max_steps", "global_batch_size", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay")
+    assert " ".join(str(cfg.trainer[name]) for name in names) == NOISES[experiment]
+    assert (cfg.model.hidden_size, cfg.model.hidden_act) == (768, "gelu_pytorch_tanh")
+    assert cfg.generation.do_sample
+
+
 def test_the_tables_of_the_paper_are_complete():
     cells = {
         f"paper/{family}_star_{level}"
@@ -177,6 +194,7 @@ def test_the_tables_of_the_paper_are_complete():
         for level in ("easy", "medium", "hard")
     }
     cells |= {f"paper/{family}_lm1b" for family in ("arlm", "mdlm", "ilm")}
+    cells |= {f"paper/{family}_{task}" for family in ("bd3lm", "udlm", "sedd", "gidd") for task in ("lm1b", "owt")}
     assert cells <= set(EXPERIMENTS)
 
 

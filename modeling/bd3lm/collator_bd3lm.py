@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from xlm_hf.modules.checked_options import Positive, PositiveInt
+from xlm_hf.modules.checked_options import PartialShare, Positive, PositiveInt
 from xlm_hf.objectives.collation import Documents, segment_numbers, segment_ranges, segment_starts, tensors
 from xlm_hf.objectives.collators import CanvasCollator, Entry
 from xlm_hf.objectives.corruption import bernoulli_masks, exact_masks, skewed_times
@@ -26,8 +26,8 @@ class BD3LMCollator(CanvasCollator):
     How much of a block is masked is low-discrepancy over documents and blocks, the masks are functions of (seed, epoch,
     example_id), so neither depends on the rest of the batch.
 
-    Further arguments are those of `Collator`. `max_length` bounds a document, not its two copies; a packed row holds up
-    to twice as many tokens.
+    Further arguments are those of `CanvasCollator`. `max_length` bounds a document, not its two copies; a packed row
+    holds up to twice as many tokens.
 
     Args:
         block_length: tokens of a block, the model's `block_length`.
@@ -79,12 +79,13 @@ class BD3LMCollator(CanvasCollator):
         prediction: bool = False,
         seed: int = 0,
         packing: bool = False,
+        condition_dropout: PartialShare = 0.0,
         block_length: PositiveInt = 4,
         masking: Literal["exact", "bernoulli"] = "exact",
         mask_beta: Positive | None = None,
         mask_range: tuple[float, float] | None = None,
     ):
-        super().__init__(tokenizer, max_length, kind, prediction, seed, packing)
+        super().__init__(tokenizer, max_length, kind, prediction, seed, packing, condition_dropout=condition_dropout)
         low, high = mask_range or (0.0, 1.0)
         if not 0 <= low < high <= 1:
             raise ValueError(f"mask_range must be 0 <= low < high <= 1 and is ({low}, {high}).")

@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache
 
 from xlm_hf.modules.devices import is_synchronous, true_indices
 from xlm_hf.modules.generation import GenerationCall, Sampler
-from xlm_hf.modules.masked_generation import CanvasGenerationConfig, MaskedGenerationMixin
+from xlm_hf.modules.masked_generation import CanvasGenerationConfig, MaskedGenerationMixin, guided
 from xlm_hf.modules.reverse_process import (
     AncestralSampler,
     CanvasProcess,
@@ -36,6 +36,9 @@ class BD3LMGenerationConfig(CanvasGenerationConfig):
             `ConfidenceSampler`.
         use_cache: whether keys and values of finished blocks are kept. The decode is the same without, but for
             rounding. Prompts that are filled in are decoded without.
+        guidance_scale: how strongly the prompt guides what is written (classifier-free guidance, arXiv 2207.12598): w
+            makes the logits w x those given the prompt + (1 - w) x those without it, in two forward passes. None is
+            w = 1, in one. The model must have been trained with `condition_dropout`.
     """
 
     samplers: ClassVar[dict[str, type[Sampler]]] = {
@@ -47,12 +50,14 @@ class BD3LMGenerationConfig(CanvasGenerationConfig):
 
     sampler: str = "ancestral"
     use_cache: bool = True
+    guidance_scale: float | None = None
 
 
 class BlockProcess(CanvasProcess):
     """A canvas in blocks, and the memory of those that are finished.
 
-    A prompt with masks is one block of its own, which is filled in both directions.
+    A prompt with masks is one block of its own, which is filled in both directions. Under guidance the rows B .. 2B - 1
+    of what the network gets are the B rows once more, without their prompts.
 
     Attributes:
         block_length: columns of a block of the canvas.
@@ -69,8 +74,13 @@ class BlockProcess(CanvasProcess):
         self.block_ids = (self.blocks + 1).masked_fill(is_filled_in[:, None], 0)
         # Behind each row a column that does not exist, for what lies beyond its ends.
         self._none = canvas.ids.shape[1]
-        of_columns = (canvas.attention_mask, canvas.positions, self.block_ids)
-        self._mask, self._positions, self._block_ids = (pad(x, (0, 1)) for x in of_columns)
+        masks, positions = canvas.attention_mask, canvas.positions
+        if call.config.guidance_scale is not None:
+            without = masks.clone()
+            without[:, : canvas.prompt_width - 1] = False
+            positions = torch.cat((positions, (without.long().cumsum(dim=-1) - 1).clamp(min=0)))
+            masks = torch.cat((masks, without))
+        self._mask, self._positions, self._block_ids = (pad(x, (0, 1)) for x in (masks, positions, self.block_ids))
 
     def window(self, rows: torch.Tensor) -> tuple[torch.Tensor, int, bool]:
         """Where the blocks of `rows` (R,) end, and how far back their tokens are not in the memory.
@@ -80,8 +90,8 @@ class BlockProcess(CanvasProcess):
             the last, the network is to see anew; and whether something of that is to be remembered. On an accelerator
             they are as many as can be, so that the host need not read how many are needed.
         """
-        P, size, blocks = self.canvas.prompt_width, self.block_length, self.block[rows].clamp(min=0)
-        blocks = torch.minimum(blocks, self.last[rows].clamp(min=0))
+        P, size, own = self.canvas.prompt_width, self.block_length, rows % len(self.block)
+        blocks = torch.minimum(self.block[own].clamp(min=0), self.last[own].clamp(min=0))
         ends = P + (blocks + 1) * size
         reads = is_synchronous(ends.device)
         num_columns = int(ends.max()) if reads else P + -(-(self._none - P) // size) * size
@@ -101,10 +111,11 @@ class BlockProcess(CanvasProcess):
     def inputs(self, rows: torch.Tensor, columns: torch.Tensor, num_new: int) -> dict[str, torch.Tensor]:
         """What the network gets of these columns, of which the last `num_new` are not in its cache."""
         of_rows, new = rows[:, None], columns[:, -num_new:]
+        own = of_rows % len(self.block)
         # A block by itself sees all that comes with it.
-        of_blocks = {"block_ids": self._block_ids[of_rows, columns]} if num_new > self.block_length else {}
+        of_blocks = {"block_ids": self._block_ids[own, columns]} if num_new > self.block_length else {}
         return {
-            "input_ids": pad(self.canvas.ids, (0, 1), value=self.canvas.pad_token_id)[of_rows, new],
+            "input_ids": pad(self.canvas.ids, (0, 1), value=self.canvas.pad_token_id)[own, new],
             "position_ids": self._positions[of_rows, new],
             "attention_mask": self._mask[of_rows, columns],
             **of_blocks,
@@ -118,18 +129,18 @@ class BlockMemory:
     gets for each of its rows those before its own block.
 
     Args:
-        ids: (B, L) the canvas; behind its columns stands one more, for what lies beyond the ends of a row.
+        shape: rows and columns; behind these stands one more, for what lies beyond the ends of a row.
         reach: how many tokens back a short convolution goes.
 
     Attributes:
-        blocks: (B,) the block before which all of a row is remembered.
-        layers: tensors (B, L + 1, ...) of each layer; empty before the first call.
+        blocks: (R,) the block before which all of a row is remembered.
+        layers: tensors (R, L + 1, ...) of each layer; empty before the first call.
         kinds: of the layers of the cache.
     """
 
-    def __init__(self, ids: torch.Tensor, reach: int):
-        self.shape, self.reach = (ids.shape[0], ids.shape[1] + 1), reach
-        self.blocks = torch.full_like(ids[:, 0], -1)
+    def __init__(self, shape: tuple[int, int], reach: int, device: torch.device):
+        self.shape, self.reach = (shape[0], shape[1] + 1), reach
+        self.blocks = torch.full((shape[0],), -1, device=device)
         self.layers: list[list[torch.Tensor]] = []
         self.kinds: list[Any] = []
 
@@ -166,7 +177,9 @@ class BD3LMGenerationMixin(MaskedGenerationMixin):
         sampler = replace(sampler, block_length=sampler.block_length or self.config.block_length)
         memory = None
         if call.config.use_cache and not canvas.masked[:, : canvas.prompt_width].any():
-            memory = BlockMemory(canvas.ids, self.config.conv_kernel_size // 2)
+            rows, columns = canvas.ids.shape
+            shape = (rows * canvas.passes_per_call, columns)
+            memory = BlockMemory(shape, self.config.conv_kernel_size // 2, canvas.ids.device)
         return BlockProcess(canvas, sampler, call, memory)
 
     def generation_step(self, call: GenerationCall, state: Any, step: int) -> bool:
@@ -182,20 +195,24 @@ class BD3LMGenerationMixin(MaskedGenerationMixin):
         block is written into the memory by the first step of the next, and costs no pass of its own. The first pass
         reads the prompts of all rows.
         """
-        memory = state.memory
+        memory, scale = state.memory, call.config.guidance_scale
         if memory is not None and not memory.layers:
             of_all = torch.zeros_like(state.canvas.masked)
             of_all[rows] = wanted
             rows, wanted = torch.arange(len(of_all), device=rows.device), of_all
+        ids, full_index = state.canvas.ids[rows], true_indices(wanted, num_wanted)
+        if scale is not None:
+            rows = torch.cat((rows, rows + len(state.canvas.ids)))
         columns, num_new, is_new = state.window(rows)
         inputs, cache = state.inputs(rows, columns, num_new), None
-        ids, full_index = state.canvas.ids[rows], true_indices(wanted, num_wanted)
-        index = true_indices(pad(wanted, (0, 1)).gather(1, columns[:, -num_new:]), num_wanted)
+        index = true_indices(pad(wanted, (0, 1)).gather(1, columns[: len(wanted), -num_new:]), num_wanted)
         # A number that is rounded up may exceed the window.
         index = pad(index, (0, len(full_index) - len(index)))
+        if scale is not None:
+            index = torch.cat((index, index + len(wanted) * num_new))
 
         def head_function(hidden_states, head, suppressed_ids):
-            logits = LogitsOnDemand(hidden_states, head, suppressed_ids)
+            logits = LogitsOnDemand(guided(hidden_states, scale), head, suppressed_ids)
             suppressed = call.config.suppress_tokens
             return function(logits.processed(suppressed, call.logits_processor, ids, full_index, step))
 

@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from xlm_hf.modules.checked_options import Interval, PartialShare, Positive, PositiveInt
-from xlm_hf.objectives.collation import Documents, segment_numbers
+from xlm_hf.objectives.collation import Documents, Examples, ragged, segment_numbers
 from xlm_hf.objectives.collators import CanvasCollator, Entry
 from xlm_hf.objectives.corruption import mixed_noise, skewed_times
 from xlm_hf.objectives.head_operator import IGNORED_ID
@@ -57,6 +57,9 @@ class GIDDCollator(CanvasCollator):
             by t, so that a mask's cross-entropy counts alike. These are factors of the time, so the best prediction at
             each noisy canvas stays that of the bound; with "clip" it does not. "denoising" is the cross-entropy of the
             clean tokens, at all positions alike (see `GIDDLoss`).
+        corrects: whether prompts for `generate` come with the texts of the column `source_ids`, which the sampler
+            "self_correction" corrects. They get the `[EOS]` of a finished text, if
+            the canvas has a position for it.
         noise_beta: with another weighting than the bound's the time is drawn from Beta(noise_beta, 1). None means 1,
             the published choice; above 1 canvases are noisier. For the bound it is Beta(gamma / 4, 1), by importance
             weights, for a finite variance: the weights of the bound grow as 1 / t.
@@ -88,6 +91,7 @@ class GIDDCollator(CanvasCollator):
         "target_ids": Entry("target", padding=IGNORED_ID),
         "target_documents": Entry("target", index_of="document"),
         "timesteps": Entry("row"),
+        **{name: Entry("example") for name in ("source_ids", "source_mask")},
         **{name: Entry("target") for name in ("weights", "loss_weights")},
         **{name: Entry("document") for name in ("alpha", "uniform")},
         **{name: Entry("document") for name in ("canvas_lengths", "sequence_tokens", "given_length")},
@@ -107,6 +111,7 @@ class GIDDCollator(CanvasCollator):
         gamma: Annotated[float, Interval("(0, 2]")] = 1.0,
         loss_weighting: Literal["bound", "clip", "dynamic", "even", "denoising"] = "bound",
         noise_beta: Positive | None = None,
+        corrects: bool = False,
     ):
         super().__init__(tokenizer, max_length, kind, prediction, seed, packing, canvas_length, condition_dropout)
         if noise_beta is not None and loss_weighting == "bound":
@@ -114,7 +119,7 @@ class GIDDCollator(CanvasCollator):
                 f"noise_beta is {noise_beta} and loss_weighting {loss_weighting!r}: noise_beta chooses the times of "
                 "another weighting than the bound's, such as 'dynamic'."
             )
-        self.loss_weighting, self.noise_beta = loss_weighting, noise_beta
+        self.loss_weighting, self.noise_beta, self.corrects = loss_weighting, noise_beta, corrects
         self.kernel = MixedKernel(uniform_share=uniform_share, gamma=gamma)
         self.writable_ids = np.flatnonzero(~self.is_suppressed)
 
@@ -161,6 +166,18 @@ class GIDDCollator(CanvasCollator):
             given_length=(documents.ends > 0) & is_told,
             **{name: x if x.dtype == bool else x.astype(np.float32) for name, x in entries.items()},
         )
+
+    def prediction_batch(self, examples: Examples) -> dict[str, torch.Tensor]:
+        """The prompts for `generate`, and the texts that are to be corrected, padded on the right."""
+        batch = super().prediction_batch(examples)
+        if self.corrects:
+            ids, lengths = ragged([[*e["source_ids"], self.eos_token_id][: self.canvas_length] for e in examples])
+            self.check_content(ids)
+            mask = np.arange(lengths.max()) < lengths[:, None]
+            padded = np.full(mask.shape, self.pad_token_id)
+            padded[mask] = ids
+            batch.update(source_ids=torch.from_numpy(padded), source_mask=torch.from_numpy(mask))
+        return batch
 
     def _training_weights(self, t: np.ndarray, weights: np.ndarray) -> np.ndarray:
         """What stands in the loss for the `weights` (M,) of the bound at times t (M,)."""

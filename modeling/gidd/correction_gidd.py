@@ -12,7 +12,7 @@ import torch
 from xlm_hf.modules.canvas import MaskedCanvas
 from xlm_hf.modules.checked_options import Positive, PositiveInt, Share
 from xlm_hf.modules.devices import shape_of_call, true_indices
-from xlm_hf.modules.generation import GenerationCall
+from xlm_hf.modules.generation import GenerationCall, left_align_padding
 from xlm_hf.modules.kernel_samplers import TOKEN, KernelSampler
 from xlm_hf.modules.masked_generation import MaskedGenerationMixin
 from xlm_hf.modules.reverse_process import CanvasProcess, Predict
@@ -100,7 +100,12 @@ class SelfCorrectionSampler(KernelSampler):
 
 
 class SelfCorrectionMixin(MaskedGenerationMixin):
-    """Lets `SelfCorrectionSampler` take texts: rows that go on after their `[BOS]` are finished canvases."""
+    """Lets `SelfCorrectionSampler` take texts: rows that go on after their `[BOS]` are finished canvases.
+
+    `generate` also takes the texts apart from their prompts, as `source_ids` (B, N) and `source_mask` (B, N).
+    """
+
+    generation_inputs: ClassVar[tuple[str, ...]] = ("source_ids", "source_mask")
 
     def open_canvas(
         self,
@@ -108,6 +113,8 @@ class SelfCorrectionMixin(MaskedGenerationMixin):
         input_ids: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
         canvas_lengths: torch.Tensor | None = None,
+        source_ids: torch.Tensor | None = None,
+        source_mask: torch.Tensor | None = None,
     ) -> MaskedCanvas:
         """As in the base class; with that sampler a canvas begins with the text after the first `[BOS]` of its row.
 
@@ -115,11 +122,20 @@ class SelfCorrectionMixin(MaskedGenerationMixin):
         canvas of its own length. A row with mask tokens is filled in as ever.
 
         Raises:
-            ValueError: as in the base class, or for a text that is longer than its canvas.
+            ValueError: as in the base class, for a text that is longer than its canvas, or for `source_ids` and another
+                sampler.
         """
         config = self.config
-        if input_ids is None or not isinstance(call.config.make_sampler(), SelfCorrectionSampler):
+        corrects = isinstance(call.config.make_sampler(), SelfCorrectionSampler)
+        if source_ids is not None and not (corrects and input_ids is not None):
+            raise ValueError("source_ids are texts to be corrected after prompts: choose sampler='self_correction'.")
+        if input_ids is None or not corrects:
             return super().open_canvas(call, input_ids, attention_mask, canvas_lengths)
+        if source_ids is not None:
+            masks = [attention_mask, source_mask]
+            ids = [input_ids, source_ids]
+            given = [x != config.pad_token_id if m is None else m.bool() for x, m in zip(ids, masks, strict=True)]
+            input_ids, attention_mask = torch.cat(ids, dim=1), torch.cat(given, dim=1)
         input_ids, mask = self.aligned_prompts(input_ids, attention_mask, [config.bos_token_id])
         has_blanks = ((input_ids == config.mask_token_id) & mask).any(dim=-1)
         is_bos = ((input_ids == config.bos_token_id) & mask).long()
@@ -128,7 +144,10 @@ class SelfCorrectionMixin(MaskedGenerationMixin):
         if canvas_lengths is None:
             whole = torch.full_like(lengths, config.max_position_embeddings)
             canvas_lengths = torch.where((lengths > 0) & ~ends, lengths, whole).masked_fill(has_blanks, 0)
-        canvas = super().open_canvas(call, input_ids, mask & ~behind, canvas_lengths)
+        prompts, of_prompts = left_align_padding(input_ids, mask & ~behind)
+        prompts = prompts.masked_fill(~of_prompts, config.pad_token_id)
+        width = max(1, int(of_prompts.sum(dim=-1).max()))
+        canvas = super().open_canvas(call, prompts[:, -width:], of_prompts[:, -width:], canvas_lengths)
         sizes = canvas.masked[:, canvas.prompt_width :].sum(dim=-1)
         excess = int((lengths - sizes).max())
         if excess > 0:

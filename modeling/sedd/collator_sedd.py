@@ -26,7 +26,8 @@ class SEDDCollator(CanvasCollator):
     Args:
         kernel: that of the model's configuration. "absorb" masks exactly k ~ U{1..L} of the L canvas tokens; "uniform"
             lets exactly k ~ U{0..L} meet noise. The time comes from its law given k (`exact_masks`, `exact_noise`).
-        noise_schedule: of the model's configuration. The bound does not depend on it; it must be whole.
+        noise_schedule: of the model's configuration. Times are drawn in alpha, from 1 to 0, so nothing here depends on
+            it. That of masks must be whole: a sampler that ends above pure noise would not have the law of the bound.
         noise_beta: None trains on the bound. A number, for training alone, draws t = 1 - alpha from Beta(noise_beta,
             1). With "absorb" every mask then counts 1, and with "uniform" every rate N alpha / (1 + kappa), kappa = N
             alpha / (1 - alpha), so that no time has much more weight than another.
@@ -48,7 +49,7 @@ class SEDDCollator(CanvasCollator):
         example_id: of the examples, as given.
 
     Raises:
-        ValueError: for an unknown kernel, a number out of its range, or a schedule that is unknown or not whole.
+        ValueError: for an unknown kernel, a number out of its range, or a schedule of masks that is not whole.
     """
 
     entries = {
@@ -77,7 +78,7 @@ class SEDDCollator(CanvasCollator):
         noise_beta: Positive | None = None,
     ):
         super().__init__(tokenizer, max_length, kind, prediction, seed, packing, canvas_length, condition_dropout)
-        if not make_schedule(noise_schedule).is_whole():
+        if kernel == "absorb" and not make_schedule(noise_schedule).is_whole():
             raise ValueError(
                 f"noise_schedule {noise_schedule!r} does not run from data (alpha 1) to pure noise (alpha 0), and what "
                 "is reported as a likelihood integrates all of it: choose one that does, such as 'log_linear'."

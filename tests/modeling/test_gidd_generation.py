@@ -21,9 +21,12 @@ from tests.modeling.naive_gidd import (
     slow_sampler,
     texts,
 )
+from xlm_hf.commands import generate
 from xlm_hf.modeling.gidd import GIDDForInterpolatingDiffusion, GIDDGenerationConfig
 from xlm_hf.modules.canvas import MaskedCanvas
+from xlm_hf.modules.counter_random import random_bits
 from xlm_hf.modules.edits import EDIT_KINDS, EditLog
+from xlm_hf.testing import FamilyCase
 
 PROMPTS = [[8, 9, 10], [11], [12, 13, 14, 15, 16, 17], []]
 SEEDS = [3, 1, 4, 9]
@@ -230,6 +233,42 @@ def test_texts_are_corrected_beside_prompts_and_blanks():
             for _, _, _, position, token in alone.edits.tolist():
                 canvas[position - start] = token
             assert canvas[: len(own) - start] == own[start:]
+
+
+def test_texts_apart_from_their_prompts_are_corrected_alike(tmp_path, monkeypatch):
+    """As rows, as `source_ids`, and from a file by the command line."""
+    case = FamilyCase("gidd", "+collator.corrects=true", "generation.sampler=self_correction", "seed=3")
+    model, tokenizer = case.model(), case.task.tokenizer
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    prompts, sources = [[10, 11, 12], [13]], [[14, 15], [11] * 14]
+    collator = case.collator("seq2seq_prediction", model)
+    lines = [{"prompt_ids": p, "source_ids": s} for p, s in zip(prompts, sources, strict=True)]
+    batch = collator([{**line, "example_id": i} for i, line in enumerate(lines)])
+    assert batch["source_ids"][0, :4].tolist() == [14, 15, eos, tokenizer.pad_token_id]
+    assert batch["source_ids"][1].tolist() == [11] * 14
+    output = model.generate(**{k: v for k, v in batch.items() if k != "example_id"}, seed=[5, 6], return_history=True)
+    assert torch.equal(output.sequences[:, :4], batch["input_ids"])
+    assert {EDIT_KINDS[kind] for kind in output.edits[:, 2].tolist()} == {"substitute"}
+    ended = [[14, 15, eos], sources[1]]
+    for row, (prompt, source) in enumerate(zip(prompts, ended, strict=True)):
+        alone = model.generate(torch.tensor([[*prompt, bos, *source]]), seed=5 + row)
+        own = alone.sequences[0, len(prompt) + 1 :].tolist()
+        assert own == output.sequences[row, 4:][: len(own)].tolist()
+    with pytest.raises(ValueError, match="source_ids are texts to be corrected after prompts: choose sampler='self_c"):
+        model.generate(batch["input_ids"], source_ids=batch["source_ids"], sampler="ancestral")
+
+    file = tmp_path / "texts.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.setattr(generate, "model_of_checkpoint", lambda cfg: model)
+    monkeypatch.setattr(generate, "load_tokenizer", lambda *arguments: tokenizer)
+    case.cfg.update(prompts=str(file), output_dir=str(tmp_path), experiment="e", checkpoint=str(tmp_path))
+    records = generate.run(case.cfg)
+    assert [record["source_ids"] for record in records] == sources
+    seeds = random_bits(case.cfg.seed, torch.arange(2))
+    expected = model.generate(**{k: v for k, v in batch.items() if k != "example_id"}, seed=seeds).sequences[:, 4:]
+    for record, row in zip(records, expected.tolist(), strict=True):
+        end = row.index(eos) if eos in row else len(row)
+        assert record["prediction_ids"] == [t for t in row[:end] if t != tokenizer.pad_token_id]
 
 
 def test_a_canvas_holds_texts_with_padding_behind_them():

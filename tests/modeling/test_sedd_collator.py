@@ -63,6 +63,13 @@ def test_noise_beta_draws_the_time_and_evens_the_weights(kernel):
     assert abs(changed.float().mean() - share) < 0.01
 
 
+def test_the_schedule_of_uniform_noise_changes_no_batch():
+    """The published geometric one ends close to pure noise; the bound is integrated over all of alpha."""
+    examples = make_examples(8, V)
+    batches = [collator(kernel="uniform", noise_schedule=name)(examples) for name in ("log_linear", "geometric")]
+    assert all(torch.equal(batches[0][name], batches[1][name]) for name in batches[0])
+
+
 @pytest.mark.parametrize("kernel", ["absorb", "uniform"])
 def test_it_depends_on_the_example_alone(kernel):
     examples = make_examples(32, V, min_target=6)

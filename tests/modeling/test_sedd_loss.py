@@ -1,5 +1,6 @@
 """The bound of score entropy diffusion: against enumeration, autograd, and the bounds of other parameterisations."""
 
+import itertools
 import math
 
 import pytest
@@ -150,3 +151,50 @@ def test_a_whole_loss_equals_that_of_all_logits(kernel):
     output = SEDDLoss()(model, batch)
     torch.testing.assert_close(output.loss_sum, (batch["weights"][documents] * rates).sum(), rtol=1e-6, atol=1e-6)
     assert output.num_items == 81
+
+
+@pytest.mark.parametrize("kernel", ["absorb", "uniform"])
+@pytest.mark.parametrize("options", [{}, {"noise_beta": 2.0}])
+def test_ids_that_nobody_writes_change_no_loss(options, kernel):
+    """More special tokens: neither the noise, nor N, nor the bound."""
+
+    class MoreIds(SpecialIds):
+        all_special_ids = [*range(FIRST_WORD), V, V + 1, V + 2]
+
+    small = make_model(V, 32, kernel=kernel)
+    large = make_model(V + 3, 32, kernel=kernel, suppress_tokens=[*range(6), V, V + 1, V + 2])
+    weights = small.state_dict()
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        weights[name] = torch.cat((weights[name], torch.ones(3, 32)))
+    large.load_state_dict(weights)
+    batches = [
+        SEDDCollator(ids, 32, kind="seq2seq", canvas_length=9, kernel=kernel, **options)(make_examples(6, V))
+        for ids in (SpecialIds(V), MoreIds(V + 3))
+    ]
+    assert torch.equal(batches[0]["input_ids"], batches[1]["input_ids"])
+    outputs = [SEDDLoss()(*pair) for pair in zip((small, large), batches, strict=True)]
+    torch.testing.assert_close(outputs[0].loss_sum, outputs[1].loss_sum)
+    torch.testing.assert_close(outputs[0].sequence_nats, outputs[1].sequence_nats)
+
+
+def test_in_single_precision_and_a_large_vocabulary_the_bound_is_right_to_one_percent():
+    """Value and gradient of a row, of scores as an initial network has them and of sharp ones."""
+    generator, size = torch.Generator().manual_seed(0), 50_257
+    noise = torch.tensor([1e-3, 0.01, 0.5, 0.99, 0.999] * 2, dtype=torch.float64)
+    x = torch.full_like(noise, 5, dtype=torch.int64)
+    z = x.clone()
+    z[5:] = 77
+    for (kind, kernel, is_scaled), spread in itertools.product(sorted(KINDS, key=str), (0.1, 1.0)):
+        logits = spread * torch.randn(len(noise), size, dtype=torch.float64, generator=generator)
+        if kernel == "uniform" and not is_scaled:
+            # Ratios of noise, not of masks.
+            logits -= spread**2 / 2
+        results = []
+        for dtype in (torch.float64, torch.float32):
+            filled, of_noise = logits.to(dtype, copy=True), (z,) if kernel == "uniform" else ()
+            row_function = kind(x, torch.ones(len(x), dtype=dtype), *of_noise, noise.to(dtype))
+            losses, _ = row_function.losses_and_gradient_(filled, size)
+            results.append((losses.double(), filled.double().norm(dim=-1)))
+        (exact, exact_norms), (losses, norms) = results
+        assert ((losses - exact).abs() <= 0.01 * exact.abs()).all(), (kind, spread)
+        assert ((norms - exact_norms).abs() <= 0.01 * exact_norms).all(), (kind, spread)

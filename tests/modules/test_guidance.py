@@ -4,9 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from tests.modeling import naive_mdlm, naive_udlm
+from tests.modeling import naive_bd3lm, naive_gidd, naive_mdlm, naive_sedd, naive_udlm
 from tests.modeling.naive import BOS, EOS, MASK, PAD, SpecialIds, batch_of, make_examples
+from xlm_hf.modeling.bd3lm import BD3LMCollator
+from xlm_hf.modeling.gidd import GIDDCollator
 from xlm_hf.modeling.mdlm import MDLMCollator
+from xlm_hf.modeling.sedd import SEDDCollator
 from xlm_hf.modeling.udlm import UDLMCollator
 from xlm_hf.objectives.collation import Documents
 
@@ -15,6 +18,12 @@ MODELS = {
     "masks": lambda: naive_mdlm.make_model(conv_kernel_size=3, learned_positions=True),
     "masks, told the time": lambda: naive_mdlm.make_model(conditioning="adaln"),
     "noise": lambda: naive_udlm.make_model(lm_head_bias=True),
+    "scores of masks": lambda: naive_sedd.make_model(),
+    "scores of noise": lambda: naive_sedd.make_model(kernel="uniform"),
+}
+OTHERS = {
+    "blocks": lambda: naive_bd3lm.make_model(block_length=4, conv_kernel_size=3),
+    "masks and noise": lambda: naive_gidd.make_model(),
 }
 
 
@@ -50,9 +59,36 @@ def test_logits_lead_away_from_what_is_written_without_the_prompt(name):
         )
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_blocks_are_led_away_from_what_is_written_without_the_prompt(use_cache):
+    """Each step against two forward passes over all that stands up to its block, the second without the prompt."""
+    model, seen = OTHERS["blocks"]().double(), []
+
+    def record(ids, scores, cur_step):
+        seen.append((ids[0], scores))
+        return scores
+
+    prompt, options = [8, 9, 10], {"max_new_tokens": 8, "sampler": "confidence", "seed": 3, "do_sample": True}
+    rows = torch.tensor([[*prompt, BOS]])
+    output = model.generate(rows, logits_processor=record, guidance_scale=2.5, use_cache=use_cache, **options)
+    assert output.nfe.tolist() == [2 * len(seen)]
+    for step, (ids, scores) in enumerate(seen):
+        block = step // 4
+        end = 4 * (block + 1)
+        canvas = ids[4:][:end]
+        masks = (canvas == MASK) & (torch.arange(end) >= end - 4)
+        logits = []
+        for given in (prompt, []):
+            blocks = torch.tensor([[0] * (len(given) + 1) + [1 + i // 4 for i in range(end)]])
+            whole = torch.cat((torch.tensor([*given, BOS]), canvas))[None]
+            logits.append(model(whole, block_ids=blocks).logits[0, -end:][masks])
+        expected = (2.5 * logits[0] - 1.5 * logits[1]).nan_to_num(nan=-torch.inf)
+        torch.testing.assert_close(scores.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [*MODELS, *OTHERS])
 def test_a_scale_of_one_is_no_guidance_and_rows_decode_alike_in_any_batch(name):
-    model, options = MODELS[name](), {"max_new_tokens": 6, "num_steps": 3, "do_sample": True}
+    model, options = {**MODELS, **OTHERS}[name](), {"max_new_tokens": 6, "num_steps": 3, "do_sample": True}
     plain = model.generate(batch_of(PROMPTS), seed=SEEDS, **options)
     same = model.generate(batch_of(PROMPTS), seed=SEEDS, guidance_scale=1.0, **options)
     assert torch.equal(plain.sequences, same.sequences)
@@ -70,7 +106,7 @@ def test_blanks_have_no_prompt_to_be_guided_by():
         naive_udlm.make_model().generate(torch.tensor([[8, MASK]]), guidance_scale=2.0)
 
 
-@pytest.mark.parametrize("collator_class", [MDLMCollator, UDLMCollator])
+@pytest.mark.parametrize("collator_class", [MDLMCollator, UDLMCollator, SEDDCollator])
 def test_a_share_of_the_prompts_is_left_out(collator_class):
     examples = [{**e, "prompt_ids": e["prompt_ids"] or [8]} for e in make_examples(2000, 40)]
     batch = collator_class(SpecialIds(40), 32, kind="seq2seq", condition_dropout=0.2)(examples)
@@ -102,3 +138,17 @@ def test_prompts_are_dropped_from_documents():
 def test_a_share_out_of_range_is_refused():
     with pytest.raises(ValueError, match=r"condition_dropout must be in \[0, 1\) and is 1"):
         UDLMCollator(SpecialIds(40), 32, kind="seq2seq", condition_dropout=1)
+
+
+@pytest.mark.parametrize(("collator_class", "options"), [(BD3LMCollator, {"block_length": 4}), (GIDDCollator, {})])
+def test_documents_without_their_prompts_keep_their_texts(collator_class, options):
+    examples = [{**e, "prompt_ids": e["prompt_ids"] or [8]} for e in make_examples(500, 40)]
+    batch = collator_class(SpecialIds(40), 32, kind="seq2seq", condition_dropout=0.2, **options)(examples)
+    dropped = batch["input_ids"][:, 0] == BOS
+    assert abs(dropped.float().mean() - 0.2) < 4 * 0.4 / 500**0.5
+    # Nothing but the canvas, or the noisy copy of it, has targets.
+    batch["input_ids"].view(-1)[batch["logits_index"]] = batch["target_ids"]
+    for row in dropped.nonzero()[:, 0].tolist():
+        of_canvas = batch["is_noisy"][row] if "is_noisy" in batch else batch["attention_mask"][row]
+        text = [t for t in batch["input_ids"][row][of_canvas.bool()].tolist() if t not in (PAD, BOS)]
+        assert text == [*examples[row]["target_ids"], EOS]

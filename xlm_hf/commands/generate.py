@@ -21,8 +21,9 @@ from xlm_hf.reports.streamers import MARKS, MASK, BatchDiffusionStreamer, Decode
 def run(cfg: DictConfig) -> list[dict[str, Any]]:
     """Decode `prompts` (a JSONL file), or `num_samples` of the task; print and save them.
 
-    A file whose prompts have mask tokens is filled in. Of a task with prompts or blanks the first test examples are
-    decoded; of one without, samples are written from nothing.
+    A file whose prompts have mask tokens is filled in. `source_ids` beside a prompt, a text to be corrected, go to the
+    collator. Of a task with prompts or blanks the first test examples are decoded; of one without, samples are written
+    from nothing.
 
     In a terminal the decode is shown while it goes on. `decodes.html` in the run's folder plays it back, and so does
     `decode.gif`, of the first row, where Pillow and matplotlib are installed.
@@ -95,12 +96,13 @@ def _examples_from_file(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> 
     file = Path(cfg.prompts)
     if not file.exists():
         raise ValueError(f"There is no file {file}: prompts names a JSONL file with a `prompt` or `prompt_ids` a line.")
-    rows = []
+    rows, sources = [], []
     for number, line in enumerate(file.read_text().splitlines()):
         try:
             row = json.loads(line)
             names = [name for name in ("prompt_ids", "input_ids") if name in row]
             ids = row[names[0]] if names else tokenizer.encode(row["prompt"], add_special_tokens=False)
+            sources.append({name: row[name] for name in ("source_ids",) if name in row})
         except (ValueError, KeyError, TypeError):
             raise ValueError(
                 f"Line {number + 1} of {file} is not a JSON object with a `prompt`, `prompt_ids` or `input_ids`: "
@@ -111,7 +113,9 @@ def _examples_from_file(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> 
         raise ValueError(f"{file} is empty: write one JSON object with a `prompt` on each line.")
     is_infill = any(tokenizer.mask_token_id in ids for ids in rows)
     name = "input_ids" if is_infill else "prompt_ids"
-    examples = [{"example_id": number, name: ids} for number, ids in enumerate(rows)]
+    examples = [
+        {"example_id": i, name: ids, **source} for i, (ids, source) in enumerate(zip(rows, sources, strict=True))
+    ]
     if is_infill:
         check_blanks(examples, tokenizer)
     return examples, "infill" if is_infill else "seq2seq" if any(rows) else "lm"

@@ -143,11 +143,7 @@ class MaskedGenerationMixin(NonAutoregressiveGenerationMixin):
         scale = getattr(call.config, "guidance_scale", None)
 
         def head_function(hidden_states, head, suppressed_ids):
-            if scale is not None:
-                # The head is a linear map, so that what is true of logits is true of what they are made of.
-                given, without = hidden_states.chunk(2)
-                hidden_states = scale * given + (1 - scale) * without
-            logits = LogitsOnDemand(hidden_states, head, suppressed_ids)
+            logits = LogitsOnDemand(guided(hidden_states, scale), head, suppressed_ids)
             return function(logits.processed(call.config.suppress_tokens, call.logits_processor, ids, index, step))
 
         mask, seen, of_seen = canvas.attention_mask[rows] if canvas.is_padded else None, ids, index
@@ -159,3 +155,14 @@ class MaskedGenerationMixin(NonAutoregressiveGenerationMixin):
             of_seen = torch.cat((index, index + ids.numel()))
         inputs = {"attention_mask": mask, "logits_index": of_seen, **self.time_inputs(alpha)}
         return self(seen, head_function=head_function, **inputs).head_output
+
+
+def guided(hidden_states: torch.Tensor, scale: float | None) -> torch.Tensor:
+    """Hidden states (S, H) whose logits are scale x the first half's + (1 - scale) x the second's; all without a scale.
+
+    The head is a linear map, so that what is true of logits is true of what they are made of.
+    """
+    if scale is None:
+        return hidden_states
+    given, without = hidden_states.chunk(2)
+    return scale * given + (1 - scale) * without

@@ -74,8 +74,11 @@ def after_step(tokens: list[Token], edits: list[Edit]) -> list[Token]:
         index = kept[position] if position < len(kept) else len(tokens)
         if token.event == "insert":
             tokens.insert(index, token)
-        else:
+        elif position < len(kept):
             tokens[index] = token
+        else:
+            # Behind the padding of a canvas, which is not shown.
+            tokens += [Token("")] * (position - len(kept)) + [token]
     return tokens
 
 
