@@ -22,7 +22,7 @@ MODELS = {
     "scores of noise": lambda: naive_sedd.make_model(kernel="uniform"),
 }
 OTHERS = {
-    "blocks": lambda: naive_bd3lm.make_model(block_length=4, conv_kernel_size=3),
+    "blocks": lambda: naive_bd3lm.make_model(block_length=4, conv_kernel_size=3, learned_positions=True),
     "masks and noise": lambda: naive_gidd.make_model(),
 }
 
