@@ -442,6 +442,8 @@ def build_arguments(node: DictConfig, has_budget: bool = False, **of_run: Any) -
     """
     options = options_of(node)
     check_arguments("trainer", options, XLMTrainingArguments)
+    if unread := options.keys() & {"do_train", "do_eval", "do_predict", "resume_from_checkpoint", "output_dir"}:
+        raise ValueError(f"trainer.{min(unread)} has no effect: choose job= and output_dir=, whose run is resumed.")
     if has_budget:
         options["max_steps"] = _MAX_STEPS_OF_A_BUDGET
     return XLMTrainingArguments(**{**of_run, **options})

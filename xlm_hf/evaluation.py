@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import datasets
@@ -138,11 +139,22 @@ def run_evaluation_set(
     tokenizer: PreTrainedTokenizerBase,
     batch_size: int,
     seed: int,
+    after_batch: Callable[[DataLoader], None] = lambda loader: None,
+    **loader_options: Any,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Measure one set, each example exactly once, spread over all ranks.
 
     The corruption is that of epoch 0, with an example's index as its position; a decode is seeded by (seed,
     example_id). So the result depends neither on the batch size nor on the number of ranks.
+
+    Args:
+        model: the model.
+        evaluation_set: the set.
+        tokenizer: turns ids into text.
+        batch_size: of this rank.
+        seed: of a decode.
+        after_batch: is called with the data loader after every batch.
+        **loader_options: of the data loader.
 
     Returns:
         metrics without the set's name, and one record per decoded example (main process; empty for a loss).
@@ -150,10 +162,12 @@ def run_evaluation_set(
     was_training = model.training
     model.eval()
     start = time.perf_counter()
+    options = {"batch_size": batch_size, **loader_options}
+    batches = partial(_batches, model, evaluation_set, options, after_batch)
     if evaluation_set.loss is not None:
-        metrics, records = _loss_metrics(model, evaluation_set, tokenizer, batch_size), []
+        metrics, records = _loss_metrics(model, evaluation_set, tokenizer, batches), []
     else:
-        records = _decode(model, evaluation_set, tokenizer, batch_size, seed)
+        records = _decode(model, evaluation_set, tokenizer, batches, seed)
         metrics = _generation_metrics(records, evaluation_set, tokenizer)
         dropped = set(RECORD_FIELDS) - {"example_id", *(evaluation_set.prediction_fields or RECORD_FIELDS)}
         records = [{name: value for name, value in record.items() if name not in dropped} for record in records]
@@ -168,18 +182,20 @@ def _own_indices(evaluation_set: EvaluationSet) -> range:
 
 
 def _batches(
-    model: PreTrainedModel, evaluation_set: EvaluationSet, batch_size: int, epoch: int = 0
+    model, evaluation_set: EvaluationSet, options: dict[str, Any], after_batch: Callable, epoch: int = 0
 ) -> Iterator[dict[str, torch.Tensor]]:
     """This rank's batches, corrupted as in `epoch`, an example's index being its position."""
     loader = DataLoader(
         KeyedExamples(evaluation_set.dataset),
-        batch_size=batch_size,
         sampler=[(epoch, index, index) for index in _own_indices(evaluation_set)],
         collate_fn=evaluation_set.collator,
         # Of its own, so that evaluating leaves the training's random numbers alone.
         generator=torch.Generator(),
+        **options,
     )
-    return ({name: tensor.to(model.device) for name, tensor in batch.items()} for batch in loader)
+    for batch in loader:
+        yield {name: tensor.to(model.device) for name, tensor in batch.items()}
+        after_batch(loader)
 
 
 def reduce_sums(sums: dict[str, tuple[Any, Any]], device: torch.device) -> dict[str, float]:
@@ -194,13 +210,13 @@ def reduce_sums(sums: dict[str, tuple[Any, Any]], device: torch.device) -> dict[
     return {name: total / count for name, (total, count) in zip(names, pairs.tolist(), strict=True) if count}
 
 
-def _loss_metrics(model, evaluation_set: EvaluationSet, tokenizer, batch_size: int) -> dict[str, float]:
+def _loss_metrics(model, evaluation_set: EvaluationSet, tokenizer, batches: Callable[..., Any]) -> dict[str, float]:
     sums: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     draws: list[list[tuple[float, int]]] = []
     conditions: set[str] = set()
     for draw in range(evaluation_set.num_draws):
         draws.append([])
-        for batch in _batches(model, evaluation_set, batch_size, epoch=draw):
+        for batch in batches(epoch=draw):
             output = evaluation_set.loss(model, batch)
             for name, (total, count) in {**output.metrics, "loss": (output.loss_sum, output.num_items)}.items():
                 old = sums.get(name, (0.0, 0))
@@ -287,10 +303,10 @@ def check_blanks(examples: Sequence[dict[str, Any]], tokenizer: PreTrainedTokeni
             raise ValueError(f"Example {number} has no blank to fill in: put {mask} for each token to be written.")
 
 
-def _decode(model, evaluation_set: EvaluationSet, tokenizer, batch_size: int, seed: int) -> list[dict[str, Any]]:
+def _decode(model, evaluation_set: EvaluationSet, tokenizer, batches: Callable, seed: int) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = []
     indices = _own_indices(evaluation_set)
-    for batch in _batches(model, evaluation_set, batch_size):
+    for batch in batches():
         example_id = batch.pop("example_id")
         examples = [evaluation_set.dataset[i] for i in indices[len(records) : len(records) + len(example_id)]]
         if evaluation_set.kind == "infill":

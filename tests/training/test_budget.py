@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from xlm_hf.building import build_model, build_task, build_trainer, compose
-from xlm_hf.training import trainer as trainer_module
+from xlm_hf.training import evaluates_sets
 from xlm_hf.training.callbacks import budget
 from xlm_hf.training.callbacks.budget import Budget
 from xlm_hf.training.callbacks.early_stopping import EarlyStopping
@@ -57,7 +57,7 @@ def test_a_budget_of_seconds_counts_training_alone_and_over_resumes(tmp_path, mo
     monkeypatch.setattr(budget, "time", clock)
     monkeypatch.setattr(XLMTrainer, "compute_loss", takes(1, clock, XLMTrainer.compute_loss))
     monkeypatch.setattr(XLMTrainer, "_write_checkpoint", takes(1000, clock, XLMTrainer._write_checkpoint))
-    monkeypatch.setattr(trainer_module, "run_evaluation_set", takes(100, clock, trainer_module.run_evaluation_set))
+    monkeypatch.setattr(evaluates_sets, "run_evaluation_set", takes(100, clock, evaluates_sets.run_evaluation_set))
     first = trained(tmp_path, "budget.seconds=3", "trainer.eval_steps=1", "trainer.save_steps=2")
     assert first.state.global_step == 3
     assert budget.saved_seconds(first.state) == 3

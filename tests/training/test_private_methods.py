@@ -9,6 +9,7 @@ import pytest
 from transformers import Trainer
 
 from xlm_hf.hub.upload import PushesRepositories
+from xlm_hf.training.evaluates_sets import EvaluatesSets
 from xlm_hf.training.trainer import XLMTrainer
 
 # name: its arguments, the methods of Trainer that call it
@@ -20,6 +21,8 @@ OVERRIDDEN = {
         ["_inner_training_loop"],
     ),
     "_get_num_items_in_batch": ("batch_samples device", ["get_batch_samples", "prediction_step"]),
+    "_update_auto_batch_size": ("batch_size", ["_inner_training_loop"]),
+    "_track_num_input_tokens": ("inputs", ["_run_epoch"]),
     "_get_grad_norm": ("model grad_norm", ["_run_epoch"]),
     "_maybe_log_save_evaluate": (
         "tr_loss grad_norm model trial epoch ignore_keys_for_eval start_time learning_rate",
@@ -37,6 +40,8 @@ CALLED = {
     "_save_scaler": "output_dir",
     "_save_rng_state": "output_dir",
     "_finish_current_push": "",
+    "_get_output_dir": "trial",
+    "_prepare_inputs": "inputs",
 }
 
 
@@ -45,7 +50,7 @@ def arguments(name):
 
 
 def test_the_table_is_complete():
-    ours = {name for cls in (XLMTrainer, PushesRepositories) for name in vars(cls)}
+    ours = {name for cls in (XLMTrainer, EvaluatesSets, PushesRepositories) for name in vars(cls)}
     private = {name for name in ours if name.startswith("_") and not name.startswith("__")}
     assert {name for name in private if hasattr(Trainer, name)} == set(OVERRIDDEN)
 

@@ -242,6 +242,25 @@ class KeyedStream(IterableDataset[dict[str, Any]]):
                 raise ValueError("A stream of training examples is empty: choose another split or more examples.")
 
 
+def as_dataset(data: Any) -> Any:
+    """Examples that have an `example_id`: a dataset, a stream or a mixture as it is, anything else as a dataset.
+
+    Args:
+        data: of `datasets`, a mixture, or a list or map-style torch dataset of dicts, which is read at once. Where
+            examples have no `example_id`, they get their index.
+    """
+    if isinstance(data, Mixture):
+        return data
+    if not isinstance(data, datasets.Dataset | datasets.IterableDataset):
+        data = datasets.Dataset.from_list([data[index] for index in range(len(data))])
+    columns = data.column_names or list(next(iter(data), {}))
+    if "example_id" in columns:
+        return data
+    if isinstance(data, datasets.Dataset):
+        return data.add_column("example_id", list(range(len(data))))
+    return data.map(lambda _, index: {"example_id": index}, with_indices=True)
+
+
 def keyed(data: datasets.Dataset | datasets.IterableDataset | Mixture) -> KeyedExamples | KeyedStream:
     """Training examples that carry their epoch and position, of whatever kind the data is."""
     first = data.sets[0] if isinstance(data, Mixture) else data

@@ -1,7 +1,7 @@
 """The arguments of the trainer."""
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import torch
@@ -33,6 +33,14 @@ _RANGES: dict[str, Any] = {
     **dict.fromkeys(("seed", "dataloader_num_workers"), Count),
     "max_steps": PositiveInt | Literal[-1],
 }
+# Fields of the parent that would have no effect; docs/plain_python.md says why, and what has.
+WITHOUT_EFFECT = (
+    *("average_tokens_across_devices", "batch_eval_metrics", "bf16_full_eval", "dataloader_in_order"),
+    *("enable_jit_checkpoint", "eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object"),
+    *("fp16_full_eval", "include_for_metrics", "include_num_input_tokens_seen", "label_names"),
+    *("label_smoothing_factor", "length_column_name", "liger_kernel_config", "logging_nan_inf_filter"),
+    *("parallelism_config", "prediction_loss_only", "remove_unused_columns", "use_liger_kernel"),
+)
 
 
 @dataclass
@@ -40,8 +48,7 @@ class XLMTrainingArguments(CheckedOptions, TrainingArguments):
     """`transformers.TrainingArguments` with the defaults that counter-based collators and honest logs need.
 
     Attributes:
-        remove_unused_columns: False, since the collators read the columns that the model does not.
-        logging_nan_inf_filter: False, since a loss that is not a number must be seen.
+        metric_for_best_model: one that `evaluate` returns; without the name of its set it is one of `validation`.
         muon_learning_rate: trains the weight matrices of the layers by Muon at this rate, and the rest by AdamW at
             `learning_rate`; None trains everything by `optim`. Both rates follow the schedule.
         ema_decay: in [0, 1), of the exponential moving average of the weights (see `ExponentialMovingAverage`), which
@@ -61,7 +68,8 @@ class XLMTrainingArguments(CheckedOptions, TrainingArguments):
         shown_predictions: how many of them the console shows.
 
     Raises:
-        ValueError: for a value out of its range, or a `global_batch_size` that the devices cannot make.
+        ValueError: for a value out of its range, a field of the parent that would have no effect, or a
+            `global_batch_size` that the devices cannot make.
     """
 
     remove_unused_columns: bool = field(default=False, metadata={"help": "Keep the columns that the collators read."})
@@ -78,6 +86,17 @@ class XLMTrainingArguments(CheckedOptions, TrainingArguments):
     tracked_predictions: Count = field(default=50, metadata={"help": "Rows of the tables of predictions."})
     shown_predictions: Count = field(default=0, metadata={"help": "Predictions that the console shows."})
 
+    @classmethod
+    def adopt(cls, args: TrainingArguments | None) -> "XLMTrainingArguments":
+        """Arguments of transformers as those of this trainer; what they only preset is ours to preset."""
+        if args is None or isinstance(args, cls):
+            return args or cls()
+        given = {f.name: getattr(args, f.name) for f in fields(args) if f.init}
+        given |= {"remove_unused_columns": False, "logging_nan_inf_filter": False}
+        if args.greater_is_better == (not str(args.metric_for_best_model).endswith("loss")):
+            given["greater_is_better"] = None
+        return cls(**given)
+
     def __post_init__(self):
         self.check()
         for name, kind in _RANGES.items():
@@ -92,12 +111,21 @@ class XLMTrainingArguments(CheckedOptions, TrainingArguments):
             # Before the parent hands the accumulation on to accelerate and DeepSpeed.
             self._accumulate_to(self.global_batch_size, int(os.environ.get("WORLD_SIZE", 1)))
         super().__post_init__()
+        self._refuse_what_has_no_effect()
+        if self.metric_for_best_model is not None:
+            name = self.metric_for_best_model.removeprefix("eval_")
+            self.metric_for_best_model = name if "/" in name else f"validation/{name}"
         # Each rank reads its own share of a stream; by default the first would read and send for all.
         self.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]
         # Pinned memory speeds up copies to an accelerator; without one torch warns about it at every epoch.
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
         # From there a batch is copied without the host waiting for the device.
         self.accelerator_config.non_blocking = self.dataloader_pin_memory  # type: ignore[union-attr]
+
+    def _refuse_what_has_no_effect(self) -> None:
+        for name in WITHOUT_EFFECT:
+            if (value := getattr(self, name)) not in (getattr(type(self), name, []), "non_padding"):
+                raise ValueError(f"{name}={value!r} has no effect here: leave it out (see docs/plain_python.md).")
 
     def _accumulate_to(self, batch_size: int, num_devices: int) -> None:
         at_once = self.per_device_train_batch_size * num_devices

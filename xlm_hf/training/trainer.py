@@ -7,31 +7,32 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback, WandbCallback
 from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput
+from transformers.utils import is_in_notebook
 
-from xlm_hf.data import Mixture, keyed
+from xlm_hf.data import as_dataset, keyed
 from xlm_hf.data.static_shapes import StaticShapes, collate_without_full_mask
-from xlm_hf.evaluation import EvaluationSet, check_evaluation_sets, reduce_sums, run_evaluation_set
+from xlm_hf.evaluation import EvaluationSet, check_evaluation_sets, reduce_sums
 from xlm_hf.files import INCOMPLETE_SUFFIX, replaced_folder
-from xlm_hf.hub.upload import PushesRepositories
 from xlm_hf.modules.devices import is_synchronous
-from xlm_hf.modules.messages import did_you_mean
 from xlm_hf.training.arguments import XLMTrainingArguments
 from xlm_hf.training.averages import EMA_FILE, ExponentialMovingAverage
-from xlm_hf.training.callbacks.predictions import show_predictions, write_predictions
-from xlm_hf.training.callbacks.progress import ProgressBar
+from xlm_hf.training.callbacks.progress import MetricsFile, ProgressBar
 from xlm_hf.training.callbacks.trackers import TensorBoardTracker, WandbTracker
-from xlm_hf.training.checkpoints import delete_old_checkpoints
+from xlm_hf.training.checkpoints import delete_old_checkpoints, last_sound_checkpoint
+from xlm_hf.training.evaluates_sets import EvaluatesSets
 from xlm_hf.training.finite_guard import FiniteGuard, NotFiniteError, Step, restore_random_states
 from xlm_hf.training.optimizers import MuonWithAdamW, layer_matrices
 from xlm_hf.training.signals import StopSignals, TrainingStopped
+
+# Arguments of the parent for models that are given labels.
+_OF_LABELS = {"compute_loss_func", "preprocess_logits_for_metrics"}
 
 
 def _peak_memory(device: torch.device) -> int:
@@ -70,64 +71,80 @@ class _StepHooks(TrainerCallback):
         self.trainer.finish_step()
 
 
-class XLMTrainer(PushesRepositories):
+class XLMTrainer(EvaluatesSets):
     """Trains a model by a family's loss object and evaluates it on named evaluation sets.
 
     The gradient of an optimiser step is that of loss_sum / num_items over all its micro-batches and all ranks. The
     items are counted before the first backward pass. So 8 x 1, 1 x 8 and 2 ranks x 4 give the same gradient.
 
     Args:
-        model: the model.
-        args: training arguments.
+        model: the model; or give `model_init`, as to `Trainer`.
+        args: training arguments, ours or those of transformers.
         loss: the family's loss object, `loss(model, batch) -> LossOutput` and `loss.num_items(batch)`.
         data_collator: makes training batches.
-        train_dataset: training examples, with an `example_id`: map-style, a stream, or a mixture of either.
+        train_dataset: training examples: map-style, a stream, or a mixture of either (see `xlm_hf.data.as_dataset`).
         evaluation_sets: what `evaluate` measures, by stage.
         processing_class: the tokenizer, saved with every checkpoint.
         callbacks: further callbacks.
+        eval_dataset: examples whose loss is one more set, `validation`; or several by the name of their set.
+        **options: further ones of `Trainer`: `model_init`, `optimizers`, `optimizer_cls_and_kwargs`, and
+            `compute_metrics`, which scores what the sets with `generate` decoded: it gets their token ids and, as
+            `label_ids`, those of the references, filled up with -100.
+
+    Raises:
+        ValueError: for an argument that is missing, or would have no effect.
     """
 
     args: Any
-    model: Any
     optimizer: Any
-    processing_class: Any
     train_dataset: Any
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        args: XLMTrainingArguments,
-        loss: Any,
+        model: PreTrainedModel | None = None,
+        args: TrainingArguments | None = None,
+        loss: Any = None,
         data_collator: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]] | None = None,
-        train_dataset: datasets.Dataset | datasets.IterableDataset | Mixture | None = None,
+        train_dataset: Any = None,
         evaluation_sets: Sequence[EvaluationSet] = (),
         processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: list[TrainerCallback] | None = None,
+        eval_dataset: Any = None,
+        **options: Any,
     ):
-        examples: Any = None if train_dataset is None else keyed(train_dataset)
+        if loss is None or data_collator is None or options.keys() & _OF_LABELS:
+            raise ValueError(f"XLMTrainer takes loss= and data_collator=, those of the family, and no {_OF_LABELS}.")
+        self.loss, self.evaluation_sets = loss, list(evaluation_sets)
+        kind = getattr(data_collator, "kind", "seq2seq")
+        self.loss_set = EvaluationSet("validation", train_dataset, data_collator, ("validation",), loss, kind=kind)
+        if eval_dataset is not None:
+            self.evaluation_sets += self._sets_over(eval_dataset, "validation", [self.loss_set])
+        check_evaluation_sets(self.evaluation_sets)
+        examples: Any = None if train_dataset is None else keyed(as_dataset(train_dataset))
         if isinstance(examples, Sized) and len(examples) == 0:
             raise ValueError("The training set is empty: choose another split or more examples.")
-        check_evaluation_sets(evaluation_sets)
         self.card_variables: dict[str, Any] = {}
         super().__init__(
             model=model,
-            args=args,
+            args=XLMTrainingArguments.adopt(args),
             data_collator=data_collator,
             train_dataset=examples,
-            eval_dataset=evaluation_sets[0].dataset if evaluation_sets else None,
+            eval_dataset=self.evaluation_sets[0].dataset if self.evaluation_sets else None,
             processing_class=processing_class,
             callbacks=callbacks,
+            **options,
         )
-        for callback in (ProgressCallback, PrinterCallback):
+        for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
         trackers = {WandbCallback: WandbTracker, TensorBoardCallback: TensorBoardTracker}
         for parent, tracker in trackers.items():
             if self.pop_callback(parent) is not None:
                 self.add_callback(tracker())
-        self.add_callback(ProgressBar())
+        # A notebook has the table of transformers.
+        if self.args.disable_tqdm or not is_in_notebook():
+            self.add_callback(ProgressBar())
+        self.add_callback(MetricsFile())
         self.callback_handler.callbacks.insert(0, _StepHooks(self))
-        self.loss = loss
-        self.evaluation_sets = evaluation_sets
         self.predictions: dict[str, list[dict[str, Any]]] = {}
         # compute_loss divides by the items of the whole optimiser step, so nothing is left to scale.
         self.loss_is_scaled_for_ga = True
@@ -142,7 +159,11 @@ class XLMTrainer(PushesRepositories):
         self._last_log = (time.perf_counter(), 0)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Train, from a checkpoint if one is given; one that is at its end is not trained on."""
+        """Train, from a checkpoint if one is given (True: the newest); one that is at its end is not trained on."""
+        if resume_from_checkpoint is True:
+            # The parent says that there is none, and does not know that one may be damaged.
+            newest = last_sound_checkpoint(Path(str(self.args.output_dir)))
+            resume_from_checkpoint = True if newest is None else str(newest)
         if isinstance(resume_from_checkpoint, (str, Path)):
             state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / "trainer_state.json"))
             *_, max_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
@@ -192,6 +213,7 @@ class XLMTrainer(PushesRepositories):
             num_workers=args.dataloader_num_workers,
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
             pin_memory=args.dataloader_pin_memory,
             # Loaders draw seeds for their workers; from the global generator that would shift every later dropout mask.
             generator=torch.Generator(),
@@ -227,7 +249,16 @@ class XLMTrainer(PushesRepositories):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         self._start_average(None if resume_from_checkpoint is None else Path(resume_from_checkpoint))
         self._last_log = (time.perf_counter(), self.state.num_input_tokens_seen)
+        self._metric_sums = {}
         return prepared
+
+    def _update_auto_batch_size(self, batch_size: int) -> None:
+        """Accumulate more where `auto_find_batch_size` found less memory, so that a step keeps its examples."""
+        super()._update_auto_batch_size(batch_size)
+        if self.args.global_batch_size is not None:
+            share = self.args.global_batch_size // self.args.world_size
+            self._train_batch_size = max(size for size in range(1, batch_size + 1) if share % size == 0)
+            self.args.gradient_accumulation_steps = share // self._train_batch_size
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # On several ranks the parent does not reach the sampler of a loader that skips what a resumed epoch has seen.
@@ -263,6 +294,9 @@ class XLMTrainer(PushesRepositories):
         total = self.accelerator.reduce(torch.stack([zero + count for count in counts]), "sum")
         self._step_counts.start(total)
         return total[0].clamp(min=1)
+
+    def _track_num_input_tokens(self, inputs: dict[str, torch.Tensor]) -> None:
+        """Count nothing: `finish_step` counts the tokens of every step, over all ranks."""
 
     def finish_step(self) -> None:
         """Bring counts and averaged weights up to the step that ends, and end the run if something asks for it."""
@@ -305,9 +339,14 @@ class XLMTrainer(PushesRepositories):
     def compute_loss(self, model: nn.Module, inputs, return_outputs: bool = False, num_items_in_batch=None):
         """This micro-batch's share of the loss of the whole optimiser step, loss_sum / num_items_in_batch.
 
-        It is multiplied by the number of ranks because their gradients are averaged, not summed. `return_outputs` must
-        be False: the loss object keeps the outputs to itself.
+        It is multiplied by the number of ranks because their gradients are averaged, not summed. Without
+        `num_items_in_batch`, outside a training, it is the loss of this batch alone. `return_outputs` also returns the
+        `LossOutput`: the loss object keeps the logits to itself.
         """
+        if num_items_in_batch is None:
+            output = self.loss(model, self._prepare_inputs(inputs))
+            loss = output.loss_sum / output.num_items
+            return (loss, output) if return_outputs else loss
         self.guard.start_batch(inputs)
         output = self.loss(model, inputs)
         self.guard.end_batch(output.loss_sum)
@@ -340,55 +379,11 @@ class XLMTrainer(PushesRepositories):
             self._metric_sums = {}
         super().log(logs, start_time)
 
-    def evaluate(
-        self, eval_dataset=None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "validation"
-    ) -> dict[str, float]:
-        """Run the evaluation sets of the stage `metric_key_prefix`; the other arguments of `Trainer` are unused.
-
-        Returns:
-            flat metrics, `<set>/<metric>`; the decoded examples are kept in `self.predictions[<set>]`.
-        """
-        metrics: dict[str, float] = {}
-        for evaluation_set in self.evaluation_sets:
-            if metric_key_prefix not in evaluation_set.stages:
-                continue
-            with self.averaged_weights():
-                results, records = run_evaluation_set(
-                    self.model, evaluation_set, self.processing_class, self.args.eval_batch_size, self.args.seed
-                )
-            seconds = f"{evaluation_set.name}/seconds"
-            results["seconds"] += metrics.get(seconds, 0.0)
-            named = {f"{evaluation_set.name}/{name}": value for name, value in results.items()}
-            if clash := (named.keys() & metrics.keys()) - {seconds, f"{evaluation_set.name}/samples"}:
-                raise ValueError(f"Two evaluation sets report {min(clash)!r}: give one of them another name.")
-            metrics.update(named)
-            if records:
-                self.predictions[evaluation_set.name] = records
-                self._show_predictions(evaluation_set.name, records)
-        self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def _show_predictions(self, name: str, records: list[dict[str, Any]]) -> None:
-        if self.is_world_process_zero():
-            write_predictions(Path(str(self.args.output_dir)), name, records)
-            show_predictions(name, records[: self.args.shown_predictions])
-            for callback in self.callback_handler.callbacks:
-                if isinstance(callback, (TensorBoardTracker, WandbTracker)):
-                    callback.log_predictions(self.args, self.state, self.model, name, records)
-
-    def _determine_best_metric(self, metrics: dict[str, float], trial) -> bool:
-        name = self.args.metric_for_best_model
-        if name is not None and name not in metrics:
-            raise ValueError(f"metric_for_best_model: there is no metric {name!r}: {did_you_mean(name, list(metrics))}")
-        # The parent looks its metric up under the prefix eval_; ours carry the name of their set.
-        return super()._determine_best_metric({f"eval_{name}": value for name, value in metrics.items()}, trial)
-
     def _save_checkpoint(self, model: nn.Module, trial) -> None:
         """Write a checkpoint under a temporary name and rename it; only then may an older one be deleted."""
         self._can_save = False
         self.store_flos()
-        output_dir = Path(str(self.args.output_dir))
+        output_dir = Path(self._get_output_dir(trial))
         folder = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         best = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
         if best == folder or best.exists():

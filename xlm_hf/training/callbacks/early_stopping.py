@@ -24,8 +24,7 @@ class EarlyStopping(EarlyStoppingCallback):
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         """Count an evaluation without improvement, and save the state in which training ends."""
-        # The parent looks its metric up under the prefix eval_; other stages do not report it.
-        if args.metric_for_best_model in metrics:
-            renamed = {f"eval_{name}": value for name, value in metrics.items()}
-            super().on_evaluate(args, state, control, renamed, **kwargs)
+        # Other stages do not report it.
+        if f"eval_{args.metric_for_best_model}" in metrics:
+            super().on_evaluate(args, state, control, metrics, **kwargs)
             control.should_save |= control.should_training_stop and args.save_strategy != "no"

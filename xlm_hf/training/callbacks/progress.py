@@ -1,37 +1,57 @@
-"""Seeing a run: a bar with the current metrics in a terminal, a plain line for each log elsewhere."""
+"""Seeing a run: a bar in a terminal, a table in a notebook, a plain line for each log elsewhere; all of it on file."""
 
+import json
 import logging
 import sys
-from collections.abc import Sequence
+from pathlib import Path
 
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 logger = logging.getLogger(__name__)
 
-# A bar has space for what changes most.
-_NOT_IN_BAR = ("total_flos", "learning_rate", "grad_norm", "epoch")
 
-
-def format_metrics(metrics: dict[str, float], hidden: Sequence[str] = ("total_flos",)) -> str:
-    """`name value` pairs in one line, floats to four significant digits, without those in `hidden`."""
+def format_metrics(metrics: dict[str, float]) -> str:
+    """`name value` pairs in one line, floats to four significant digits."""
     return "  ".join(
         f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
         for name, value in metrics.items()
-        if name not in hidden
+        if name != "total_flos"
     )
 
 
+class MetricsFile(TrainerCallback):
+    """Writes `metrics.jsonl` into the run's folder as the run goes: a line for each log, also of the resumed past."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Begin with what was logged up to the checkpoint."""
+        self._write(args, state, state.log_history, "w")
+
+    def on_log(self, args, state, control, **kwargs):
+        """Add what was logged last."""
+        self._write(args, state, state.log_history[-1:], "a")
+
+    def _write(self, args, state, logs, mode):
+        if state.is_world_process_zero:
+            with (Path(str(args.output_dir)) / "metrics.jsonl").open(mode) as file:
+                file.writelines(json.dumps(log, default=float) + "\n" for log in logs)
+
+
 class ProgressBar(TrainerCallback):
-    """Shows steps, remaining time and the latest metrics on standard error, on the main process."""
+    """Shows the steps, the loss and the remaining time in a terminal, and everything as lines in the log.
+
+    Where nobody has set up the log of the package, as the command line does, the lines are printed.
+    """
 
     def __init__(self):
         self.bar = None
+        self.is_training = False
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Open the bar where someone can watch it."""
+        self.is_training = True
         if state.is_world_process_zero and sys.stderr.isatty() and not args.disable_tqdm:
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, dynamic_ncols=True)
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, dynamic_ncols=True, unit="step")
 
     def on_step_end(self, args, state, control, **kwargs):
         """Advance by one step."""
@@ -39,19 +59,25 @@ class ProgressBar(TrainerCallback):
             self.bar.update()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        """Show the training metrics beside the bar, and evaluations as lines of their own."""
+        """Show the loss beside the bar, and evaluations above it; log everything."""
         if not state.is_world_process_zero:
             return
         line = f"step {state.global_step}/{state.max_steps}  {format_metrics(logs)}"
-        if self.bar is None:
-            logger.info(line)
-        elif "loss" in logs:
-            self.bar.set_postfix_str(format_metrics(logs, _NOT_IN_BAR))
-        else:
+        if self.bar is None and not logger.isEnabledFor(logging.INFO):
+            print(line, flush=True)
+        elif self.bar is not None and "loss" in logs:
+            self.bar.set_postfix_str(f"loss {logs['loss']:.4g}")
+        elif self.bar is not None:
             self.bar.write(line, file=sys.stderr)
+        # What the console shows already, or as the table at the end, goes to the file alone.
+        package = logging.getLogger("xlm_hf")
+        package.propagate = self.bar is None and self.is_training
+        logger.info(line)
+        package.propagate = True
 
     def on_train_end(self, args, state, control, **kwargs):
         """Close the bar."""
+        self.is_training = False
         if self.bar is not None:
             self.bar.close()
             self.bar = None

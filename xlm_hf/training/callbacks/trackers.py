@@ -39,11 +39,13 @@ class WandbTracker(WandbCallback):
         if state.is_world_process_zero and self._wandb.run is WandbTracker._own_run:
             if self._wandb.run is not None:
                 self._wandb.finish()
-            WandbTracker._own_run = self._start(str(args.output_dir))
+            WandbTracker._own_run = self._start(args)
         super().setup(args, state, model, **kwargs)
 
-    def _start(self, folder: str) -> Any:
-        options = {"project": os.environ.get("WANDB_PROJECT", "xlm-hf"), "name": Path(folder).name, "dir": folder}
+    def _start(self, args) -> Any:
+        folder = str(args.output_dir)
+        options = {"project": os.environ.get("WANDB_PROJECT", "xlm-hf"), "dir": folder}
+        options["name"] = args.run_name or Path(folder).name
         asked = "WANDB_MODE" in os.environ or _is_logged_in_to_wandb()
         try:
             return self._wandb.init(mode=None if asked else "offline", settings=self._settings(), **options)
