@@ -18,7 +18,11 @@ def test_the_wheel_runs_from_another_folder(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     for name in ("xlm_hf/modeling/ilm/loss_ilm.py", "xlm_hf/configs/task/star_easy.yaml", "xlm_hf/hub_cards/ilm.md"):
         assert names.count(name) == 1
-    assert {name.split("/")[0] for name in names} == {"xlm_hf", wheel.name.split("-py3")[0] + ".dist-info"}
+    assert {name.split("/")[0] for name in names} == {
+        "xlm_hf",
+        "xlm_hf_cli.py",
+        wheel.name.split("-py3")[0] + ".dist-info",
+    }
 
     environment = tmp_path / "environment"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
