@@ -76,6 +76,17 @@ def test_train_ends_with_metrics_predictions_and_a_model(trained):
     assert "Warning" not in result.stderr
 
 
+def test_the_end_is_a_table_and_some_decodes_once(trained):
+    printed = trained[1].stdout
+    assert re.search(r"^test/exact_match  +[\d.]+( ± [\d.e-]+)?$", printed, re.MULTILINE)
+    for name in ("test/exact_match  ", "test/loss  ", "Metrics and predictions: "):
+        assert printed.count(name) == 1
+    assert "test/samples" not in printed
+    assert "test/exact_match" not in trained[1].stderr
+    assert trained[1].stderr.count("  prediction  ") == 3
+    assert "test/exact_match" in (trained[0] / "train.log").read_text()
+
+
 def test_exported_model_is_the_trained_one(trained):
     output_dir, _ = trained
     last = sorted(output_dir.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))[-1]

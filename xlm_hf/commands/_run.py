@@ -20,9 +20,10 @@ from xlm_hf.building import load_model, plain
 from xlm_hf.evaluation import default_evaluation
 from xlm_hf.families import families
 from xlm_hf.files import write_text
+from xlm_hf.reports.comparison import NOT_IN_TABLE, number
 from xlm_hf.saved_configs import load_config
 from xlm_hf.tasks import Task
-from xlm_hf.training.callbacks.predictions import write_predictions
+from xlm_hf.training.callbacks.predictions import show_predictions, write_predictions
 
 # What a run trains. The rest - steps, logging, generation - may change when it is resumed.
 _TRAINED = ("family", "task", "model", "loss", "collator", "train_collator", "seed", "init_from")
@@ -66,6 +67,8 @@ def _with_own_evaluation(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(node, list):
+        node = dict(enumerate(node))
     if not isinstance(node, dict):
         return {prefix: node}
     leaves = [_flat(value, f"{prefix}.{name}" if prefix else str(name)).items() for name, value in node.items()]
@@ -124,6 +127,18 @@ def write_results(output_dir: Path, metrics: dict[str, float], predictions: dict
     for name, records in predictions.items():
         write_predictions(output_dir, name, records)
     write_text(output_dir / "metrics.json", json.dumps(metrics, indent=2, sort_keys=True, default=float) + "\n")
+
+
+def say_results(output_dir: Path, metrics: dict[str, float], predictions: dict[str, list[dict[str, Any]]]) -> None:
+    """Write the results, and show the metrics as a table and the first decodes of each set."""
+    write_results(output_dir, metrics, predictions)
+    for name, records in predictions.items():
+        show_predictions(name, records[:3])
+    shown = {name: number(value) for name, value in metrics.items() if not name.endswith(NOT_IN_TABLE)}
+    for name, value in shown.items():
+        error = metrics.get(f"{name}_standard_error")
+        say(f"{name:<{max(map(len, shown))}}  {value}{'' if error is None else f' ± {error:.2g}'}")
+    say(f"Metrics and predictions: {output_dir}/metrics.json, {output_dir}/predictions/")
 
 
 def card_variables(

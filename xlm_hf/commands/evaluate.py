@@ -3,8 +3,7 @@
 from omegaconf import DictConfig
 
 from xlm_hf.building import build_task, build_trainer
-from xlm_hf.commands._run import model_of_checkpoint, next_command, run_directory, say, write_results
-from xlm_hf.training.callbacks.progress import format_metrics
+from xlm_hf.commands._run import model_of_checkpoint, next_command, run_directory, say, say_results
 
 
 def run(cfg: DictConfig) -> dict[str, float]:
@@ -15,8 +14,6 @@ def run(cfg: DictConfig) -> dict[str, float]:
     trainer = build_trainer(cfg, task, model, output_dir)
     metrics = {**trainer.evaluate(metric_key_prefix="test"), "parameters": model.num_parameters()}
     if trainer.is_world_process_zero():
-        write_results(output_dir, metrics, trainer.predictions)
-        say(f"\n{format_metrics(metrics)}\n")
-        say(f"Metrics and predictions: {output_dir}/metrics.json, {output_dir}/predictions/")
+        say_results(output_dir, metrics, trainer.predictions)
         say(f"Next: {next_command('job=generate', f'checkpoint={cfg.checkpoint}')}")
     return metrics

@@ -8,11 +8,10 @@ from accelerate import PartialState
 from omegaconf import DictConfig, OmegaConf
 
 from xlm_hf.building import build_model, build_task, build_trainer, initialise, plain, positions_of
-from xlm_hf.commands._run import card_variables, check_same_run, next_command, run_directory, say, write_results
+from xlm_hf.commands._run import card_variables, check_same_run, next_command, run_directory, say, say_results
 from xlm_hf.files import write_text
 from xlm_hf.hub.export import export_model
 from xlm_hf.training.callbacks.budget import saved_seconds
-from xlm_hf.training.callbacks.progress import format_metrics
 from xlm_hf.training.checkpoints import last_sound_checkpoint
 from xlm_hf.training.debugging import FrozenBatch, describe_batch, first_examples
 
@@ -57,15 +56,13 @@ def run(cfg: DictConfig) -> dict[str, float]:
     metrics |= {"parameters": model.num_parameters(), "steps": state.global_step}
     metrics |= {"tokens": state.num_input_tokens_seen, "seconds": saved_seconds(state)}
     if trainer.is_world_process_zero():
-        write_results(output_dir, metrics, trainer.predictions)
+        say_results(output_dir, metrics, trainer.predictions)
         trainer.card_variables = card_variables(plain(cfg), metrics, trainer.predictions)
         if trainer.args.push_to_hub:
             say(f"Pushed to {trainer.push_to_hub().repo_url}")
         else:
             with trainer.averaged_weights():
                 export_model(model, task.tokenizer, output_dir / "model", trainer.card_variables)
-        say(f"\n{format_metrics(metrics)}\n")
-        say(f"Metrics and predictions: {output_dir}/metrics.json, {output_dir}/predictions/")
         say(f"Model, ready for the Hub: {output_dir}/model")
         say(f"Next: {next_command('job=generate', f'checkpoint={output_dir}')}")
     return metrics
