@@ -88,7 +88,7 @@ def test_a_comparison_is_killed_resumed_changed_and_extended(tmp_path, monkeypat
         tmp_path, monkeypatch, capsys, "families.broken=['family=mlm','model.hidden_size=33']", "seeds=[1]"
     )
     assert sentence.startswith("Error: 1 of the runs failed (broken_star_1)")
-    assert "broken_star_1: failed with exit status 1" in printed
+    assert "broken_star_1: failed with exit status 2" in printed
     assert "Error: hidden_size (33) must be a multiple of num_attention_heads (2)" in printed
     with (tmp_path / "out" / "results.csv").open() as file:
         assert sorted(row["family"] for row in csv.DictReader(file)) == ["diffusion", "ilm"]
@@ -166,6 +166,13 @@ def test_summaries_meet_a_computation_by_hand():
         "a": {"family": "a", "x m": "7", "y m": "8", "x n": "-", "y n": "1"},
     }
     assert "| 2.5 ± 1.8 |" in comparison.markdown_table(comparison.summarise(runs[:3], ["family"], ["m"]))
+
+
+def test_a_table_has_ten_columns_at_most():
+    table = pd.DataFrame([[str(i) for i in range(14)]], columns=[f"c{i}" for i in range(14)])
+    header, rule, row = comparison.markdown_table(table).splitlines()
+    assert header == "| " + " | ".join(f"c{i}" for i in range(10)) + " |"
+    assert row.count("|") == rule.count("|") == 11
 
 
 def test_without_matplotlib_the_rest_is_written_and_a_sentence_says_how_to_get_it(tmp_path, monkeypatch, caplog):

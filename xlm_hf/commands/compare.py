@@ -190,7 +190,7 @@ def write_comparison(cells: list[Cell], output_dir: Path, quality: list[str]) ->
     points, history = _frame(evaluations), _frame([(cell, log) for cell in done for log in _history(cell.folder)])
     chosen = _named(runs, [*quality, "nfe"])
     others = [name for name in sorted(runs) if "/" in name and not name.endswith(NOT_IN_TABLE) and name not in chosen]
-    table = summarise(runs, ["family"], [*chosen, *others, *_COSTS])
+    table = summarise(runs, ["family"], [*chosen, *_COSTS, *others])
     text = f"# Comparison\n\nMean ± standard deviation over seeds.\n\n{markdown_table(table)}"
     if any(cell.sweep for cell in done):
         text += f"\n# Forward passes\n\n{markdown_table(summarise(points, ['family', 'options'], chosen))}"

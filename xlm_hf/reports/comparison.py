@@ -14,6 +14,10 @@ logger = logging.getLogger(__name__)
 NOT_IN_TABLE = ("/samples", "/seconds", "_standard_error")
 
 
+# Of a table that a page can hold; the CSV has them all.
+MOST_COLUMNS = 10
+
+
 def number(value: float) -> str:
     """Four significant digits; thousands in full; a dash for what is not there."""
     return "-" if pd.isna(value) else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
@@ -34,7 +38,8 @@ def summarise(runs: pd.DataFrame, by: list[str], metrics: list[str]) -> pd.DataF
 
 
 def markdown_table(table: pd.DataFrame) -> str:
-    """A table of strings in Markdown."""
+    """A table of strings in Markdown, of its first ten columns."""
+    table = table.iloc[:, :MOST_COLUMNS]
     lines = [list(table.columns), ["---"] * len(table.columns), *table.to_numpy().tolist()]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
