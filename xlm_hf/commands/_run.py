@@ -132,8 +132,8 @@ def write_results(output_dir: Path, metrics: dict[str, float], predictions: dict
 def say_results(output_dir: Path, metrics: dict[str, float], predictions: dict[str, list[dict[str, Any]]]) -> None:
     """Write the results, and show the metrics as a table and the first decodes of each set."""
     write_results(output_dir, metrics, predictions)
-    for name, records in predictions.items():
-        show_predictions(name, records[:3])
+    for name in predictions:
+        show_predictions(name, predictions[name][: 3 * (f"{name}/nfe" in metrics)])
     shown = {name: number(value) for name, value in metrics.items() if not name.endswith(NOT_IN_TABLE)}
     for name, value in shown.items():
         error = metrics.get(f"{name}_standard_error")
