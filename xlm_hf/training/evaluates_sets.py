@@ -48,7 +48,7 @@ class EvaluatesSets(PushesRepositories):
     averaged_weights: Any
 
     def evaluate(
-        self, eval_dataset=None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "validation"
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "validation"
     ) -> dict[str, float]:
         """Run the evaluation sets of the stage `metric_key_prefix`.
 
