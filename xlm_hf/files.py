@@ -49,54 +49,37 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     except Exception as error:
         if not _is_failed_write(error):
             raise
-        raise OSError(
-            f"{folder} could not be written ({_cause(error, staging.parent)}); what was saved before is intact: free "
-            "disk space or name another folder, and start the same command again."
-        ) from error
+        raise _failed_write(folder, error, "; what was saved before is intact") from error
     finally:
         if previous.exists() and not folder.exists():
             previous.rename(folder)
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _cause(error: Exception, folder: Path) -> str:
-    full = shutil.disk_usage(folder).free < 2**20
-    return os.strerror(errno.ENOSPC) if full else str(error).strip().splitlines()[0]
-
-
-def _is_full_disk(error: Exception) -> bool:
-    return any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
+def _failed_write(target: Path, error: Exception, kept: str = "") -> OSError:
+    full = shutil.disk_usage(target.parent).free < 2**20 or getattr(error, "errno", None) == errno.ENOSPC
+    cause = os.strerror(errno.ENOSPC) if full else str(error).strip().splitlines()[0]
+    remedy = "free disk space or name another folder, and start the same command again"
+    return OSError(f"{target} could not be written ({cause}){kept}: {remedy}.")
 
 
 def _is_failed_write(error: Exception) -> bool:
     # torch, safetensors and tokenizers report a full disk as errors of their own kinds.
-    signs = ("inline_container", "PytorchStreamWriter")
-    is_own = isinstance(error, (OSError, SafetensorError)) or any(sign in str(error) for sign in signs)
-    return is_own or _is_full_disk(error)
-
-
-@contextlib.contextmanager
-def full_disk_explained(target: Path) -> Iterator[None]:
-    """Within it a full disk raises OSError in one sentence: what could not be written, and the remedy."""
-    try:
-        yield
-    except Exception as error:
-        if not _is_full_disk(error):
-            raise
-        cause = os.strerror(errno.ENOSPC)
-        raise OSError(
-            f"{target} could not be written ({cause}): free disk space or name another folder, and start the same "
-            "command again."
-        ) from error
+    signs = ("inline_container", "PytorchStreamWriter", os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
+    is_read = isinstance(error, (FileNotFoundError, ConnectionError))
+    is_own = isinstance(error, (OSError, SafetensorError)) and not is_read
+    return is_own or any(sign in str(error) for sign in signs)
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a text file beside its final position and rename it, so that a reader never sees half of it."""
+    """Write a text file beside its final position and rename it, so that a reader never sees half of it.
+
+    Raises OSError, one sentence with the cause and the remedy, if writing failed.
+    """
     staging = file.with_name(file.name + INCOMPLETE_SUFFIX)
     try:
-        with full_disk_explained(file):
-            staging.write_text(text, encoding="utf-8")
-            staging.replace(file)
-    except OSError:
+        staging.write_text(text, encoding="utf-8")
+        staging.replace(file)
+    except OSError as error:
         staging.unlink(missing_ok=True)
-        raise
+        raise _failed_write(file, error) from error

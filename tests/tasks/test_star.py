@@ -367,11 +367,11 @@ def test_a_damaged_file_of_the_right_size_is_noticed(tmp_path, builds, caplog):
 
 
 def test_what_a_killed_preparation_left_is_removed_by_the_next_one(tmp_path):
-    for name in ("killed.scratch", "running.scratch", "killed.incomplete"):
+    for name in ("running.incomplete", "killed.incomplete"):
         (tmp_path / name).mkdir()
     with FileLock(tmp_path / "running.lock"):
         load_task("star_easy", num_train=50, num_validation=5, num_test=5, cache_dir=tmp_path)
-    assert [file.name for file in [*tmp_path.glob("*.scratch"), *tmp_path.glob("*.incomplete")]] == ["running.scratch"]
+    assert [file.name for file in tmp_path.glob("*.incomplete")] == ["running.incomplete"]
 
 
 def test_an_interrupted_build_leaves_no_cache(tmp_path, monkeypatch):
@@ -379,7 +379,6 @@ def test_an_interrupted_build_leaves_no_cache(tmp_path, monkeypatch):
         pass
 
     def fail(self, path):
-        path.mkdir()
         (path / "half").write_text("")
         raise Full
 

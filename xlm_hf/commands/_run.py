@@ -2,7 +2,9 @@
 
 import json
 import logging
+import os
 import shlex
+import socket
 import sys
 import time
 from datetime import datetime
@@ -11,6 +13,7 @@ from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -27,6 +30,10 @@ from xlm_hf.training.callbacks.predictions import show_predictions, write_predic
 
 # What a run trains. The rest - steps, logging, generation - may change when it is resumed.
 _TRAINED = ("family", "task", "model", "loss", "collator", "train_collator", "seed", "init_from")
+
+# Of a process that is about to end.
+_SECONDS_TO_WAIT = 10
+_lock: list[FileLock] = []
 
 
 def check_same_run(folder: Path, cfg: DictConfig, whole: bool = False) -> None:
@@ -51,6 +58,20 @@ def check_same_run(folder: Path, cfg: DictConfig, whole: bool = False) -> None:
                 f"{folder} was run with {name}={found.get(name)} and not {wanted.get(name)}: choose another "
                 "output_dir, or remove that folder to run it anew."
             )
+
+
+def _hold(folder: Path) -> None:
+    """Lock a folder until this process ends, however it does, or takes another; raises ValueError if one has it."""
+    while _lock:
+        _lock.pop().release()
+    holder = folder / ".holder"
+    _lock.append(FileLock(folder / ".lock", timeout=_SECONDS_TO_WAIT))
+    try:
+        _lock[0].acquire()
+    except Timeout:
+        by = holder.read_text() if holder.exists() else "another process"
+        raise ValueError(f"{folder} is in use by {by}: wait for its end, or choose another output_dir.") from None
+    write_text(holder, f"process {os.getpid()} on {socket.gethostname()}")
 
 
 def _with_own_evaluation(config: dict[str, Any]) -> dict[str, Any]:
@@ -78,7 +99,8 @@ def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
 def run_directory(cfg: DictConfig) -> Path:
     """The folder of this run, made if need be: `output_dir`, or a fresh `outputs/<experiment>/<time>`.
 
-    Everything that the main process logs goes to its `train.log` too. All ranks get one folder.
+    Everything that the main process logs goes to its `train.log` too. All ranks get one folder. It is this process's
+    alone until it ends; raises ValueError if another one has it.
     """
     process = PartialState(cpu=bool(OmegaConf.select(cfg, "trainer.use_cpu")))
     if cfg.output_dir is None:
@@ -92,6 +114,7 @@ def run_directory(cfg: DictConfig) -> Path:
     if not process.is_main_process:
         log.setLevel(logging.WARNING)
         return folder
+    _hold(folder)
     handler = logging.FileHandler(folder / "train.log")
     handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
     log.addHandler(handler)

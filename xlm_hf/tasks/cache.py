@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from huggingface_hub.constants import HF_HOME
 from transformers import PreTrainedTokenizerFast
 
-from xlm_hf.files import full_disk_explained
+from xlm_hf.files import INCOMPLETE_SUFFIX, replaced_folder
 
 Prepared = tuple[DatasetDict, PreTrainedTokenizerFast]
 
@@ -55,36 +55,30 @@ def cached(
         prepared = _load_if_intact(folder)
         if prepared is None:
             logger.info("Preparing %s in %s", name, folder)
-            scratch = root / f"{folder.name}.scratch"
             _remove_leftovers(root)
-            shutil.rmtree(scratch, ignore_errors=True)
-            scratch.mkdir()
-            try:
-                with full_disk_explained(root):
-                    _write(folder, key, *build(scratch))
-            finally:
-                shutil.rmtree(scratch, ignore_errors=True)
+            _write(folder, key, build)
             prepared = _load(folder)
         return prepared
 
 
 def _remove_leftovers(root: Path) -> None:
     """Remove what preparations that were killed left behind: nobody holds their locks."""
-    for leftover in [*root.glob("*.scratch"), *root.glob("*.incomplete")]:
+    for leftover in root.glob(f"*{INCOMPLETE_SUFFIX}"):
         with contextlib.suppress(Timeout), FileLock(root / f"{leftover.stem}.lock", timeout=0):
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _write(folder: Path, key: Mapping[str, Any], splits: DatasetDict, tokenizer: PreTrainedTokenizerFast) -> None:
-    temporary = folder.with_name(f"{folder.name}.incomplete")
-    for leftover in (temporary, folder):
-        shutil.rmtree(leftover, ignore_errors=True)
-    splits.save_to_disk(temporary)
-    tokenizer.save_pretrained(temporary)
-    # A damaged Arrow file may read as another, or a shorter one, without an error.
-    digests = {str(p.relative_to(temporary)): _digest(p) for p in sorted(temporary.rglob("*")) if p.is_file()}
-    (temporary / _MANIFEST).write_text(json.dumps({"key": key, "digests": digests}, indent=2))
-    temporary.rename(folder)
+def _write(folder: Path, key: Mapping[str, Any], build: Callable[[Path], Prepared]) -> None:
+    with replaced_folder(folder) as temporary:
+        scratch = temporary / "scratch"
+        scratch.mkdir()
+        splits, tokenizer = build(scratch)
+        splits.save_to_disk(temporary)
+        tokenizer.save_pretrained(temporary)
+        shutil.rmtree(scratch)
+        # A damaged Arrow file may read as another, or a shorter one, without an error.
+        digests = {str(p.relative_to(temporary)): _digest(p) for p in sorted(temporary.rglob("*")) if p.is_file()}
+        (temporary / _MANIFEST).write_text(json.dumps({"key": key, "digests": digests}, indent=2))
 
 
 def _digest(file: Path) -> str:

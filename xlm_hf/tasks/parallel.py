@@ -1,11 +1,12 @@
 """Work on data by several processes."""
 
 import multiprocessing
-from collections import deque
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
-_function: Callable  # of a worker
+# Batches that a process works on at a time, with one copy of the function.
+_EACH = 16
 
 
 def in_order(function: Callable, batches: Iterator[Any], num_proc: int | None) -> Iterator[Any]:
@@ -13,21 +14,6 @@ def in_order(function: Callable, batches: Iterator[Any], num_proc: int | None) -
     if num_proc is None or num_proc < 2:
         yield from map(function, batches)
         return
-    with multiprocessing.Pool(num_proc, _become_worker, (function,)) as pool:
-        waiting: deque = deque()
-        for batch in batches:
-            waiting.append(pool.apply_async(_work, (batch,)))
-            if len(waiting) > 2 * num_proc:
-                yield waiting.popleft().get()
-        while waiting:
-            yield waiting.popleft().get()
-
-
-def _become_worker(function: Callable) -> None:
-    # Sent once, and not with each batch, since it holds a tokenizer.
-    global _function
-    _function = function
-
-
-def _work(batch: Any) -> Any:
-    return _function(batch)
+    with multiprocessing.Pool(num_proc) as pool:
+        while group := [*islice(batches, _EACH * num_proc)]:
+            yield from pool.map(function, group, _EACH)

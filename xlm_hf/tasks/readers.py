@@ -4,7 +4,7 @@ import csv
 import gzip
 import json
 import zlib
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -150,10 +150,9 @@ def _text_rows(file: Path, sample_by: str) -> Iterator[_Row]:
     separator, document, number = _SEPARATORS[sample_by], bytearray(), 1
     with _open(file, "rt", encoding="utf-8-sig") as stream:
         for block in iter(partial(stream.read, _BLOCK), ""):
-            # No separator is cut.
-            data = (block + _line_ends(stream, block)).encode()
-            first, *others = data.split(separator) if separator else (data,)
-            document += first
+            # With the last byte before it, so that no separator is cut.
+            data = bytes(document[-1:]) + block.encode()
+            document[-1:], *others = data.split(separator) if separator else (data,)
             for other in others:
                 yield number, {"text": document}
                 number += document.count(b"\n") + len(separator or b"")
@@ -162,52 +161,37 @@ def _text_rows(file: Path, sample_by: str) -> Iterator[_Row]:
         yield number, {"text": document}
 
 
-def _line_ends(stream: Any, block: str) -> str:
-    ends = ""
-    while (ends or block)[-1:] == "\n" and (more := stream.read(1)):
-        ends += more
-    return ends
-
-
 def _json_rows(file: Path) -> Iterator[_Row]:
-    """JSON lines, which end with a line feed alone; a `.json` file may also be one list of objects."""
+    """JSON lines, which end with a line feed alone; a file may also be one list of objects."""
     with _open(file) as stream:
-        start = stream.read(_BLOCK).lstrip(b"\xef\xbb\xbf \t\r\n")
+        is_list = stream.read(_BLOCK).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
         stream.seek(0)
-        if start.startswith(b"["):
-            rows: Iterable[tuple[int, Any]] = enumerate(_parsed(file, 1, stream.read()), 1)
-        else:
-            rows = ((number, _parsed(file, number, line)) for number, line in enumerate(stream, 1) if line.strip())
-        for number, row in rows:
-            if not isinstance(row, dict):
-                raise ValueError(f"{file}, line {number}: {str(row)[:40]!r} is not an object with columns.")
-            yield number, row
-
-
-def _parsed(file: Path, number: int, line: bytes) -> Any:
-    try:
-        return json.loads(line, object_pairs_hook=_object)
-    except json.JSONDecodeError as error:
-        where = f"line {number + error.lineno - 1}, column {error.colno}"
-        raise ValueError(f"{file}, {where}, is no JSON: {error.msg}.") from None
+        for number, line in enumerate([stream.read()] if is_list else stream, 1):
+            try:
+                found = json.loads(line, object_pairs_hook=_object) if line.strip() else []
+            except json.JSONDecodeError as error:
+                where = f"line {number + error.lineno - 1}, column {error.colno}"
+                raise ValueError(f"{file}, {where}, is no JSON: {error.msg}.") from None
+            for row in found if isinstance(found, list) else [found]:
+                if not isinstance(row, dict):
+                    raise ValueError(f"{file}, line {number}: {str(row)[:40]!r} is not an object with columns.")
+                yield number, row
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        twice = next(name for name, _ in pairs if [known for known, _ in pairs].count(name) > 1)
-        raise json.JSONDecodeError(f"the name {twice!r} stands twice in one object", "", 0)
+        raise json.JSONDecodeError(f"of the names {', '.join(name for name, _ in pairs)} one stands twice", "", 0)
     return found
 
 
 def _csv_rows(file: Path) -> Iterator[_Row]:
     csv.field_size_limit(2**31 - 1)
-    delimiter = "\t" if kind_of(file) == ".tsv" else ","
     with _open(file, "rt", encoding="utf-8-sig", newline="") as stream:
-        reader = csv.DictReader(stream, delimiter=delimiter, strict=True)
+        reader = csv.DictReader(stream, delimiter="\t" if kind_of(file) == ".tsv" else ",", strict=True)
         for row in reader:
             if None in row:
-                raise csv.Error(f"a row has more fields than the {len(reader.fieldnames or ())} of the header")
+                raise csv.Error("the next row has more fields than the header")
             yield reader.line_num, row
 
 

@@ -7,7 +7,10 @@ import shutil
 import zipfile
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_pt_utils import safe_globals
 
 from xlm_hf.files import whole_folder
 
@@ -29,8 +32,13 @@ def fault(checkpoint: Path) -> str | None:
         except SafetensorError:
             return f"{file.name} is truncated or damaged"
     for file in [*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]:
-        if not zipfile.is_zipfile(file):
-            return f"{file.name} is truncated or damaged"
+        try:
+            with zipfile.ZipFile(file) as archive, safe_globals():
+                if archive.testzip() is not None:
+                    return f"{file.name} is truncated or damaged"
+                torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except Exception:  # of many kinds; a file that would run code is refused so
+            return f"{file.name} is truncated or damaged, or refused"
     for file in checkpoint.glob("*.json"):
         try:
             json.loads(file.read_text())
@@ -44,7 +52,7 @@ def fault(checkpoint: Path) -> str | None:
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """The checkpoint folders of a run, oldest first."""
     found = [folder for folder in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", folder.name)]
-    return sorted(found, key=_step)
+    return sorted(found, key=step_of)
 
 
 def delete_old_checkpoints(output_dir: Path, limit: int | None, keep_every: int | None, best: str | None) -> None:
@@ -55,7 +63,7 @@ def delete_old_checkpoints(output_dir: Path, limit: int | None, keep_every: int 
     for leftover in output_dir.glob(f"checkpoint-*{_DELETED_SUFFIX}"):
         shutil.rmtree(leftover)
     checkpoints = list_checkpoints(output_dir)
-    counted = [c for c in checkpoints if keep_every is None or _step(c) % keep_every]
+    counted = [c for c in checkpoints if keep_every is None or step_of(c) % keep_every]
     limit = limit or (len(counted) if keep_every is None else 1)
     deletable = [c for c in counted if c != checkpoints[-1] and str(c) != best]
     for checkpoint in deletable[: max(len(counted) - limit, 0)]:
@@ -63,19 +71,38 @@ def delete_old_checkpoints(output_dir: Path, limit: int | None, keep_every: int 
         shutil.rmtree(checkpoint.rename(checkpoint.with_name(checkpoint.name + _DELETED_SUFFIX)))
 
 
-def _step(checkpoint: Path) -> int:
+def step_of(checkpoint: Path) -> int:
+    """The step after which a checkpoint was written, by its name."""
     return int(checkpoint.name.split("-")[1])
 
 
+def saved_state(checkpoint: Path) -> TrainerState:
+    """The state of a checkpoint, with its step; raises ValueError if it has none."""
+    file = checkpoint / "trainer_state.json"
+    if not file.exists():
+        raise ValueError(f"{checkpoint} has no trainer_state.json, which says its step: choose another checkpoint.")
+    return TrainerState.load_from_json(str(file))
+
+
 def last_sound_checkpoint(output_dir: Path) -> Path | None:
-    """The newest checkpoint of a run that can be resumed; damaged ones are named in a warning and skipped."""
-    for checkpoint in reversed(list_checkpoints(output_dir)):
+    """The newest checkpoint of a run that can be resumed; damaged ones are named in a warning and skipped.
+
+    Raises:
+        ValueError: if there are checkpoints and none can be resumed.
+    """
+    found = list_checkpoints(output_dir)
+    for checkpoint in reversed(found):
         reason = fault(checkpoint)
         if reason is None and not (checkpoint / "trainer_state.json").exists():
             reason = "it holds no trainer_state.json"
         if reason is None:
             return checkpoint
         logger.warning("%s is skipped: %s.", checkpoint, reason)
+    if found:
+        raise ValueError(
+            f"none of the checkpoints of {output_dir} can be resumed, the newest since {reason}: restore it, or remove "
+            "them to begin anew."
+        )
     return None
 
 

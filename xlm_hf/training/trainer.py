@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback, WandbCallback
-from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback, TrainerState
+from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput
 from transformers.utils import is_in_notebook
 
@@ -25,7 +25,7 @@ from xlm_hf.training.arguments import XLMTrainingArguments
 from xlm_hf.training.averages import EMA_FILE, ExponentialMovingAverage
 from xlm_hf.training.callbacks.progress import MetricsFile, ProgressBar
 from xlm_hf.training.callbacks.trackers import TensorBoardTracker, WandbTracker
-from xlm_hf.training.checkpoints import delete_old_checkpoints, last_sound_checkpoint
+from xlm_hf.training.checkpoints import delete_old_checkpoints, last_sound_checkpoint, saved_state
 from xlm_hf.training.evaluates_sets import EvaluatesSets
 from xlm_hf.training.finite_guard import FiniteGuard, NotFiniteError, Step, restore_random_states
 from xlm_hf.training.optimizers import MuonWithAdamW, layer_matrices
@@ -165,7 +165,7 @@ class XLMTrainer(EvaluatesSets):
             newest = last_sound_checkpoint(Path(str(self.args.output_dir)))
             resume_from_checkpoint = True if newest is None else str(newest)
         if isinstance(resume_from_checkpoint, (str, Path)):
-            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / "trainer_state.json"))
+            state = saved_state(Path(resume_from_checkpoint))
             *_, max_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
             ends = [callback for callback in self.callback_handler.callbacks if hasattr(callback, "is_finished")]
             if state.global_step >= max_steps or any(callback.is_finished(state) for callback in ends):
