@@ -307,13 +307,13 @@ def test_damaged_and_foreign_checkpoints_are_named(trained, capsys, monkeypatch,
     bad = tmp_path / "prompts.jsonl"
     bad.write_text('{"promt": "1 2"}\n')
     code = mistake(capsys, monkeypatch, tmp_path, *TINY, "job=generate", f"checkpoint={output_dir}", f"prompts={bad}")
-    assert "Line 1 of" in code
+    assert "prompts.jsonl, line 1 has no `prompt`, `prompt_ids` or `input_ids`" in code
     bad.write_text(json.dumps({"prompt_ids": [9] * 2000}) + "\n")
     code = mistake(capsys, monkeypatch, tmp_path, *TINY, "job=generate", f"checkpoint={output_dir}", f"prompts={bad}")
     assert "A prompt has 2002 tokens with [CLS] and [BOS], and the model has 1024 positions" in code
     bad.write_text(json.dumps({"prompt_ids": [27]}) + "\n")
     code = mistake(capsys, monkeypatch, tmp_path, *TINY, "job=generate", f"checkpoint={output_dir}", f"prompts={bad}")
-    assert "Token id 27 is outside the vocabulary of 27" in code
+    assert "prompts.jsonl, line 1: prompt_ids must be in [0, 27) and is [27]." in code
 
 
 def test_open_nodes_take_options_that_the_yaml_does_not_list():

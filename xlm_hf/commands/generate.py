@@ -1,9 +1,8 @@
 """job=generate: decode prompts with a checkpoint, showing the order in which the tokens were written."""
 
-import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
@@ -13,9 +12,11 @@ from xlm_hf.building import build_collator, build_task, load_tokenizer
 from xlm_hf.commands._run import model_of_checkpoint, next_command, run_directory, say, write_results
 from xlm_hf.evaluation import check_blanks, decode_records
 from xlm_hf.files import write_text
+from xlm_hf.modules.checked_options import Interval, check_value
 from xlm_hf.modules.counter_random import random_bits
 from xlm_hf.reports.decode_page import history_html, save_gif
 from xlm_hf.reports.streamers import MARKS, MASK, BatchDiffusionStreamer, Decode, DraftRecorder, Token
+from xlm_hf.tasks.readers import json_rows
 
 
 def run(cfg: DictConfig) -> list[dict[str, Any]]:
@@ -94,21 +95,19 @@ def _examples_from_task(cfg: DictConfig) -> tuple[list[dict[str, Any]], str]:
 
 def _examples_from_file(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[dict[str, Any]], str]:
     file = Path(cfg.prompts)
-    if not file.exists():
+    if not file.is_file():
         raise ValueError(f"There is no file {file}: prompts names a JSONL file with a `prompt` or `prompt_ids` a line.")
     rows, sources = [], []
-    for number, line in enumerate(file.read_text().splitlines()):
-        try:
-            row = json.loads(line)
-            names = [name for name in ("prompt_ids", "input_ids") if name in row]
-            ids = row[names[0]] if names else tokenizer.encode(row["prompt"], add_special_tokens=False)
-            sources.append({name: row[name] for name in ("source_ids",) if name in row})
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(
-                f"Line {number + 1} of {file} is not a JSON object with a `prompt`, `prompt_ids` or `input_ids`: "
-                f"{line[:60]}"
-            ) from None
-        rows.append(ids)
+    for number, row in json_rows(file):
+        where, ids = f"{file}, line {number}", Annotated[list[int], Interval(f"[0, {len(tokenizer)})")]
+        known = [name for name in ("prompt_ids", "input_ids", "prompt") if name in row]
+        if not known:
+            raise ValueError(f"{where} has no `prompt`, `prompt_ids` or `input_ids`: add one of them.")
+        for name in (*known, *({"source_ids"} & row.keys())):
+            check_value(f"{where}: {name}", row[name], str if name == "prompt" else ids)
+        given = row[known[0]]
+        rows.append(tokenizer.encode(given, add_special_tokens=False) if known[0] == "prompt" else given)
+        sources.append({name: row[name] for name in ("source_ids",) if name in row})
     if not rows:
         raise ValueError(f"{file} is empty: write one JSON object with a `prompt` on each line.")
     is_infill = any(tokenizer.mask_token_id in ids for ids in rows)

@@ -134,6 +134,8 @@ class RotaryTransformerConfig(CheckedConfig):
             raise ValueError("conditioning='token' adds the time to [BOS] and bos_token_id is None: set it.")
         if self.backbone_config is None:
             self._check_sizes()
+        elif not isinstance(self.backbone_config.get("model_type"), str):
+            raise ValueError("backbone_config needs a model_type, such as 'llama': add it.")
         else:
             self._take_sizes(AutoConfig.for_model(**self.backbone_config))
         super().__post_init__(**kwargs)

@@ -118,9 +118,14 @@ def _lists(rows: list[list[bytes | bytearray]]) -> pa.Array:
     return pa.ListArray.from_arrays(np.cumsum([0, *map(len, rows)], dtype=np.int32), _texts([*chain(*rows)]))
 
 
-def _rows(file: Path, columns: Collection[str], sample_by: str) -> Iterator[_Row]:
+def json_rows(file: Path) -> Iterator[_Row]:
+    """The objects of a file of JSON lines, each with its line; what is wrong is said with the file and the line."""
+    return _rows(file, (), "line", ".jsonl")
+
+
+def _rows(file: Path, columns: Collection[str], sample_by: str, kind: str | None = None) -> Iterator[_Row]:
     """The rows of a file; what it holds wrongly is said with the file and the line."""
-    kind, number = kind_of(file), 0
+    kind, number = kind or kind_of(file), 0
     readers = {".txt": partial(_text_rows, sample_by=sample_by), ".parquet": partial(_parquet_rows, columns=columns)}
     reader: Any = readers.get(str(kind), _csv_rows if kind in (".csv", ".tsv") else _json_rows)
     try:
