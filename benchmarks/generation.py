@@ -82,7 +82,8 @@ def functions(setting: Setting, references: dict[str, tuple[str, ...]]) -> dict[
     ids = build_prompts(setting.family, prompts, setting.vocab_size)
 
     def ours():
-        return model.generate(ids, max_new_tokens=setting.length, do_sample=True, seed=0, **setting.options)
+        options = {"do_sample": True, "return_dict_in_generate": True, **setting.options}
+        return model.generate(ids, max_new_tokens=setting.length, seed=0, **options)
 
     def reference(savings):
         sampler = TWINS[setting.family].slow_sampler

@@ -33,11 +33,13 @@ from xlm_hf.evaluation import RECORD_FIELDS, EvaluationEntry, EvaluationSet, def
 from xlm_hf.families import families
 from xlm_hf.hub.pretrained_backbones import add_lora, backbone_options, check_directions, load_backbone
 from xlm_hf.metrics import load_metric
+from xlm_hf.modules.backbone_config import token_options
 from xlm_hf.modules.checked_options import check_arguments, check_value
 from xlm_hf.modules.messages import check_options, did_you_mean
 from xlm_hf.objectives.collators import Collator
 from xlm_hf.saved_configs import translate_config, translate_override
 from xlm_hf.tasks import Task, load_task
+from xlm_hf.tasks.tokenizers import with_prompt_layout
 from xlm_hf.training.arguments import XLMTrainingArguments
 from xlm_hf.training.averages import load_average
 from xlm_hf.training.callbacks.budget import Budget
@@ -99,19 +101,6 @@ def options_of(node: DictConfig) -> dict[str, Any]:
 def build_task(node: DictConfig) -> Task:
     """Prepare the task of a config's `task` node, or take it from the cache."""
     return load_task(plain(node))
-
-
-def token_options(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What a configuration takes from the tokenizer: the size of the vocabulary and the ids of special tokens."""
-    names = ("pad", "bos", "eos", "cls", "sep", "mask")
-    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in names}
-    # Byte-level tokenizers name their end of a text for what is unknown too, which for them is nothing.
-    emitted = {tokenizer.unk_token_id} - {tokenizer.eos_token_id}
-    return {
-        "vocab_size": len(tokenizer),
-        **{name: token_id for name, token_id in ids.items() if token_id is not None},
-        "suppress_tokens": sorted(set(tokenizer.all_special_ids) - emitted),
-    }
 
 
 def positions_of(task: DictConfig, collator: DictConfig) -> int | None:
@@ -477,6 +466,6 @@ def build_trainer(cfg: DictConfig, task: Task, model: PreTrainedModel, output_di
         data_collator=data_collator,
         train_dataset=task.splits["train"],
         evaluation_sets=build_evaluation_sets(evaluation_entries(cfg.task, task.kind), task, collator, loss),
-        processing_class=task.tokenizer,
+        processing_class=with_prompt_layout(task.tokenizer, data_collator.head, data_collator.tail),
         callbacks=build_callbacks(cfg.budget, cfg.early_stopping, profile=cfg.debug.name == "profile"),
     )

@@ -41,6 +41,7 @@ from xlm_hf.modules.rotary_transformer import take
 from xlm_hf.objectives import head_operator
 from xlm_hf.objectives.collators import AXES, Collator
 from xlm_hf.tasks import Task
+from xlm_hf.tasks.tokenizers import decode_text, with_prompt_layout
 from xlm_hf.training.checkpoints import last_sound_checkpoint
 
 _FEW = ["task.num_train=40", "task.num_validation=4", "task.num_test=8", "size=tiny"]
@@ -116,7 +117,10 @@ class FamilyCase:
         return trainer
 
     def _new_model(self) -> Any:
-        return build_model(self.cfg.model, self.task.tokenizer, self.cfg.generation, seed=self.cfg.seed)
+        model = build_model(self.cfg.model, self.task.tokenizer, self.cfg.generation, seed=self.cfg.seed)
+        # The left-to-right ones of transformers return sequences alone by default.
+        model.generation_config.return_dict_in_generate = True
+        return model
 
     def examples(self, num: int = 6, kind: str = "seq2seq") -> list[dict[str, Any]]:
         """Training examples of a kind, of different lengths; those of "seq2seq" serve "lm" as well."""
@@ -354,15 +358,16 @@ class Blocked:
         if name.split(".")[0] == "xlm_hf":
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Blocked())
-from transformers import AutoModel
+from transformers import AutoModel, pipeline
 for line in sys.stdin:
-    folder, file = json.loads(line)
+    folder, file, prompt = json.loads(line)
     try:
         model, info = AutoModel.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
         assert not any(info.values()), info
         batch = torch.load(file, weights_only=True)
         output = model.generate(**batch, seed=torch.tensor([1, 2, 3]), max_new_tokens=8)
-        answer = output.sequences.tolist()
+        writer = pipeline("text-generation", model=folder, trust_remote_code=True)
+        answer = [output.sequences.tolist(), writer(prompt, seed=torch.tensor([3]), max_new_tokens=8)]
     except Exception:
         answer = traceback.format_exc()
     print("answer " + json.dumps(answer), flush=True)
@@ -380,18 +385,30 @@ def _elsewhere() -> subprocess.Popen[str]:
 
 
 def check_remote_code(case: FamilyCase, tmp_path: Path) -> None:
-    """The exported folder decodes the same where this package cannot be imported."""
-    model = case.model()
-    export_model(model, case.task.tokenizer, tmp_path / "model")
-    batch = case.collator(f"{case.kind}_prediction", model)(case.examples(3, case.kind))
+    """The exported folder decodes the same where this package cannot be imported, and its pipeline writes that too."""
+    model, examples = case.model(), case.examples(3, case.kind)
+    collator = case.collator(f"{case.kind}_prediction", model)
+    tokenizer = with_prompt_layout(case.task.tokenizer, collator.head, collator.tail)
+    export_model(model, tokenizer, tmp_path / "model")
+    batch = collator(examples)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     torch.save(inputs, tmp_path / "batch.pt")
-    expected = model.generate(**inputs, seed=torch.tensor([1, 2, 3]), max_new_tokens=8).sequences.tolist()
+    sequences = model.generate(**inputs, seed=torch.tensor([1, 2, 3]), max_new_tokens=8).sequences.tolist()
+    prompt = decode_text(tokenizer, [] if case.kind == "lm" else examples[0]["prompt_ids"])
+    expected = [sequences, [{"generated_text": prompt + written_text(model, tokenizer, prompt)}]]
     process: Any = _elsewhere()
-    process.stdin.write(json.dumps([str(tmp_path / "model"), str(tmp_path / "batch.pt")]) + "\n")
+    process.stdin.write(json.dumps([str(tmp_path / "model"), str(tmp_path / "batch.pt"), prompt]) + "\n")
     process.stdin.flush()
     answer = next(line for line in process.stdout if line.startswith("answer "))
     assert json.loads(answer.removeprefix("answer ")) == expected, answer
+
+
+def written_text(model: Any, tokenizer: Any, prompt: str) -> str:
+    """What `generate` writes after a prompt in the tokenizer's layout, with the seed 3, as text."""
+    ids = torch.tensor([tokenizer(prompt).input_ids])
+    output = model.generate(ids, seed=torch.tensor([3]), max_new_tokens=8, return_dict_in_generate=True)
+    assert torch.equal(output.sequences[:, : ids.shape[1]], ids), "the tokenizer's layout is not complete"
+    return tokenizer.decode(output.sequences[0, ids.shape[1] :], skip_special_tokens=True)
 
 
 CHECKS = [

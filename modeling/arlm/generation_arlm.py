@@ -17,22 +17,24 @@ from transformers.generation import (
 )
 
 from xlm_hf.modules.checked_options import CheckedOptions, Count, Interval, PartialShare, Positive, PositiveInt, Share
-from xlm_hf.modules.counter_random import random_bits, uniform
+from xlm_hf.modules.counter_random import uniform
 from xlm_hf.modules.edits import INSERT, EditLog
-from xlm_hf.modules.generation import GenerationOptionsMixin, left_align_padding, row_seeds
+from xlm_hf.modules.generation import GenerationCall, GenerationOptionsMixin, row_seeds
 from xlm_hf.modules.generation_output import NonAutoregressiveGenerationOutput
 from xlm_hf.modules.messages import did_you_mean
+from xlm_hf.modules.prompts import left_align_padding
 from xlm_hf.modules.token_sampling import sample_categorical
 
 
 class ARLMGenerationConfig(CheckedOptions, GenerationConfig):
     """Options of `ARLMForCausalLM.generate`: those of transformers' `GenerationConfig`, and no others.
 
-    Three differ from there: without `max_new_tokens` and `max_length` a sequence may fill the model's positions,
-    `top_k` keeps all tokens by default, and `return_dict_in_generate` is True.
+    Two differ from there: without `max_new_tokens` and `max_length` a sequence may fill the model's positions, and
+    `top_k` keeps all tokens by default.
 
     Attributes:
-        return_history: also return the step that wrote each token, and every edit.
+        return_history: also return the step that wrote each token, and every edit, and so all of
+            `ARLMGenerationOutput`.
 
     Raises:
         ValueError: for an option that does not exist, naming the closest one, and for a value out of its range.
@@ -87,7 +89,7 @@ class ARLMGenerationConfig(CheckedOptions, GenerationConfig):
         unknown = [name for name in options if name not in known and name not in self._metadata]
         if unknown:
             raise ValueError(f"{type(self).__name__} has no option {unknown[0]!r}: {did_you_mean(unknown[0], known)}")
-        defaults = {"top_k": 0, "return_dict_in_generate": True, "return_history": False}
+        defaults = {"top_k": 0, "return_history": False}
         super().__init__(**{**defaults, **{name: value for name, value in options.items() if value is not None}})
 
     @classmethod
@@ -154,10 +156,8 @@ class _SeededDraw(LogitsProcessor):
     transformers draws a batch from one generator, so that a row would depend on its neighbours.
     """
 
-    def __init__(self, seeds: torch.Tensor, samples_per_row: int, prompt_width: int):
+    def __init__(self, seeds: torch.Tensor, prompt_width: int):
         self.seeds = seeds
-        if samples_per_row > 1:
-            self.seeds = random_bits(seeds[:, None], torch.arange(samples_per_row, device=seeds.device)).flatten()
         self.prompt_width = prompt_width
         self.scores: list[torch.Tensor] = []
 
@@ -165,6 +165,22 @@ class _SeededDraw(LogitsProcessor):
         self.scores.append(scores)
         tokens = sample_categorical(scores, uniform(self.seeds, input_ids.shape[1] - self.prompt_width))
         return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
+
+
+class _Passes:
+    """Counts the forward passes of a model while it is open: an assisted step writes several tokens by one."""
+
+    def __init__(self, model: Any):
+        self.model, self.count = model, 0
+
+    def __enter__(self) -> None:
+        def add_one(*_: Any) -> None:
+            self.count += 1
+
+        self.hook = self.model.register_forward_pre_hook(add_one)
+
+    def __exit__(self, *_: Any) -> None:
+        self.hook.remove()
 
 
 def _kept_generators(device: torch.device) -> AbstractContextManager:
@@ -175,10 +191,17 @@ def _kept_generators(device: torch.device) -> AbstractContextManager:
 class ARLMGenerationMixin(GenerationOptionsMixin, GenerationMixin):  # type: ignore[misc]
     """Adds `generate` to the left-to-right language model."""
 
+    # What transformers' `generate` takes that is no option of its config.
+    _passed_on = (
+        *("prefix_allowed_tokens_fn", "assistant_model", "assistant_tokenizer", "synced_gpus", "custom_generate"),
+        *("trust_remote_code", "negative_prompt_ids", "negative_prompt_attention_mask", "cache", "past_key_values"),
+        *("logits_to_keep", "position_ids"),
+    )
+
     @torch.no_grad()
     def generate(
         self,
-        input_ids: torch.Tensor | None = None,
+        input_ids: Any = None,
         attention_mask: torch.Tensor | None = None,
         generation_config: GenerationConfig | None = None,
         streamer: Any = None,
@@ -186,40 +209,39 @@ class ARLMGenerationMixin(GenerationOptionsMixin, GenerationMixin):  # type: ign
         stopping_criteria: StoppingCriteriaList | None = None,
         seed: int | list[int] | torch.Tensor | None = None,
         tokenizer: Any = None,
+        inputs: Any = None,
+        num_samples: int | None = None,
         **overrides,
     ) -> ARLMGenerationOutput | torch.Tensor | None:
-        """Write sequences from left to right by transformers' `GenerationMixin`, greedily, by sampling or beam search.
+        """Write sequences from left to right, in all ways of transformers' `generate` but beam search with sampling.
 
-        Args:
+        Args as there, `tokenizer` for `stop_strings`, and:
             input_ids: (B, P) prompts, `prompt [BOS]` or `[BOS] beginning`; a bare prompt gets its `[BOS]` at the end.
-                Ragged prompts are padded on either side. None writes one sequence from an empty prompt.
-            attention_mask: (B, P), 1 for tokens; by default everything but `pad_token_id`.
+                Ragged prompts are padded on either side, or lists. None writes one sequence from an empty prompt.
             generation_config: options; what it leaves open is the model's own.
-            streamer: a `TextStreamer` or its like; gets the prompt and the token of every step by `put`.
-            logits_processor: transformers' logits processors.
-            stopping_criteria: transformers' stopping criteria.
             seed: of sampling; one integer, or one for each row (see `row_seeds`).
-            tokenizer: for `stop_strings`.
-            **overrides: single options by name.
+            inputs, num_samples: prompts by another name, or texts to write from nothing (see `prompt_tensors`).
 
         Returns:
-            `ARLMGenerationOutput`, or its sequences alone with `return_dict_in_generate=False`.
+            the sequences, or `ARLMGenerationOutput` with `return_dict_in_generate=True` or `return_history=True`.
 
         Raises:
-            ValueError: for an unknown option, a value out of range, another way of decoding, an id outside the
+            ValueError: for an unknown option, a value out of range, beam search with sampling, an id outside the
                 vocabulary or a prompt that leaves no position.
         """
-        config = self.resolve_generation_config(generation_config, overrides)
-        return_dict = config.return_dict_in_generate
-        prompt, mask = self._prepare_prompt(input_ids, attention_mask)
-        capacity = self.capacity_after(config, mask.sum(dim=-1))
+        passed = {name: overrides.pop(name) for name in self._passed_on if name in overrides}
+        config, asked = self.resolve_generation_config(generation_config, overrides)
+        is_assisted = self._check_mode(config, passed.get("assistant_model"))
+        prompt, mask = self._prepare_prompt(*self.prompt_tensors(input_ids, attention_mask, inputs, num_samples))
+        seeds = row_seeds(seed, len(prompt), prompt.device, copies=config.num_return_sequences or 1)
+        capacity = self.capacity_after(GenerationCall(config, seeds, asked=asked), mask.sum(dim=-1))
+        return_dict = config.return_dict_in_generate or config.return_history
         config.update(max_new_tokens=int(capacity.max()), max_length=None, return_dict_in_generate=True)
-        returned = config.num_return_sequences or 1
-        seeds = row_seeds(seed, len(prompt), prompt.device)
         is_full = _CapacityCriteria(capacity, mask.shape[1])
-        draw = [_SeededDraw(seeds, returned, prompt.shape[1])] if config.do_sample else []
+        draw = [_SeededDraw(seeds, prompt.shape[1])] if config.do_sample else []
+        passes = _Passes(self)
         # transformers draws from what _SeededDraw leaves it, which is no choice but moves the global generator.
-        with _kept_generators(prompt.device):
+        with _kept_generators(prompt.device), passes:
             output: Any = super().generate(
                 prompt,
                 attention_mask=mask.long(),
@@ -228,43 +250,46 @@ class ARLMGenerationMixin(GenerationOptionsMixin, GenerationMixin):  # type: ign
                 logits_processor=LogitsProcessorList([*(logits_processor or []), *draw]),
                 stopping_criteria=StoppingCriteriaList([*(stopping_criteria or []), is_full]),
                 tokenizer=tokenizer,
-                **self._convolution_cache(config),
+                **{**self._convolution_cache(config, passed), **passed},
             )
-        if draw and config.output_scores:
+        if draw and config.output_scores and not is_assisted:
             output["scores"] = tuple(draw[0].scores)
-        rows = torch.arange(len(prompt), device=prompt.device).repeat_interleave(returned)
-        result = self._output(output, prompt[rows], mask[rows], capacity[rows], config)
+        if passed.get("custom_generate") is not None:
+            return output
+        result = self._output(output, prompt, mask, capacity, config, passes.count if is_assisted else None)
         return result if return_dict else result.sequences
 
-    def _convolution_cache(self: Any, config: ARLMGenerationConfig) -> dict[str, Any]:
+    def _convolution_cache(self: Any, config: ARLMGenerationConfig, passed: dict[str, Any]) -> dict[str, Any]:
         """The cache to pass on where there is a short convolution, which no other of transformers holds."""
-        if not self.config.conv_kernel_size or config.use_cache is False:
+        is_given = passed.get("cache") is not None or passed.get("past_key_values") is not None
+        if not self.config.conv_kernel_size or config.use_cache is False or is_given:
             return {}
         config.cache_implementation = None
         return {"cache": self.new_cache()}
 
-    def resolve_generation_config(self, generation_config: GenerationConfig | None, overrides: dict[str, Any]) -> Any:
-        """Options of one call: `overrides` over what `generation_config` sets over the model's own."""
-        given = {} if generation_config is None else generation_config.to_dict()
-        given = {name: value for name, value in given.items() if value is not None}
-        config = self.generation_config_class(**{**self.generation_config.to_dict(), **given, **overrides})
-        # Assisted decoding would make nfe wrong, and beam sampling draws a batch from one generator.
-        modes = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH)
-        mode = config.get_generation_mode()
+    def _check_mode(self, config: ARLMGenerationConfig, assistant_model: Any) -> bool:
+        """Refuse ways of decoding that do not work here; whether tokens are proposed, several for each pass."""
+        mode = config.get_generation_mode(assistant_model)
+        # Beam search with sampling draws a batch from one generator.
+        modes = (
+            *(GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH),
+            GenerationMode.ASSISTED_GENERATION,
+        )
         if mode not in modes:
             raise ValueError(
                 f"The options select {mode.value}, but only {', '.join(mode.value for mode in modes)} are supported: "
-                "unset num_beams, do_sample or the options of assisted decoding."
+                "unset num_beams or do_sample."
             )
+        if config.assistant_early_exit is not None:
+            raise ValueError("assistant_early_exit needs layers that were trained to be the last one: unset it.")
         self.check_suppressed(config.suppress_tokens or ())
-        return config
+        return mode == GenerationMode.ASSISTED_GENERATION
 
     def _prepare_prompt(self, input_ids, attention_mask):
         """Check prompts, end bare ones with `[BOS]`, and move the padding to the left."""
         bos_id = self.config.bos_token_id
-        if input_ids is None or input_ids.shape[1] == 0:
-            num_rows = 1 if input_ids is None else len(input_ids)
-            input_ids, attention_mask = torch.full((num_rows, 1), bos_id, device=self.device), None
+        if input_ids.shape[1] == 0:
+            input_ids, attention_mask = torch.full((len(input_ids), 1), bos_id, device=input_ids.device), None
         self.check_token_ids(input_ids)
         if attention_mask is None:
             attention_mask = input_ids != self.config.pad_token_id
@@ -283,9 +308,10 @@ class ARLMGenerationMixin(GenerationOptionsMixin, GenerationMixin):  # type: ign
         processors.sort(key=lambda processor: isinstance(processor, _SeededDraw))
         return processors
 
-    def _output(self, output, prompt, mask, capacity, config: ARLMGenerationConfig) -> ARLMGenerationOutput:
-        """Count what each row wrote and blank what stands behind it; what is given is one row a sequence."""
-        pad_id = self.config.pad_token_id
+    def _output(self, output, prompt, mask, capacity, config: ARLMGenerationConfig, num_passes: int | None) -> Any:
+        """Count what each row wrote and blank what stands behind it; without `num_passes`, a pass wrote each token."""
+        rows = torch.arange(len(prompt), device=prompt.device).repeat_interleave(config.num_return_sequences or 1)
+        prompt, mask, capacity, pad_id = prompt[rows], mask[rows], capacity[rows], self.config.pad_token_id
         written = output.sequences[:, prompt.shape[1] :]
         columns = torch.arange(written.shape[1], device=written.device)
         eos_ids = [] if config.eos_token_id is None else config.eos_token_id
@@ -298,6 +324,7 @@ class ARLMGenerationMixin(GenerationOptionsMixin, GenerationMixin):  # type: ign
             exists = output.beam_indices >= 0
         lengths = exists.sum(dim=-1)
         stopped = (is_eos & exists).any(dim=-1) | (lengths < capacity)
+        nfe = lengths if num_passes is None else torch.full_like(lengths, num_passes)
         log, rows = EditLog(), torch.arange(len(written), device=written.device)[:, None]
         log.add(INSERT, exists, row=rows, step=columns, position=mask.sum(dim=-1)[:, None] + columns, token=written)
         history = torch.cat((torch.full_like(prompt, -1), torch.where(exists, columns, -1)), dim=1)
@@ -305,8 +332,8 @@ class ARLMGenerationMixin(GenerationOptionsMixin, GenerationMixin):  # type: ign
             **{
                 **output,
                 "sequences": torch.cat((prompt, written.masked_fill(~exists, pad_id)), dim=1),
-                "tokens_per_forward": torch.ones_like(lengths, dtype=torch.float32),
-                "nfe": lengths,
+                "tokens_per_forward": (lengths / nfe).nan_to_num(1.0),
+                "nfe": nfe,
                 "finish_reason": ["stop" if row else "length" for row in stopped.tolist()],
                 "history": history if config.return_history else None,
                 "edits": log.events() if config.return_history else None,

@@ -20,7 +20,7 @@ from .generation_arlm import ARLMGenerationConfig, ARLMGenerationMixin
 
 @dataclass
 class ARLMOutput(CausalLMOutputWithPast):
-    """What `ARLMForCausalLM.forward` returns: transformers' `CausalLMOutputWithPast`, without a loss, and one field.
+    """What `ARLMForCausalLM.forward` returns: transformers' `CausalLMOutputWithPast`, and one field.
 
     Attributes:
         head_output: what the head function of the call returned, in place of `logits`; None without one.
@@ -58,9 +58,12 @@ class ARLMForCausalLM(ARLMPreTrainedModel, ARLMGenerationMixin):  # type: ignore
         cache: Cache | None = None,
         use_cache: bool | None = None,
         logits_index: torch.Tensor | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | torch.Tensor = 0,
         head_function: HeadFunction | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        shift_labels: torch.Tensor | None = None,
         **kwargs,
     ) -> ARLMOutput:
         """Score the next token after every token.
@@ -71,12 +74,13 @@ class ARLMForCausalLM(ARLMPreTrainedModel, ARLMGenerationMixin):  # type: ignore
             position_ids: (B, L) rotary positions; by default each row counts its own tokens.
             cache: keys and values of the tokens before these; those of these are added to it.
             use_cache: whether to begin a cache where none is given.
-            logits_index: (S,) indices into the flattened (B x L) tokens whose logits are wanted; None means all. The
-                vocabulary head is the largest product of a small model, and few of its rows matter.
-            logits_to_keep: last tokens of each row whose logits are wanted; 0 means all. What `generate` of
-                transformers uses.
+            logits_index: (S,) indices into the flattened (B x L) tokens whose logits are wanted; None means all.
+            logits_to_keep: last tokens of each row whose logits are wanted, or their indices; 0 means all.
             head_function: what is made of the selected hidden states instead of logits (see `head_fields`).
             inputs_embeds: (B, L, hidden_size) vectors in place of the embeddings of `input_ids`.
+            labels: (B, L) the tokens themselves, -100 where none is to be predicted, for `loss` (see `_label_loss`).
+            num_items_in_batch: what the sum of the cross-entropies is divided by instead of the number of labels.
+            shift_labels: (B, L) labels that stand at the tokens before them already, and count instead.
 
         Returns:
             `ARLMOutput` with `logits` (B, L, V), or (S, V) with `logits_index`; those at a token score the token after
@@ -94,11 +98,23 @@ class ARLMForCausalLM(ARLMPreTrainedModel, ARLMGenerationMixin):  # type: ignore
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        if logits_index is None and logits_to_keep:
+        if isinstance(logits_to_keep, torch.Tensor):
+            hidden_states = hidden_states[:, logits_to_keep]
+        elif logits_index is None and logits_to_keep:
             hidden_states = hidden_states[:, -logits_to_keep:]
+        fields = self.apply_head(hidden_states, head_function)
         return ARLMOutput(
-            **self.apply_head(hidden_states, head_function),
+            loss=None if labels is None else self._label_loss(fields, labels, num_items_in_batch, shift_labels),
+            **fields,
             cache=cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _label_loss(self, fields, labels, num_items_in_batch, shift_labels) -> torch.Tensor:
+        """The mean cross-entropy of each label at the token before it, as in transformers' causal language models.
+
+        That of a token that no sequence gets, such as `[BOS]`, is infinite.
+        """
+        options = {"num_items_in_batch": num_items_in_batch, "shift_labels": shift_labels}
+        return self.loss_function(logits=fields["logits"], labels=labels, vocab_size=self.config.vocab_size, **options)

@@ -12,7 +12,7 @@ from .modeling_bd3lm import BD3LMForBlockDiffusion
 register_family(
     BD3LMConfig,
     BD3LMForBlockDiffusion,
-    auto_classes=("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM"),
+    auto_classes=("AutoModel", "AutoModelForMaskedLM"),
     converters={"bd3lm": from_paper},
 )
 

@@ -8,6 +8,6 @@ from .generation_edit_flow import EditFlowGenerationConfig
 from .loss_edit_flow import EditFlowLoss
 from .modeling_edit_flow import EditFlowForEditLM
 
-register_family(EditFlowConfig, EditFlowForEditLM, auto_classes=("AutoModel", "AutoModelForCausalLM"))
+register_family(EditFlowConfig, EditFlowForEditLM)
 
 __all__ = ["EditFlowCollator", "EditFlowConfig", "EditFlowForEditLM", "EditFlowGenerationConfig", "EditFlowLoss"]

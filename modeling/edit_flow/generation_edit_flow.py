@@ -161,7 +161,7 @@ class EditFlowGenerationMixin(NonAutoregressiveGenerationMixin):
         """Sequences that hold after their prompts what the flow begins with."""
         special = (self.config.cls_token_id, self.config.bos_token_id)
         prompt, mask = self.completed_prompts(input_ids, attention_mask, *special)
-        capacity = self.capacity_after(call.config, mask.sum(dim=-1))
+        capacity = self.capacity_after(call, mask.sum(dim=-1))
         start, lengths = self._start(call, len(prompt), **inputs)
         if start is not None and bool((lengths > capacity).any()):
             raise ValueError(

@@ -82,6 +82,7 @@ class EditFlowForEditLM(PreTrainedLanguageModel, EditFlowGenerationMixin):
         insertion_slots: torch.Tensor | None = None,
         substitution_slots: torch.Tensor | None = None,
         head_function: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> EditFlowOutput:
         """Rate every edit.
@@ -95,7 +96,8 @@ class EditFlowForEditLM(PreTrainedLanguageModel, EditFlowGenerationMixin):
             substitution_slots: (U,) likewise of substitutions, which come behind those of insertions.
             head_function: with `slot_index`, what is made of the hidden states instead of logits (see `head_fields`).
                 It is called with `rates` by name too, since which tokens are wanted depends on them.
-            **kwargs: `position_ids`, `segment_ids` of packed rows, `inputs_embeds` and what else the backbone takes,
+            inputs_embeds: (B, L, hidden_size) vectors in place of the embeddings of `input_ids`.
+            **kwargs: `position_ids`, `segment_ids` of packed rows and what else the backbone takes,
                 `output_hidden_states`, `output_attentions`.
 
         Returns:
@@ -111,6 +113,7 @@ class EditFlowForEditLM(PreTrainedLanguageModel, EditFlowGenerationMixin):
             attention_mask=attention_mask,
             output_index=slot_index,
             timesteps=-(time_left + _LEAST_TIME).log(),
+            inputs_embeds=inputs_embeds,
             **kwargs,
         )
         states = outputs.last_hidden_state

@@ -10,10 +10,7 @@ from .loss_flexmdm import FlexMDMLoss
 from .modeling_flexmdm import FlexMDMForFlexibleMaskedDiffusion, FlexMDMOutput
 
 register_family(
-    FlexMDMConfig,
-    FlexMDMForFlexibleMaskedDiffusion,
-    auto_classes=("AutoModel", "AutoModelForCausalLM"),
-    converters={"xlm-core": from_xlm_core, "flexmdm": from_authors},
+    FlexMDMConfig, FlexMDMForFlexibleMaskedDiffusion, converters={"xlm-core": from_xlm_core, "flexmdm": from_authors}
 )
 
 __all__ = [

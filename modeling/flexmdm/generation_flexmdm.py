@@ -15,8 +15,8 @@ from xlm_hf.modules.generation import (
     NonAutoregressiveGenerationConfig,
     NonAutoregressiveGenerationMixin,
     Sampler,
-    left_align_padding,
 )
+from xlm_hf.modules.prompts import left_align_padding
 from xlm_hf.modules.token_sampling import sample_categorical
 from xlm_hf.modules.unmasking import commit_ranks, commit_top_k, draw_tokens, order_scores, statistics_in_place
 from xlm_hf.modules.vocabulary_head import LogitsOnDemand
@@ -137,7 +137,7 @@ class FlexMDMGenerationMixin(NonAutoregressiveGenerationMixin):
         prompt, prompt_mask = left_align_padding(ids, mask & (~is_filled | (columns == first)))
         prompt = prompt.masked_fill(~prompt_mask, pad_id)
         tokens = prompt_mask.sum(dim=-1) + start_lengths + (config.end_token_id is not None)
-        free = self.capacity_after(call.config, tokens)
+        free = self.capacity_after(call, tokens)
         state = FlexMDMState(prompt, prompt_mask, free + start_lengths, pad_id, call.log, start, start_lengths, mask_id)
         state.sampler = call.config.make_sampler()
         state.num_steps = torch.full_like(free, state.sampler.num_steps) if state.sampler.num_steps else free
@@ -156,18 +156,12 @@ class FlexMDMGenerationMixin(NonAutoregressiveGenerationMixin):
         config, bos_id = self.config, self.config.bos_token_id
         ids, mask = self.aligned_prompts(input_ids, attention_mask, [bos_id])
         is_filled = ((ids == config.mask_token_id) & mask).any(dim=-1, keepdim=True)
-        is_bos = (ids == bos_id) & mask
-        begins = is_bos.gather(1, mask.int().argmax(dim=-1, keepdim=True))
-        lacks_first, lacks_last = is_filled & ~begins, ~is_filled & ~is_bos[:, -1:]
-        if (is_bos[:, :-1] & ~is_filled & mask[:, :-1]).any():
-            raise ValueError(
-                f"A prompt holds [BOS] (id {bos_id}) in its middle, but this model reads `prompt [BOS] text`: end the "
-                "prompt with it, or leave it out."
-            )
-        bos = torch.full_like(ids[:, :1], bos_id)
-        ids, mask = torch.cat((bos, ids, bos), dim=1), torch.cat((lacks_first, mask, lacks_last), dim=1)
-        # A [BOS] that was there stands for the one that is put first.
-        return *left_align_padding(ids, mask), is_filled
+        # Of a row that is filled in, [BOS] stands before all the rest.
+        begins = (ids == bos_id).gather(1, mask.int().argmax(dim=-1, keepdim=True))
+        first = torch.full_like(ids[:, :1], bos_id)
+        ids, mask = left_align_padding(torch.cat((first, ids), dim=1), torch.cat((is_filled & ~begins, mask), dim=1))
+        ids, mask = self.completed_prompts(ids, mask, None, bos_id, ~is_filled[:, 0])
+        return ids, mask, is_filled
 
     def generation_step(self: Any, call: GenerationCall, state: FlexMDMState, step: int) -> bool:
         """Masks that are due become tokens, and new ones come; False if no row is open.

@@ -9,11 +9,6 @@ from .generation_gidd import GIDDGenerationConfig
 from .loss_gidd import GIDDLoss
 from .modeling_gidd import GIDDForInterpolatingDiffusion
 
-register_family(
-    GIDDConfig,
-    GIDDForInterpolatingDiffusion,
-    auto_classes=("AutoModel", "AutoModelForCausalLM"),
-    converters={"gidd": from_paper},
-)
+register_family(GIDDConfig, GIDDForInterpolatingDiffusion, converters={"gidd": from_paper})
 
 __all__ = ["GIDDCollator", "GIDDConfig", "GIDDForInterpolatingDiffusion", "GIDDGenerationConfig", "GIDDLoss"]

@@ -12,9 +12,10 @@ import torch
 from xlm_hf.modules.canvas import MaskedCanvas
 from xlm_hf.modules.checked_options import Positive, PositiveInt, Share
 from xlm_hf.modules.devices import shape_of_call, true_indices
-from xlm_hf.modules.generation import GenerationCall, left_align_padding
+from xlm_hf.modules.generation import GenerationCall
 from xlm_hf.modules.kernel_samplers import TOKEN, KernelSampler
 from xlm_hf.modules.masked_generation import MaskedGenerationMixin
+from xlm_hf.modules.prompts import left_align_padding
 from xlm_hf.modules.reverse_process import CanvasProcess, Predict
 from xlm_hf.modules.token_sampling import filter_logits, sample_categorical
 from xlm_hf.modules.vocabulary_head import LogitsOnDemand
@@ -110,7 +111,7 @@ class SelfCorrectionMixin(MaskedGenerationMixin):
     def open_canvas(
         self,
         call: GenerationCall,
-        input_ids: torch.Tensor | None,
+        input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None,
         canvas_lengths: torch.Tensor | None = None,
         source_ids: torch.Tensor | None = None,
@@ -127,9 +128,9 @@ class SelfCorrectionMixin(MaskedGenerationMixin):
         """
         config = self.config
         corrects = isinstance(call.config.make_sampler(), SelfCorrectionSampler)
-        if source_ids is not None and not (corrects and input_ids is not None):
+        if source_ids is not None and not (corrects and input_ids.shape[1]):
             raise ValueError("source_ids are texts to be corrected after prompts: choose sampler='self_correction'.")
-        if input_ids is None or not corrects:
+        if not corrects or not input_ids.shape[1]:
             return super().open_canvas(call, input_ids, attention_mask, canvas_lengths)
         if source_ids is not None:
             masks = [attention_mask, source_mask]

@@ -9,11 +9,6 @@ from .generation_ilm import ILMGenerationConfig
 from .loss_ilm import ILMLoss
 from .modeling_ilm import ILMForInsertionLM, ILMOutput
 
-register_family(
-    ILMConfig,
-    ILMForInsertionLM,
-    auto_classes=("AutoModel", "AutoModelForCausalLM"),
-    converters={"xlm-core": from_xlm_core},
-)
+register_family(ILMConfig, ILMForInsertionLM, converters={"xlm-core": from_xlm_core})
 
 __all__ = ["ILMCollator", "ILMConfig", "ILMForInsertionLM", "ILMGenerationConfig", "ILMLoss", "ILMOutput"]

@@ -56,7 +56,7 @@ class ILMGenerationMixin(NonAutoregressiveGenerationMixin):
         """Sequences that hold nothing after their prompts."""
         special = (self.config.cls_token_id, self.config.bos_token_id)
         prompt, prompt_mask = self.completed_prompts(input_ids, attention_mask, *special)
-        capacity = self.capacity_after(call.config, prompt_mask.sum(dim=-1))
+        capacity = self.capacity_after(call, prompt_mask.sum(dim=-1))
         return EditBuffer(prompt, prompt_mask, capacity, self._pad_token_id, call.log)
 
     def generation_step(self: Any, call: GenerationCall, state: EditBuffer, step: int) -> bool:

@@ -92,8 +92,9 @@ class ILMForInsertionLM(ILMPreTrainedModel, ILMGenerationMixin):
         """
         if cls_index is None:
             tokens: Any = input_ids if inputs_embeds is None else inputs_embeds
-            cls_index = torch.arange(len(tokens), device=tokens.device) * tokens.shape[1]
-            if attention_mask is not None:
+            # Not len(), which makes an exported program one of this batch size.
+            cls_index = torch.arange(tokens.shape[0], device=tokens.device) * tokens.shape[1]
+            if attention_mask is not None and attention_mask.dim() == 2:
                 cls_index = cls_index + attention_mask.long().argmax(dim=-1)
         index = None if slot_index is None else torch.cat((slot_index, cls_index))
         outputs = self.model(

@@ -12,7 +12,7 @@ from .modeling_mdlm import MDLMForMaskedDiffusion
 register_family(
     MDLMConfig,
     MDLMForMaskedDiffusion,
-    auto_classes=("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM"),
+    auto_classes=("AutoModel", "AutoModelForMaskedLM"),
     converters={"xlm-core": from_xlm_core, "mdlm": from_paper},
 )
 

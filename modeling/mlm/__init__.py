@@ -12,7 +12,7 @@ from .modeling_mlm import MLMForMaskedLM
 register_family(
     MLMConfig,
     MLMForMaskedLM,
-    auto_classes=("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM"),
+    auto_classes=("AutoModel", "AutoModelForMaskedLM"),
     converters={"xlm-core": from_xlm_core},
 )
 

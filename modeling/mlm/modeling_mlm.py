@@ -53,6 +53,8 @@ class MLMForMaskedLM(MLMPreTrainedModel, MLMGenerationMixin):
         head_function: HeadFunction | None = None,
         inputs_embeds: torch.Tensor | None = None,
         length_index: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Any,
     ) -> MLMOutput:
         """Score every token at every position.
@@ -66,8 +68,10 @@ class MLMForMaskedLM(MLMPreTrainedModel, MLMGenerationMixin):
             inputs_embeds: (B, L, hidden_size) vectors in place of the embeddings of `input_ids`. A model with a length
                 head then needs `block_ids` (B, L), 0 for the prompt and `[BOS]` and 1 for the canvas.
             length_index: (D,) indices of the `[BOS]` whose canvas lengths are wanted, together with `logits_index`.
-            **kwargs: `segment_ids` of packed rows, what else the backbone takes, `output_hidden_states`,
-                `output_attentions`.
+            labels: (B, L) tokens to predict at the same positions, -100 where none is: `loss` is their mean
+                cross-entropy, as in transformers' masked language models. That of `[MASK]` and the like is infinite.
+            num_items_in_batch: what the sum is divided by instead of the number of labels.
+            **kwargs: `segment_ids`, `output_hidden_states`, `output_attentions` and what else the backbone takes.
 
         Returns:
             `MLMOutput` with `logits` (B, L, V), or (S, V) with `logits_index`, those of `config.suppressed_ids` -inf;
@@ -79,14 +83,9 @@ class MLMForMaskedLM(MLMPreTrainedModel, MLMGenerationMixin):
         if self.length_head is not None and input_ids is not None:
             is_bos: Any = input_ids == self.config.bos_token_id
             kwargs["block_ids"] = is_bos.cumsum(dim=-1) - is_bos.long()
-        index = logits_index
-        if length_index is not None:
-            if logits_index is None or self.length_head is None:
-                raise ValueError("length_index needs logits_index, and a model with max_canvas_length.")
-            index = torch.cat((logits_index, length_index))
         outputs = self.model(
             input_ids,
-            output_index=index,
+            output_index=logits_index if length_index is None else self._both(logits_index, length_index),
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
@@ -96,9 +95,21 @@ class MLMForMaskedLM(MLMPreTrainedModel, MLMGenerationMixin):
         if self.length_head is not None and length_index is not None:
             of_tokens, of_bos = of_tokens.tensor_split((len(of_tokens) - len(length_index),))
             length_logits = self.length_head(of_bos).float()
+        fields = self.apply_head(of_tokens, head_function)
         return MLMOutput(
-            **self.apply_head(of_tokens, head_function),
+            loss=None if labels is None else self._label_loss(fields["logits"], labels, num_items_in_batch),
+            **fields,
             length_logits=length_logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _both(self, logits_index, length_index) -> torch.Tensor:
+        """The two indices as one."""
+        if logits_index is None or self.length_head is None:
+            raise ValueError("length_index needs logits_index, and a model with max_canvas_length.")
+        return torch.cat((logits_index, length_index))
+
+    def _label_loss(self, logits, labels, num_items_in_batch) -> torch.Tensor:
+        options = {"vocab_size": self.config.vocab_size, "num_items_in_batch": num_items_in_batch}
+        return self.loss_function(logits=logits, labels=labels, **options)

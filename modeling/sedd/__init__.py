@@ -9,8 +9,6 @@ from .generation_sedd import SEDDGenerationConfig
 from .loss_sedd import SEDDLoss
 from .modeling_sedd import SEDDForScoreEntropy
 
-register_family(
-    SEDDConfig, SEDDForScoreEntropy, auto_classes=("AutoModel", "AutoModelForCausalLM"), converters={"sedd": from_paper}
-)
+register_family(SEDDConfig, SEDDForScoreEntropy, converters={"sedd": from_paper})
 
 __all__ = ["SEDDCollator", "SEDDConfig", "SEDDForScoreEntropy", "SEDDGenerationConfig", "SEDDLoss"]

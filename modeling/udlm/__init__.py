@@ -9,11 +9,6 @@ from .generation_udlm import UDLMGenerationConfig
 from .loss_udlm import UDLMLoss
 from .modeling_udlm import UDLMForUniformDiffusion
 
-register_family(
-    UDLMConfig,
-    UDLMForUniformDiffusion,
-    auto_classes=("AutoModel", "AutoModelForCausalLM"),
-    converters={"duo": from_paper, "udlm": from_paper},
-)
+register_family(UDLMConfig, UDLMForUniformDiffusion, converters={"duo": from_paper, "udlm": from_paper})
 
 __all__ = ["UDLMCollator", "UDLMConfig", "UDLMForUniformDiffusion", "UDLMGenerationConfig", "UDLMLoss"]

@@ -4,9 +4,11 @@ import json
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from xlm_hf.commands import generate
 from xlm_hf.modules.counter_random import random_bits
+from xlm_hf.tasks.tokenizers import byte_tokenizer, with_prompt_layout
 from xlm_hf.testing import FamilyCase
 
 
@@ -38,3 +40,17 @@ def test_another_seed_gives_every_row_other_numbers(seeds_of):
     # As in an evaluation, whatever the batches.
     for seed, found in rows.items():
         assert found == random_bits(seed, torch.arange(5)).tolist()
+
+
+def test_a_model_of_plain_text_goes_on_from_its_prompts(tmp_path):
+    file, tokenizer = tmp_path / "prompts.jsonl", byte_tokenizer()
+    file.write_text('{"prompt": "ab"}\n{"prompt_ids": [9]}\n')
+    cfg, bos = OmegaConf.create({"prompts": str(file)}), tokenizer.bos_token_id
+    for layout, kind in (((), "seq2seq"), (((), (bos,)), "seq2seq"), (((bos,), ()), "lm")):
+        made = with_prompt_layout(tokenizer, *layout) if layout else tokenizer
+        examples, found = generate._examples_from_file(cfg, made)
+        assert found == kind
+        assert examples[0]["prompt_ids"] == tokenizer.encode("ab", add_special_tokens=False)
+    case = FamilyCase("mlm")
+    prompts = case.collator("lm_prediction", case.model())([{"example_id": 0, "prompt_ids": [9, 8]}, {"example_id": 1}])
+    assert prompts["input_ids"].tolist() == [[4, 9, 8], [0, 0, 4]]

@@ -70,7 +70,9 @@ def small_model(model_class, vocab_size=20, max_position_embeddings=24, **option
         **{"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.4},
         **{"suppress_tokens": list(range(FIRST_WORD)), **options},
     }
-    return model_class(model_class.config_class(**config)).eval()
+    model = model_class(model_class.config_class(**config)).eval()
+    model.generation_config.return_dict_in_generate = True
+    return model
 
 
 def batch_of(prompts, side="left", start=(), end=(BOS,)):

@@ -72,6 +72,7 @@ class TableModel(ARLMForCausalLM):
         super().__init__(
             ARLMConfig(vocab_size=8, hidden_size=8, num_attention_heads=1, num_hidden_layers=1, pad_token_id=PAD)
         )
+        self.generation_config.return_dict_in_generate = True
         texts = [text for n in range(longest + 1) for text in itertools.product(self.words, repeat=n)]
         weights = np.random.default_rng(seed).exponential(size=len(texts)) ** 2
         self.law = {(*text, EOS): float(p) for text, p in zip(texts, weights / weights.sum(), strict=True)}

@@ -281,9 +281,8 @@ def test_streamer_processors_and_criteria_are_those_of_transformers():
         ({"seed": [1, 2]}, "seed has 2 entries for 1 rows"),
         (
             {"num_beams": 2, "do_sample": True},
-            "select beam_sample, but only greedy_search, sample, beam_search are supported",
+            "select beam_sample, but only greedy_search, sample, beam_search, assisted_generation are supported",
         ),
-        ({"prompt_lookup_num_tokens": 2}, "The options select assisted_generation, but only"),
         ({"input_ids": torch.tensor([[20, BOS]])}, "Token id 20 is outside the model's vocabulary of 20"),
         ({"input_ids": torch.full((1, 32), 9)}, "33 tokens and the model has 32 positions"),
         ({"input_ids": torch.tensor([[9, BOS], [8, 9]])}, "Some prompts hold a .BOS. .id 4. and others do not"),
@@ -297,7 +296,8 @@ def test_bad_calls_are_refused_in_one_sentence(call, message):
 def test_options_come_from_the_call_then_its_config_then_the_model():
     model = make_model()
     assert model.generation_config.eos_token_id == EOS
-    model.generation_config = ARLMGenerationConfig(max_new_tokens=2, eos_token_id=EOS, pad_token_id=PAD)
+    options = {"return_dict_in_generate": True, "eos_token_id": EOS, "pad_token_id": PAD}
+    model.generation_config = ARLMGenerationConfig(max_new_tokens=2, **options)
     prompt = batch_of(PROMPTS[:1])
     assert model.generate(prompt).nfe.tolist() == [2]
     plain = GenerationConfig(max_new_tokens=5)

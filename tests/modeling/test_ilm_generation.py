@@ -236,14 +236,13 @@ def test_streamer_and_logits_processor_see_every_step():
         ({"sampling_method": "both"}, "sampling_method must be one of joint, two_stage and is 'both'"),
         ({"stopping": "draw"}, "stopping must be one of threshold, sample and is 'draw'"),
         # The prompt of a family without [CLS].
-        ({"input_ids": torch.tensor([[8, 9, BOS]])}, "none has these tokens"),
+        ({"input_ids": torch.tensor([[8, 9, BOS]])}, "or only some of its special tokens"),
         ({"insertions_per_step": 0}, "insertions_per_step must be at least 1 and is 0"),
         ({"max_new_tokens": 30}, "max_new_tokens is 30, but a prompt of 5 tokens leaves 19 of the model's 24"),
         ({"max_length": 5}, "max_length is 5 and the prompt has 5 tokens"),
         ({"seed": [1, 2]}, "seed has 2 entries for 1 rows"),
         ({"input_ids": torch.tensor([[CLS, 20, BOS]])}, "Token id 20 is outside the model's vocabulary of 20"),
         ({"input_ids": torch.full((1, 24), 9)}, "26 tokens and the model has 24 positions"),
-        ({"input_ids": torch.tensor([[CLS, 9, BOS], [8, 9, 10]])}, "add them to every prompt or to none"),
     ],
 )
 def test_bad_calls_are_refused_in_one_sentence(call, message):

@@ -193,8 +193,7 @@ def test_a_mask_of_pairs_says_the_same_as_blocks(kind, attention):
     model(tokens[:, :5], cache=cache, block_ids=blocks[:, :5])
     rest = model(tokens[:, 5:], pairs[:, :, 5:], torch.arange(5, 8)[None], cache=cache).last_hidden_state
     torch.testing.assert_close(rest, expected[:, 5:])
-    with pytest.raises(ValueError, match="does not tell the positions: pass position_ids"):
-        model(tokens, attention_mask=pairs)
+    assert torch.equal(model(tokens, attention_mask=pairs).last_hidden_state, states)
 
 
 @pytest.mark.parametrize("is_causal", [False, True])

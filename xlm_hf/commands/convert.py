@@ -7,11 +7,11 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from xlm_hf.building import token_options
 from xlm_hf.commands._run import say
 from xlm_hf.families import families
 from xlm_hf.hub.conversion import convert_checkpoint, read_checkpoint
 from xlm_hf.hub.export import export_model
+from xlm_hf.modules.backbone_config import token_options
 from xlm_hf.modules.messages import did_you_mean
 from xlm_hf.tasks.tokenizers import NUMBER_TOKENS, number_tokenizer
 

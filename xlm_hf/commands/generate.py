@@ -22,9 +22,9 @@ from xlm_hf.tasks.readers import json_rows
 def run(cfg: DictConfig) -> list[dict[str, Any]]:
     """Decode `prompts` (a JSONL file), or `num_samples` of the task; print and save them.
 
-    A file whose prompts have mask tokens is filled in. `source_ids` beside a prompt, a text to be corrected, go to the
-    collator. Of a task with prompts or blanks the first test examples are decoded; of one without, samples are written
-    from nothing.
+    A file whose prompts have mask tokens is filled in; a model of plain text goes on from its prompts. `source_ids`
+    beside a prompt, a text to be corrected, go to the collator. Of a task with prompts or blanks the first test
+    examples are decoded; of one without, samples are written from nothing.
 
     In a terminal the decode is shown while it goes on. `decodes.html` in the run's folder plays it back, and so does
     `decode.gif`, of the first row, where Pillow and matplotlib are installed.
@@ -117,4 +117,11 @@ def _examples_from_file(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> 
     ]
     if is_infill:
         check_blanks(examples, tokenizer)
-    return examples, "infill" if is_infill else "seq2seq" if any(rows) else "lm"
+    is_prompt = any(rows) and not _goes_on(tokenizer)
+    return examples, "infill" if is_infill else "seq2seq" if is_prompt else "lm"
+
+
+def _goes_on(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a model goes on from the beginning of a text: its tokenizer puts special tokens only before a prompt."""
+    bare, whole = (tokenizer.encode("a", add_special_tokens=added) for added in (False, True))
+    return whole != bare and whole[-len(bare) :] == bare

@@ -62,7 +62,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
             say(f"Pushed to {trainer.push_to_hub().repo_url}")
         else:
             with trainer.averaged_weights():
-                export_model(model, task.tokenizer, output_dir / "model", trainer.card_variables)
+                export_model(model, trainer.processing_class, output_dir / "model", trainer.card_variables)
         say(f"Model, ready for the Hub: {output_dir}/model")
         say(f"Next: {next_command('job=generate', f'checkpoint={output_dir}')}")
     return metrics

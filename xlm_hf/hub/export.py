@@ -24,6 +24,15 @@ from xlm_hf.files import replaced_folder, write_text
 from xlm_hf.hub.card import render_card
 
 _MODULES = Path(__file__).resolve().parents[1] / "modules"
+_PIPELINE = Path(__file__).resolve().with_name("text_generation_pipeline.py")
+# Stands behind the code of a model, so that whoever saves the model copies the file of its pipeline too.
+_NAMES_PIPELINE = f"""
+
+def _pipeline_class():
+    from .{_PIPELINE.stem} import XLMTextGenerationPipeline
+
+    return XLMTextGenerationPipeline
+"""
 # What an export rewrites and follows. The loader of transformers finds the files of a repository by the same pattern.
 _FILE_IMPORT = re.compile(r"^([ \t]*)from[ \t]+(xlm_hf\.modules)?\.(\w+)[ \t]+import\b", re.MULTILINE)
 _EXPORTED_SUFFIXES = {".json", ".safetensors", ".py", ".md", ".txt", ".jinja", ".model"}
@@ -38,7 +47,7 @@ def save_code_with(config_class: type[PreTrainedConfig], model_class: type[PreTr
 
 
 def _save_config_and_code(self, save_directory, push_to_hub=False, **kwargs):
-    """Save as transformers does, with the code beside the configuration and `auto_map` naming its classes."""
+    """Save as transformers does, with the code beside the configuration, which names its classes and its pipeline."""
     family = families().get(self.model_type)
     # The config in memory stays as it is.
     saved = copy.deepcopy(self)
@@ -49,8 +58,12 @@ def _save_config_and_code(self, save_directory, push_to_hub=False, **kwargs):
         export_code(family, save_directory)
         classes = {"AutoConfig": family.config_class, **dict.fromkeys(family.auto_classes, family.model_class)}
         saved.auto_map = {name: f"{_source_file(cls).stem}.{cls.__name__}" for name, cls in classes.items()}
+        if family.model_class.can_generate():
+            pipeline = {"impl": f"{_PIPELINE.stem}.XLMTextGenerationPipeline", "pt": ["AutoModel"]}
+            saved.custom_pipelines = {"text-generation": pipeline}
     else:
-        vars(saved).pop("auto_map", None)
+        for name in ("auto_map", "custom_pipelines"):
+            vars(saved).pop(name, None)
         warnings.warn(
             f"{save_directory} is saved without code because {' '.join(self.architectures or [self.model_type])} is "
             "not registered: call xlm_hf.register_family to export it.",
@@ -88,7 +101,7 @@ def family_code(family: Family) -> dict[str, str]:
     """Collect the files that a family needs where this package is not installed.
 
     Starts from the files of the two classes. It follows their imports, function-local ones included, to files beside
-    them and in `xlm_hf.modules`. The latter imports are made relative.
+    them and in `xlm_hf.modules`. The latter imports are made relative. A model that writes gets a pipeline, too.
 
     Returns:
         file name -> source; the names are flat.
@@ -97,6 +110,9 @@ def family_code(family: Family) -> dict[str, str]:
         ValueError: if a file imports something that an export cannot carry, or two files have one name.
     """
     pending = [_source_file(family.config_class), _source_file(family.model_class)]
+    writes = getattr(family.model_class, "can_generate", bool)()
+    if writes:
+        pending.append(_PIPELINE)
     paths: dict[str, Path] = {}
     code: dict[str, str] = {}
     while pending:
@@ -106,6 +122,8 @@ def family_code(family: Family) -> dict[str, str]:
         if path.name not in code:
             code[path.name], imported = _flatten(path)
             pending += imported
+    if writes:
+        code[_source_file(family.model_class).name] += _NAMES_PIPELINE
     return code
 
 

@@ -34,6 +34,15 @@ class CheckedConfig(CheckedOptions, PreTrainedConfig):
         super().__setattr__(name, value)
 
 
+def token_options(tokenizer: Any) -> dict[str, Any]:
+    """What a configuration takes from the tokenizer: the size of the vocabulary and the ids of special tokens."""
+    roles = [f"{name}_token_id" for name in ("pad", "bos", "eos", "cls", "sep", "mask")]
+    ids = {role: getattr(tokenizer, role) for role in roles if getattr(tokenizer, role) is not None}
+    # Byte-level tokenizers name their end of a text for what is unknown too, which for them is nothing.
+    emitted = {tokenizer.unk_token_id} - {tokenizer.eos_token_id}
+    return {"vocab_size": len(tokenizer), **ids, "suppress_tokens": sorted({*tokenizer.all_special_ids} - emitted)}
+
+
 @strict
 class RotaryTransformerConfig(CheckedConfig):
     """Architecture of the backbone, inherited by the configuration of every family.
@@ -122,6 +131,17 @@ class RotaryTransformerConfig(CheckedConfig):
     legacy_modulated_residual: bool = False
 
     own_backbones: ClassVar[tuple[str, ...]] = ("rotary", "dit")
+
+    @classmethod
+    def from_tokenizer(cls, tokenizer: Any, **options: Any) -> Any:
+        """A configuration with the vocabulary and the special ids of a tokenizer.
+
+        Args:
+            tokenizer: of the texts that the model is for.
+            **options: the rest, by name; what is given here goes before the tokenizer's.
+        """
+        names = {field.name for field in fields(cls)}
+        return cls(**{name: value for name, value in token_options(tokenizer).items() if name in names} | options)
 
     def __post_init__(self, **kwargs):
         # What older configurations say in other words.

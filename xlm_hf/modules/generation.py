@@ -16,6 +16,7 @@ from .counter_random import random_bits
 from .edits import EditLog
 from .generation_output import NonAutoregressiveGenerationOutput
 from .messages import check_options
+from .prompts import PromptsMixin
 
 
 class Sampler(CheckedOptions):
@@ -47,6 +48,8 @@ class NonAutoregressiveGenerationConfig(CheckedOptions, GenerationConfig):
         top_k: number of candidates kept; None keeps all.
         top_p: probability mass of the candidates kept; None keeps all.
         suppress_tokens: suppressed ids, beside those of the model's config.
+        num_return_sequences: texts for each prompt.
+        use_cache: for callers that say it to every model; results do not depend on it.
         return_dict_in_generate: False returns the sequences alone.
         return_history: also return the step that wrote each token, and every edit.
         bos_token_id: id of the beginning-of-sequence token.
@@ -68,6 +71,8 @@ class NonAutoregressiveGenerationConfig(CheckedOptions, GenerationConfig):
     top_k: PositiveInt | None = None
     top_p: Share | None = None
     suppress_tokens: list[int] | None = None
+    num_return_sequences: PositiveInt = 1
+    use_cache: bool | None = None
     return_dict_in_generate: bool = True
     return_history: bool = False
     bos_token_id: Count | None = None
@@ -179,16 +184,18 @@ class GenerationCall:
         logits_processor: called as transformers does.
         is_watched: whether somebody sees every step, so that none may be passed over.
         log: of every edit, where it is asked for.
+        asked: the options that the call set itself.
     """
 
     config: Any
     seeds: torch.Tensor
-    logits_processor: LogitsProcessorList | None
-    is_watched: bool
-    log: EditLog | None
+    logits_processor: LogitsProcessorList | None = None
+    is_watched: bool = False
+    log: EditLog | None = None
+    asked: frozenset[str] = frozenset()
 
 
-def row_seeds(seed: int | Sequence[int] | torch.Tensor | None, num_rows: int, device: torch.device) -> torch.Tensor:
+def row_seeds(seed: Any, num_rows: int, device: torch.device, copies: int = 1) -> torch.Tensor:
     """One seed for each row of a batch.
 
     Args:
@@ -196,15 +203,19 @@ def row_seeds(seed: int | Sequence[int] | torch.Tensor | None, num_rows: int, de
             decodes alike in any batch. None draws a seed from torch's global generator.
         num_rows: rows of the batch.
         device: of the result.
+        copies: texts for each row; of more than one, text k of a row gets a hash of the row's seed and k.
 
     Returns:
-        (num_rows,) int64.
+        (num_rows x copies,) int64.
 
     Raises:
         ValueError: if they are not integers, or their number is neither one nor that of the rows.
     """
     if seed is None:
         seed = int(torch.randint(2**62, ()))
+    if copies > 1:
+        of_rows = row_seeds(seed, num_rows, device)
+        return random_bits(of_rows[:, None], torch.arange(copies, device=device)).flatten()
     number: Any = seed.item() if isinstance(seed, torch.Tensor) and seed.ndim == 0 else seed
     if isinstance(number, Integral):
         return random_bits(int(number), torch.arange(num_rows, device=device))
@@ -218,37 +229,13 @@ def row_seeds(seed: int | Sequence[int] | torch.Tensor | None, num_rows: int, de
     return seeds
 
 
-def left_align_padding(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Move the padding of every row to its left and drop columns that hold nothing but padding.
-
-    Args:
-        input_ids: (B, L).
-        attention_mask: (B, L), 1 for tokens; the tokens of a row keep their order.
-
-    Returns:
-        the moved ids and mask, (B, longest row), the mask as bool.
-
-    Raises:
-        ValueError: for a batch without rows, or a mask of another shape.
-    """
-    if len(input_ids) == 0:
-        raise ValueError("input_ids has 0 rows and needs at least 1: pass a prompt, or None for an empty one.")
-    if attention_mask.shape != input_ids.shape:
-        raise ValueError(
-            f"attention_mask has the shape {tuple(attention_mask.shape)} and input_ids {tuple(input_ids.shape)}: make "
-            "them alike."
-        )
-    order = attention_mask.bool().int().argsort(dim=-1, stable=True)
-    longest = int(attention_mask.bool().sum(dim=-1).max())
-    order = order[:, order.shape[1] - longest :]
-    return input_ids.gather(-1, order), attention_mask.bool().gather(-1, order)
+def _repeated(x: Any, copies: int) -> Any:
+    return x if x is None or copies == 1 else x.repeat_interleave(copies, dim=0)
 
 
-class GenerationOptionsMixin:
+class GenerationOptionsMixin(PromptsMixin):
     """Plumbing between `generate`, the generation config of a model, and transformers' loading code."""
 
-    config: Any
-    device: Any
     generation_config: Any
     generation_config_class: Any
 
@@ -258,6 +245,8 @@ class GenerationOptionsMixin:
         """Called by `from_pretrained`: take the generation config of the call, or else that of the checkpoint."""
         if generation_config is not None:
             self.generation_config = self.generation_config_class(**generation_config.to_dict())
+            return
+        if pretrained_model_name_or_path is None:
             return
         loading_options.pop("trust_remote_code", None)
         try:
@@ -270,27 +259,43 @@ class GenerationOptionsMixin:
         except OSError:
             self.generation_config = self.generation_config_class()
 
-    def resolve_generation_config(
-        self, generation_config: NonAutoregressiveGenerationConfig | None, overrides: dict[str, Any]
-    ) -> Any:
-        """Options of one call: `overrides` over `generation_config` over the model's own."""
-        base = self.generation_config if generation_config is None else generation_config
-        return base.updated(**overrides) if overrides else base
+    def resolve_generation_config(self, generation_config: Any, overrides: dict) -> tuple[Any, frozenset[str]]:
+        """Options of one call: `overrides` over `generation_config` over the model's own.
 
-    def capacity_after(
-        self, generation_config: NonAutoregressiveGenerationConfig, prompt_lengths: torch.Tensor
-    ) -> torch.Tensor:
+        Of a `GenerationConfig` of transformers what it sets counts; one of the family's own takes the place of the
+        model's. A bound on the length that the call sets replaces the saved ones.
+
+        Returns:
+            the options, and the names of those that the call sets.
+        """
+        base, asked = self.generation_config, dict(overrides)
+        if generation_config is not None:
+            is_own, saved = isinstance(generation_config, NonAutoregressiveGenerationConfig), base.to_dict()
+            given = generation_config.to_dict() if is_own else generation_config.to_diff_dict()
+            given = {name: value for name, value in given.items() if name[0] != "_" and value != saved.get(name)}
+            given.pop("transformers_version", None)
+            base, asked = generation_config if is_own else base, {**given, **overrides}
+        # Attributes may have been set since it was made.
+        base.validate()
+        unset = [name for name in ("max_new_tokens", "max_length") if asked.get(name) is None]
+        if len(unset) == 1:
+            asked[unset[0]] = None
+        return base.updated(**asked), frozenset(name for name, value in asked.items() if value is not None)
+
+    def capacity_after(self, call: GenerationCall, prompt_lengths: torch.Tensor) -> torch.Tensor:
         """How many tokens each row may write after its prompt, by the options and the model's positions: (B,) int64.
 
-        It depends on a row's own prompt alone, so that a row decodes alike in any batch.
+        It depends on a row's own prompt alone, so that a row decodes alike in any batch. A default that exceeds what a
+        prompt leaves is cut.
 
         Args:
-            generation_config: the options.
+            call: the call of `generate`.
             prompt_lengths: (B,) tokens of each prompt.
 
         Raises:
-            ValueError: if a prompt fills the model's positions, or the options ask for more than they hold.
+            ValueError: if a prompt fills the model's positions, or the call asks for more than they hold.
         """
+        generation_config = call.config
         positions, longest = self.config.max_position_embeddings, int(prompt_lengths.max())
         left = positions - longest
         if left <= 0:
@@ -298,7 +303,7 @@ class GenerationOptionsMixin:
                 f"The prompt has {longest} tokens and the model has {positions} positions, so nothing can "
                 "be written: shorten the prompt or train with a larger max_position_embeddings."
             )
-        if generation_config.max_new_tokens is not None and generation_config.max_new_tokens > left:
+        if "max_new_tokens" in call.asked and generation_config.max_new_tokens > left:
             raise ValueError(
                 f"max_new_tokens is {generation_config.max_new_tokens}, but a prompt of {longest} tokens leaves {left} "
                 f"of the model's {positions} positions: set at most {left}."
@@ -311,82 +316,6 @@ class GenerationOptionsMixin:
         max_length = min(positions, generation_config.max_length or positions)
         return (max_length - prompt_lengths).clamp(max=generation_config.max_new_tokens or max_length)
 
-    def aligned_prompts(
-        self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, empty: Sequence[int]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Prompts (B, P) and their mask (bool) with the padding on the left.
-
-        Args:
-            input_ids: (B, P), padded on either side; None is one prompt that reads `empty`, as each of width 0 does.
-            attention_mask: (B, P), 1 for tokens; by default everything but `pad_token_id`.
-            empty: ids of an empty prompt.
-
-        Raises:
-            ValueError: for an id outside the vocabulary, or a batch without rows.
-        """
-        if input_ids is None or input_ids.shape[1] == 0:
-            num_rows = 1 if input_ids is None else len(input_ids)
-            input_ids = torch.tensor([list(empty)] * num_rows, device=self.device)
-            # Some vocabularies have one id for everything special.
-            attention_mask = torch.ones_like(input_ids)
-        self.check_token_ids(input_ids)
-        mask = input_ids != self.config.pad_token_id if attention_mask is None else attention_mask.bool()
-        return left_align_padding(input_ids, mask)
-
-    def completed_prompts(
-        self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, first: int | None, last: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`aligned_prompts` in the layout `first prompt last`, of special tokens that bare prompts get here.
-
-        Args:
-            input_ids: (B, P), padded on either side: all complete, or all bare. None is one prompt of nothing else.
-            attention_mask: (B, P), 1 for tokens; by default everything but `pad_token_id`.
-            first: id before each prompt; None for none.
-            last: id after each prompt.
-
-        Raises:
-            ValueError: for an id outside the vocabulary, or one of the two anywhere else.
-        """
-        ids = [last] if first is None else [first, last]
-        input_ids, mask = self.aligned_prompts(input_ids, attention_mask, ids)
-        is_complete = mask[:, -1] & (input_ids[:, -1] == last)
-        if first is not None:
-            begins = input_ids.gather(-1, mask.int().argmax(dim=-1, keepdim=True)).squeeze(-1)
-            is_complete &= begins == first
-        if is_complete.all():
-            return input_ids, mask
-        if (mask & torch.isin(input_ids, torch.tensor(ids, device=mask.device))).any():
-            layout = f"end with id {last}" if first is None else f"begin with id {first} and end with id {last}"
-            raise ValueError(
-                f"Either all prompts {layout}, or none has these tokens: add them to every prompt or to none, with the "
-                "tokenizer and the collator of this family."
-            )
-        column = torch.ones_like(input_ids[:, :1])
-        before = [] if first is None else [column * first]
-        input_ids = torch.cat((*before, input_ids, column * last), dim=1)
-        mask = torch.cat((*(column.bool() for _ in before), mask, column.bool()), dim=1)
-        return left_align_padding(input_ids, mask)
-
-    def check_token_ids(self, input_ids: torch.Tensor, what: str = "Token id") -> None:
-        """Raise ValueError, which says `what` they are, if an id lies outside the model's vocabulary."""
-        vocab_size = self.config.vocab_size
-        outside = input_ids[(input_ids < 0) | (input_ids >= vocab_size)]
-        if outside.numel():
-            raise ValueError(
-                f"{what} {int(outside[0])} is outside the model's vocabulary of {vocab_size}: use the tokenizer that "
-                "was saved with the model."
-            )
-
-    def check_suppressed(self, suppress_tokens: Sequence[int]) -> None:
-        """Raise ValueError for an id outside the vocabulary, or if no id is left to write."""
-        self.check_token_ids(torch.tensor(list(suppress_tokens)), "suppress_tokens: id")
-        suppressed, size = set(self.config.suppressed_ids or ()), self.config.vocab_size
-        if len(suppressed.union(suppress_tokens)) == size:
-            num = size - len(suppressed)
-            raise ValueError(
-                f"suppress_tokens has all {num} ids that the model writes: leave at least one of them out."
-            )
-
 
 class NonAutoregressiveGenerationMixin(GenerationOptionsMixin):
     """Adds `generate` to a model.
@@ -398,9 +327,7 @@ class NonAutoregressiveGenerationMixin(GenerationOptionsMixin):
 
     generation_inputs: ClassVar[tuple[str, ...]] = ()  # further tensors that `generate` takes by name
 
-    def open_generation(
-        self, call: GenerationCall, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, **inputs
-    ) -> Any:
+    def open_generation(self, call: GenerationCall, input_ids: torch.Tensor, attention_mask: Any, **inputs) -> Any:
         """Check the prompts and open the state of a call; `inputs` are those of `generation_inputs` that were given."""
         raise NotImplementedError
 
@@ -411,54 +338,59 @@ class NonAutoregressiveGenerationMixin(GenerationOptionsMixin):
     @torch.no_grad()
     def generate(
         self,
-        input_ids: torch.Tensor | None = None,
+        input_ids: Any = None,
         attention_mask: torch.Tensor | None = None,
-        generation_config: NonAutoregressiveGenerationConfig | None = None,
+        generation_config: GenerationConfig | None = None,
         streamer: Any = None,
         logits_processor: LogitsProcessorList | None = None,
         stopping_criteria: StoppingCriteriaList | None = None,
         seed: int | Sequence[int] | torch.Tensor | None = None,
+        inputs: Any = None,
+        num_samples: int | None = None,
         **overrides: Any,
     ) -> NonAutoregressiveGenerationOutput | torch.Tensor | None:
-        """Write after each prompt, or fill the mask tokens in it.
-
-        A row decodes alike alone and in any batch. Prompts never change, except for mask tokens in them.
+        """Write after each prompt, or fill the mask tokens in it; a row decodes alike alone and in any batch.
 
         Args:
             input_ids: (B, P) prompts, padded on either side, in the layout of the family's collators or bare; a bare
-                prompt gets the special tokens of that layout. None writes one sequence from an empty prompt. Where the
-                family fills in, a prompt that holds mask tokens is filled in and nothing is written after it.
+                prompt gets the special tokens of that layout. Lists of ids may be of any lengths. None writes one
+                sequence from an empty prompt. Where the family fills in, a prompt that holds mask tokens is filled in
+                and nothing is written after it.
             attention_mask: (B, P), 1 for tokens; by default everything but `pad_token_id`.
-            generation_config: options; the model's own by default.
+            generation_config: options of the family, or what a `GenerationConfig` of transformers sets; the model's own
+                by default.
             streamer: a `TextDiffusionStreamer` or its like. It gets the prompts by `put`, what stands after them when
                 a step is done by `put_draft` (where prompts are filled in, the whole rows), and the result by `put`.
-                One with `takes_edits = True` gets a draft before the first step, and with every later one the edits of
-                the step, as `put_draft(ids, edits=...)`.
-            logits_processor: called as transformers does, with (S, L) ids, (S, V) logits and `cur_step`, a row for each
-                position that is looked at.
+                With `takes_edits = True` it gets a draft before the first step, and with every later one the edits of
+                the step, as `put_draft(ids, edits=...)`. Without `put_draft` it gets prompts and result.
+            logits_processor: called with (S, L) ids, (S, V) logits and `cur_step`, a row for each position looked at.
             stopping_criteria: called after every step with (B, L) ids and None for scores. The rows (B,) for which one
                 is True end as they stand, with "stop".
             seed: one integer, or one for each row (see `row_seeds`).
+            inputs: another name of `input_ids`.
+            num_samples: texts to write from nothing, in place of prompts.
             **overrides: single options by name, and further inputs of the family.
 
         Returns:
             `NonAutoregressiveGenerationOutput`, or its sequences alone with `return_dict_in_generate=False`.
 
         Raises:
-            ValueError: for an unknown option or one that the sampler does not have, a value out of range, an id outside
-                the vocabulary, a special token that cannot stand where it does, or a prompt that leaves no position.
+            ValueError: for an unknown option, a value out of range, an id outside the vocabulary, a special token that
+                cannot stand where it does, or a prompt that leaves no position.
         """
-        inputs = {name: overrides.pop(name) for name in self.generation_inputs if name in overrides}
-        config = self.resolve_generation_config(generation_config, overrides)
-        # Attributes may have been set since it was made.
-        config.validate()
+        further = {name: overrides.pop(name) for name in self.generation_inputs if name in overrides}
+        config, asked = self.resolve_generation_config(generation_config, overrides)
         self.check_suppressed(config.suppress_tokens or ())
-        num_rows, device = (1, self.device) if input_ids is None else (len(input_ids), input_ids.device)
+        prompts, mask = self.prompt_tensors(input_ids, attention_mask, inputs, num_samples)
+        seeds = row_seeds(seed, len(prompts), prompts.device, copies=config.num_return_sequences)
+        prompts, mask = (_repeated(x, config.num_return_sequences) for x in (prompts, mask))
+        further = {name: _repeated(x, config.num_return_sequences) for name, x in further.items()}
         takes_edits = getattr(streamer, "takes_edits", False)
         is_watched = any(watcher is not None for watcher in (streamer, logits_processor, stopping_criteria))
         log = EditLog() if config.return_history or takes_edits else None
-        call = GenerationCall(config, row_seeds(seed, num_rows, device), logits_processor, is_watched, log)
-        state = self.open_generation(call, input_ids, attention_mask, **inputs)
+        processor = LogitsProcessorList(logits_processor) if isinstance(logits_processor, list) else logits_processor
+        call = GenerationCall(config, seeds, processor, is_watched, log, asked)
+        state = self.open_generation(call, prompts, mask, **further)
         self._run(call, state, streamer, takes_edits, StoppingCriteriaList(stopping_criteria or []))
         output = state.output(config.return_history)
         if config.return_history and log is not None:
@@ -474,7 +406,7 @@ class NonAutoregressiveGenerationMixin(GenerationOptionsMixin):
                 streamer.put_draft(state.written().cpu())
         while self.generation_step(call, state, step):
             step += 1
-            if streamer is not None:
+            if hasattr(streamer, "put_draft"):
                 edits = {"edits": call.log.latest().cpu()} if takes_edits and call.log is not None else {}
                 streamer.put_draft(state.written().cpu(), **edits)
             if criteria:

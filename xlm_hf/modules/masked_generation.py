@@ -7,13 +7,7 @@ import torch
 
 from .canvas import MaskedCanvas
 from .devices import true_indices
-from .generation import (
-    GenerationCall,
-    NonAutoregressiveGenerationConfig,
-    NonAutoregressiveGenerationMixin,
-    Sampler,
-    left_align_padding,
-)
+from .generation import GenerationCall, NonAutoregressiveGenerationConfig, NonAutoregressiveGenerationMixin, Sampler
 from .reverse_process import CanvasProcess, ConfidenceSampler
 from .vocabulary_head import LogitsOnDemand
 
@@ -63,19 +57,19 @@ class MaskedGenerationMixin(NonAutoregressiveGenerationMixin):
     def open_canvas(
         self,
         call: GenerationCall,
-        input_ids: torch.Tensor | None,
+        input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None,
         canvas_lengths: torch.Tensor | None = None,
     ) -> MaskedCanvas:
         """Check prompts and put a canvas after each.
 
         A prompt without mask tokens gets a canvas of as many tokens as the options leave it; `bos_token_id` is put
-        between the two if the prompt does not end with it. A prompt with mask tokens is a canvas itself, and nothing is
-        appended.
+        between the two, unless the prompt ends with it, or is the beginning of a text and begins with it. A prompt with
+        mask tokens is a canvas itself, and nothing is appended.
 
         Args:
             call: the call of `generate`.
-            input_ids: (B, P) prompts, padded on either side; None is one empty prompt.
+            input_ids: (B, P) prompts, padded on either side.
             attention_mask: (B, P), 1 for tokens; by default everything but `pad_token_id`.
             canvas_lengths: (B,) length of each row's canvas, at most that; 0 appends nothing, so that only the mask
                 tokens of the prompt are filled.
@@ -90,16 +84,11 @@ class MaskedGenerationMixin(NonAutoregressiveGenerationMixin):
             extended = ~((input_ids == config.mask_token_id) & mask).any(dim=-1)
         else:
             extended = canvas_lengths > 0
-        lacks_bos = extended & ~((input_ids[:, -1] == config.bos_token_id) & mask[:, -1])
-        if lacks_bos.any():
-            input_ids = torch.cat((input_ids, torch.full_like(input_ids[:, :1], config.bos_token_id)), dim=1)
-            input_ids, mask = left_align_padding(input_ids, torch.cat((mask, lacks_bos[:, None]), dim=1))
-            input_ids = input_ids.masked_fill(~mask, config.pad_token_id)
-        self._check_layout(input_ids, mask, extended)
+        input_ids, mask = self.completed_prompts(input_ids, mask, None, config.bos_token_id, extended)
         is_guided = getattr(call.config, "guidance_scale", None) is not None
         if is_guided and not extended.all():
             raise ValueError("guidance_scale is about prompts, and a prompt with mask tokens is filled in: unset it.")
-        lengths = self._canvas_lengths(call.config, mask.sum(dim=-1), extended)
+        lengths = self._canvas_lengths(call, mask.sum(dim=-1), extended)
         if canvas_lengths is not None:
             lengths = torch.minimum(lengths, canvas_lengths)
         special = (config.mask_token_id, config.pad_token_id, config.eos_token_id)
@@ -107,19 +96,9 @@ class MaskedGenerationMixin(NonAutoregressiveGenerationMixin):
         canvas.passes_per_call = 2 if is_guided else 1
         return canvas
 
-    def _check_layout(self, input_ids: torch.Tensor, mask: torch.Tensor, extended: torch.Tensor) -> None:
-        """Raise ValueError for a `[BOS]` in the middle of a prompt; at its start it may belong to a foreign layout."""
-        config, bos_id = self.config, self.config.bos_token_id
-        is_bos = (input_ids == bos_id) & mask & extended[:, None]
-        middle = is_bos[:, :-1] & (mask.cumsum(dim=-1) > 1)[:, :-1]
-        # Some vocabularies have one id for everything special.
-        if bos_id not in (config.eos_token_id, config.pad_token_id) and middle.any():
-            raise ValueError(
-                f"A prompt has [BOS] (id {bos_id}) in its middle, but a sequence is `prompt [BOS] canvas`: move [BOS] "
-                "to the end of the prompt, or remove it."
-            )
-
-    def _canvas_lengths(self, generation_config, prompt_lengths: torch.Tensor, extended: torch.Tensor) -> torch.Tensor:
+    def _canvas_lengths(
+        self, call: GenerationCall, prompt_lengths: torch.Tensor, extended: torch.Tensor
+    ) -> torch.Tensor:
         longest, positions = int(prompt_lengths.max()), self.config.max_position_embeddings
         if longest > positions:
             raise ValueError(
@@ -128,7 +107,7 @@ class MaskedGenerationMixin(NonAutoregressiveGenerationMixin):
             )
         lengths = torch.zeros_like(prompt_lengths)
         if extended.any():
-            lengths[extended] = self.capacity_after(generation_config, prompt_lengths[extended])
+            lengths[extended] = self.capacity_after(call, prompt_lengths[extended])
         return lengths
 
     def predict(

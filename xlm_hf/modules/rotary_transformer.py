@@ -62,15 +62,21 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
 def default_position_ids(tokens: torch.Tensor, attention_mask: torch.Tensor | None, past: int = 0) -> torch.Tensor:
     """Positions (B or 1, L) of `tokens` (B, L, ...): each row counts its own tokens, the `past` ones in a cache too.
 
-    Raises:
-        ValueError: if `attention_mask` is one of pairs, which does not say which tokens exist.
+    A mask of pairs does not say which tokens exist, so that all of them count.
     """
     L = tokens.shape[1]
-    if attention_mask is not None and attention_mask.dim() == 4:
-        raise ValueError("A mask (B, 1, L, L) does not tell the positions: pass position_ids.")
-    if attention_mask is None:
+    if attention_mask is None or attention_mask.dim() == 4:
         return torch.arange(past, past + L, device=tokens.device)[None]
     return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -L:]
+
+
+def check_keywords(keywords: dict[str, Any]) -> None:
+    """Raise TypeError for an argument that no forward pass takes; one that is None counts as not given."""
+    # The tokenizer is what `generate` of transformers hands on.
+    for name in keywords.keys() - {"output_hidden_states", "output_attentions", "use_cache", "tokenizer"}:
+        if keywords[name] is not None:
+            of_loss = ": the loss of this model is an object of its own, see xlm_hf.XLMTrainer"
+            raise TypeError(f"forward has no argument {name!r}{of_loss if name == 'labels' else ''}.")
 
 
 def take_of_rows(x: torch.Tensor, L: int, index: torch.Tensor | None) -> torch.Tensor:
@@ -340,9 +346,9 @@ class RotaryTransformer(RotaryTransformerPreTrainedModel):
             input_ids: (B, L) token ids.
             attention_mask: (B, L), 1 for tokens and 0 for padding on either side; None means no padding. With a cache
                 it covers the tokens in the cache too, (B, cached + L). A mask (B, 1, L, cached + L) of bools says for
-                each pair whether it is seen; then `position_ids` are needed.
+                each pair whether it is seen, one of floats what is added to its score.
             position_ids: (B, L) positions; by default each row counts its own tokens, so that padding on the left and
-                on the right give the same result.
+                on the right give the same result. With a mask of pairs every token counts.
             segment_ids: (B, L) document of each token in a packed row; no token sees another document.
             cache: from `new_cache`. It holds the keys, values and inputs of short convolutions of the earlier tokens;
                 those of these tokens are added.
@@ -359,6 +365,7 @@ class RotaryTransformer(RotaryTransformerPreTrainedModel):
             `last_hidden_state` (B, L, hidden_size), or (S, hidden_size) with `output_index`, and `hidden_states` and
             `attentions` where asked for.
         """
+        check_keywords(kwargs)
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         L, past = hidden_states.shape[1], 0 if cache is None else cache.get_seq_length()
         if position_ids is None:

@@ -21,12 +21,14 @@ class LanguageModelOutput(ModelOutput):
     """What the `forward` of a language model returns; families with more heads add their fields.
 
     Attributes:
+        loss: mean over the labels, where `forward` takes `labels`.
         logits: (B, L, V), or (S, V) where the call names S positions; None with a head function.
         head_output: what the head function of the call returned; None without one.
         hidden_states: per layer (B, L, hidden_size), with `output_hidden_states=True`.
         attentions: per layer (B, heads, L, L), with `output_attentions=True` and eager attention.
     """
 
+    loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     head_output: Any = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
@@ -74,8 +76,10 @@ def head_fields(
 
 def is_linear(head: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether the head is no more than a linear map, whose weight may be used without calling it."""
-    # DeepSpeed gathers a weight that it keeps in shards where its module is called, and nowhere else.
-    return type(head) is nn.Linear and not hasattr(head.weight, "ds_id")
+    # DeepSpeed gathers a weight that it keeps in shards where its module is called, and nowhere else; a quantised
+    # weight is a tensor of another class.
+    is_plain = type(head) is nn.Linear and type(head.weight) in (nn.Parameter, torch.Tensor)
+    return is_plain and not hasattr(head.weight, "ds_id")
 
 
 class LogitsOnDemand:

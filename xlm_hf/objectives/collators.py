@@ -154,7 +154,8 @@ class Collator:
         """The prompts for `generate`: what stands before the target, or in infilling the input with its blanks."""
         if self.kind == "infill":
             return self.left_padded(examples, [[*self.head, *self.tail, *e["input_ids"]] for e in examples])
-        prompts = [e["prompt_ids"] for e in examples] if self.kind == "seq2seq" else [[] for _ in examples]
+        # Plain text has the beginning to go on from, if any.
+        prompts = [e["prompt_ids"] if self.kind == "seq2seq" else e.get("prompt_ids", []) for e in examples]
         return self.left_padded(examples, [[*self.head, *prompt, *self.tail] for prompt in prompts])
 
     def documents(self, examples: Examples) -> Documents:

@@ -1,11 +1,12 @@
 """Tokenizers of symbols, words, characters, bytes or pieces, with the special tokens that the families need."""
 
+import copy
 import hashlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE, Unigram, WordLevel
 from tokenizers.trainers import BpeTrainer, UnigramTrainer, WordLevelTrainer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -137,6 +138,28 @@ def joining_blank(tokenizer: PreTrainedTokenizerBase) -> str:
 def decode_text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     """The text of ids that continue nothing: without the blank that joins words to a prompt before them."""
     return str(tokenizer.decode(ids)).removeprefix(joining_blank(tokenizer))
+
+
+def with_prompt_layout(tokenizer: Any, head: Sequence[int], tail: Sequence[int]) -> Any:
+    """A copy that puts special tokens around a text, as a family's prompts have them; preparation leaves them out.
+
+    Where the tokens of a vocabulary are joined by no decoder, the copy decodes a blank before each.
+
+    Args:
+        tokenizer: of a task.
+        head: ids before a prompt (see `xlm_hf.objectives.collators.Collator`).
+        tail: ids after it.
+    """
+    copied = copy.deepcopy(tokenizer)
+    for name in ("add_bos_token", "add_eos_token"):
+        # What would replace the layout when the copy is loaded.
+        copied.init_kwargs.pop(name, None)
+    before, after = copied.convert_ids_to_tokens(list(head)), copied.convert_ids_to_tokens(list(tail))
+    special = list(zip([*before, *after], [*head, *tail], strict=True))
+    backend = copied.backend_tokenizer
+    backend.post_processor = processors.TemplateProcessing(single=[*before, "$A", *after], special_tokens=special)
+    backend.decoder = backend.decoder or _words()
+    return copied
 
 
 def pretrained_tokenizer(source: str) -> PreTrainedTokenizerFast:
