@@ -20,7 +20,7 @@ import torch
 import transformers
 import yaml
 from huggingface_hub import ModelCard
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 
 import xlm_hf
 from tests.clean_environment import clean_python, run_python  # noqa: F401 - a fixture
@@ -30,6 +30,7 @@ from xlm_hf.families import Family, families
 from xlm_hf.hub.card import render_card
 from xlm_hf.hub.export import export_code, family_code
 from xlm_hf.modeling.ilm import ILMConfig, ILMForInsertionLM
+from xlm_hf.tasks.tokenizers import with_prompt_layout
 
 ROOT = Path(__file__).parents[2]
 SPECIAL_TOKENS = {f"{name.lower()}_token": f"[{name}]" for name in ("PAD", "CLS", "MASK", "EOS", "BOS", "UNK")}
@@ -46,10 +47,12 @@ CODE_FILES = {
     "generation_output.py",
     "language_model.py",
     "messages.py",
+    "prompts.py",
     "modeling_ilm.py",
     "rotary_transformer.py",
     "short_convolution.py",
     "time_conditioning.py",
+    "text_generation_pipeline.py",
     "vocabulary_head.py",
     "token_sampling.py",
     "transformer_backbone.py",
@@ -129,7 +132,7 @@ def generate(model, tokenizer):
 
 LOAD = """
     import json, sys
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModel, AutoTokenizer
 
     source, copied = sys.argv[1:]
     trust = {"trust_remote_code": True}
@@ -137,19 +140,15 @@ LOAD = """
     assert type(config).__module__.startswith("transformers_modules."), type(config).__module__
     tokenizer = AutoTokenizer.from_pretrained(source, **trust)
     inputs = tokenizer(%r, padding=True, return_tensors="pt")
-    sequences = []
-    for auto_class in (AutoModel, AutoModelForCausalLM):
-        model, info = auto_class.from_pretrained(source, output_loading_info=True, **trust)
-        assert not any(info.values()), info
-        assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
-        assert model.config.to_dict() == config.to_dict() | {"dtype": model.config.to_dict()["dtype"]}
-        assert model.generation_config.stopping_threshold == 1.0
-        output = model.generate(inputs.input_ids, inputs.attention_mask, do_sample=True, seed=7)
-        sequences.append(output.sequences.tolist())
-    assert sequences[0] == sequences[1]
+    model, info = AutoModel.from_pretrained(source, output_loading_info=True, **trust)
+    assert not any(info.values()), info
+    assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
+    assert model.config.to_dict() == config.to_dict() | {"dtype": model.config.to_dict()["dtype"]}
+    assert model.generation_config.stopping_threshold == 1.0
+    output = model.generate(inputs.input_ids, inputs.attention_mask, do_sample=True, seed=7)
     model.save_pretrained(copied)
     tokenizer.save_pretrained(copied)
-    print(json.dumps(sequences[0]))
+    print(json.dumps(output.sequences.tolist()))
 """ % (PROMPTS,)  # noqa: UP031 - the script is full of braces
 
 
@@ -170,18 +169,19 @@ def test_an_export_works_where_only_torch_and_transformers_are_installed(model, 
 
 
 def test_the_examples_of_the_card_run_as_written(model, tokenizer, clean_python, tmp_path):
-    prompts = {"empty": torch.tensor([[1, 4]]), "prompted": torch.tensor([[6, 7]])}
-    variables = {"empty": {}, "prompted": {"samples": [{"prompt": "a b", "prediction": "c"}]}}
-    examples = []
-    for name in prompts:
-        xlm_hf.export_model(model, tokenizer, tmp_path / name, variables[name])
-        examples += re.findall(r"```python\n(.*?)```", (tmp_path / name / "README.md").read_text(), re.DOTALL)
+    tokenizer = with_prompt_layout(tokenizer, [1], [4])
+    prompts, examples, shown = {"empty": [1, 4], "prompted": [1, 6, 7, 4]}, [], []
+    for name, prompt in prompts.items():
+        sequence = model.generate(torch.tensor([prompt]), seed=[9]).sequences[0, len(prompt) :]
+        sample = {"prompt": tokenizer.decode(prompt, skip_special_tokens=True).strip(), "seed": 9, "is_filled": False}
+        sample["prediction"] = tokenizer.decode(sequence, skip_special_tokens=True).strip()
+        xlm_hf.export_model(model, tokenizer, tmp_path / name, {"samples": [sample]})
+        card = (tmp_path / name / "README.md").read_text()
+        examples += re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+        shown += re.findall(r"It prints\n\n````text\n(.*?)\n````", card, re.DOTALL)
     out = clean_python("\n".join(examples), home=tmp_path / "home", cwd=tmp_path)
-    decodes = [ast.literal_eval(line) for line in out.splitlines()]
-    expected = [model.generate(prompt, do_sample=True, seed=0).sequences for prompt in prompts.values()]
-    assert decodes == [tokenizer.batch_decode(sequences, skip_special_tokens=True) for sequences in expected]
-    assert decodes[0][0]
-    assert decodes[1][0].startswith("a b ")
+    assert out.splitlines() == shown
+    assert all(len(text) > 10 for text in shown)
 
 
 def test_an_export_holds_these_files_and_no_others(model, tokenizer, tmp_path):
@@ -228,9 +228,11 @@ def test_config_names_every_auto_class_and_nothing_else(model, tokenizer, tmp_pa
     assert config["auto_map"] == {
         "AutoConfig": "configuration_ilm.ILMConfig",
         "AutoModel": "modeling_ilm.ILMForInsertionLM",
-        "AutoModelForCausalLM": "modeling_ilm.ILMForInsertionLM",
     }
-    standard = {"architectures", "auto_map", "dtype", "model_type", "transformers_version"}
+    assert config["custom_pipelines"] == {
+        "text-generation": {"impl": "text_generation_pipeline.XLMTextGenerationPipeline", "pt": ["AutoModel"]}
+    }
+    standard = {"architectures", "auto_map", "custom_pipelines", "dtype", "model_type", "transformers_version"}
     assert set(config) - standard <= set(ILMConfig.__dataclass_fields__) - {"use_cache"}
     # Saved from memory or from a folder, no path of this machine gets in.
     again = AutoModel.from_pretrained(tmp_path / "model")
@@ -251,7 +253,7 @@ def test_saving_leaves_the_config_in_memory_alone(model, tmp_path, monkeypatch):
         "architectures": None,
     }
     model.save_pretrained(tmp_path / "first")
-    xlm_hf.register_family(ILMConfig, ILMForInsertionLM, auto_classes=("AutoModel", "AutoModelForCausalLM"))
+    xlm_hf.register_family(ILMConfig, ILMForInsertionLM)
     model.save_pretrained(tmp_path / "second")
     assert files_of(tmp_path / "first") == files_of(tmp_path / "second") == CODE_FILES | WEIGHT_FILES
     model.config.save_pretrained(tmp_path / "config alone")
@@ -259,8 +261,7 @@ def test_saving_leaves_the_config_in_memory_alone(model, tmp_path, monkeypatch):
     assert type(AutoModel.from_config(model.config)) is ILMForInsertionLM
 
 
-@pytest.mark.parametrize("auto_class", [AutoModel, AutoModelForCausalLM])
-def test_the_installed_package_loads_its_own_class_without_trust(auto_class, model, tokenizer, tmp_path, monkeypatch):
+def test_the_installed_package_loads_its_own_class_without_trust(model, tokenizer, tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("asked for trust, or ran code from the folder")
 
@@ -270,7 +271,7 @@ def test_the_installed_package_loads_its_own_class_without_trust(auto_class, mod
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for trust in ({}, {"trust_remote_code": True}):
-            loaded = auto_class.from_pretrained(tmp_path / "model", **trust)
+            loaded = AutoModel.from_pretrained(tmp_path / "model", **trust)
             assert type(loaded) is ILMForInsertionLM
             assert type(loaded.config) is ILMConfig
             assert type(AutoConfig.from_pretrained(tmp_path / "model", **trust)) is ILMConfig
@@ -278,7 +279,7 @@ def test_the_installed_package_loads_its_own_class_without_trust(auto_class, mod
                 model, tokenizer
             )
             # The config carries the auto_map of the file now, and must serve as before.
-            assert type(auto_class.from_config(loaded.config)) is ILMForInsertionLM
+            assert type(AutoModel.from_config(loaded.config)) is ILMForInsertionLM
             loaded.save_pretrained(tmp_path / "again")
     assert (tmp_path / "again/config.json").read_bytes() == (tmp_path / "model/config.json").read_bytes()
 
@@ -299,7 +300,7 @@ def test_families_are_kept_in_order_with_their_auto_classes():
     assert "ilm" in families()
     ilm = families()["ilm"]
     assert (ilm.config_class, ilm.model_class) == (ILMConfig, ILMForInsertionLM)
-    assert ilm.auto_classes == ("AutoModel", "AutoModelForCausalLM")
+    assert ilm.auto_classes == ("AutoModel",)
     families().clear()
     assert "ilm" in families()
 

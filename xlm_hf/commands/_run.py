@@ -11,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
@@ -23,6 +24,8 @@ from xlm_hf.building import load_model, plain
 from xlm_hf.evaluation import default_evaluation
 from xlm_hf.families import families
 from xlm_hf.files import write_text
+from xlm_hf.modules.counter_random import random_bits
+from xlm_hf.modules.messages import import_target
 from xlm_hf.reports.comparison import NOT_IN_TABLE, number
 from xlm_hf.saved_configs import load_config
 from xlm_hf.tasks import Task
@@ -182,6 +185,7 @@ def card_variables(
         "experiment": config["experiment"],
         "base_model": None if backbone in own else backbone,
         "task": task["name"],
+        "explanation": _explanation(task["_target_"]),
         "dataset": f"`{task['_target_']}`, with the options under `task` below",
         "seed": config["seed"],
         "steps": metrics["steps"],
@@ -189,10 +193,23 @@ def card_variables(
         "metrics": {name: value for name, value in sorted(metrics.items()) if "/" in name},
         "protocol": f"Each example once, with the seed of the run; losses with the corruption of epoch 0, decodes with "
         f"{options or 'the default options'}.",
-        "samples": [
-            {name: record.get(name, "") for name in ("prompt", "prediction", "reference")} for record in decodes
-        ],
+        "samples": [_sample(record, config["seed"]) for record in decodes],
     }
+
+
+def _sample(record: dict[str, Any], seed: int) -> dict[str, Any]:
+    """What the card says of a decode, with the seed that gives it again."""
+    sample = {name: record.get(name, "") for name in ("prompt", "prediction", "reference")}
+    is_filled = any(step >= 0 for step in record.get("steps", [])) and -1 in record["steps"]
+    return {**sample, "seed": int(random_bits(seed, torch.tensor(record["example_id"]))), "is_filled": is_filled}
+
+
+def _explanation(target: str) -> str | None:
+    """What a task is, in a sentence; None for one of another package, which is not imported for a card."""
+    if not target.startswith("xlm_hf.tasks."):
+        return None
+    documentation = " ".join((import_target("task", target).__doc__ or "").split("\n\n")[0].split())
+    return documentation.split(". ")[0].split("; `docs")[0].rstrip(".") or None
 
 
 def next_command(*overrides: str) -> str:

@@ -14,8 +14,10 @@ from xlm_hf.modules.messages import did_you_mean
 
 _CARD_VARIABLES = {
     *("model_id", "parameters", "experiment", "task", "dataset", "steps"),
-    *("seed", "config", "metrics", "protocol", "samples", "base_model"),
+    *("seed", "config", "metrics", "protocol", "samples", "base_model", "explanation"),
 }
+# Of the results, what other models are not compared by.
+_COSTS = {"seconds", "nfe", "tokens_per_forward", "loss"}
 
 
 def render_card(family: Family, variables: dict[str, Any]) -> str:
@@ -32,7 +34,10 @@ def render_card(family: Family, variables: dict[str, Any]) -> str:
                 there is one, and `<set>/samples`.
             protocol (str): how the metrics were measured.
             base_model (str): folder or Hub id of what the weights were taken from, whose licence then holds.
-            samples (list of dict): decodes, each a `prediction`, and a `prompt` and `reference` where it has them.
+            explanation (str): the task in a sentence, without its full stop.
+            samples (list of dict): decodes, each a `prediction`, and a `prompt` and `reference` where it has them. The
+                example of the card gives the first one again if it has the `seed` of its row, an integer; `is_filled`
+                says that it fills its prompt in.
 
     Returns:
         Markdown with a YAML header.
@@ -44,6 +49,7 @@ def render_card(family: Family, variables: dict[str, Any]) -> str:
         raise ValueError(f"A model card has no variable {unknown[0]!r}: {did_you_mean(unknown[0], _CARD_VARIABLES)}")
     model_type = family.config_class.model_type
     results = _eval_results(variables.get("task", model_type), variables.get("metrics", {}))
+    compared = [r for r in results if r.metric_type not in _COSTS and not r.metric_type.endswith(("_loss", "_nelbo"))]
     origin = variables.get("base_model")
     if is_folder := origin is not None and Path(origin).exists():
         variables = {**variables, "base_model": Path(origin).name}
@@ -53,8 +59,8 @@ def render_card(family: Family, variables: dict[str, Any]) -> str:
         license=None if origin else "apache-2.0",
         base_model=None if is_folder else origin,
         tags=["xlm-hf", *(family.model_class.model_tags or ["non-autoregressive"]), model_type],
-        model_name=variables.get("model_id", model_type) if results else None,
-        eval_results=results or None,
+        model_name=_title(model_type, variables) if compared else None,
+        eval_results=compared or None,
     )
     own = Path(inspect.getfile(family.config_class)).with_name("hub_card.md")
     external = {f"{model_type}.md": own.read_text(encoding="utf-8")} if own.exists() else {}
@@ -67,10 +73,18 @@ def render_card(family: Family, variables: dict[str, Any]) -> str:
     return environment.select_template([f"{model_type}.md", "_base.md"]).render(
         card_data=card_data.to_yaml(),
         model_type=model_type,
+        title=_title(model_type, variables),
         model_class=family.model_class.__name__,
         results=results,
+        sample=next(iter(variables.get("samples", [])), {}),
         **variables,
     )
+
+
+def _title(model_type: str, variables: dict[str, Any]) -> str:
+    """The name of a repository, or of the experiment or else the folder that a model lies in."""
+    owner, _, name = variables.get("model_id", model_type).rpartition("/")
+    return name if owner else variables.get("experiment") or name
 
 
 def _card_template(name: str) -> str | None:
