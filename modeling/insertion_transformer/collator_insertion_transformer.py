@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from xlm_hf.modules.checked_options import Positive, PositiveInt
 from xlm_hf.objectives.collation import Documents, random_subset, segment_numbers, segment_ranges
 from xlm_hf.objectives.collators import Collator, Entry
 from xlm_hf.objectives.head_operator import IGNORED_ID
@@ -96,9 +97,6 @@ class InsertionTransformerCollator(Collator):
         target_ids (T,): the dropped tokens, and `[EOS]` for each slot that lacks nothing.
         target_weights (T,): float32; those of a document sum to 1, and each of its slots has an equal share.
         example_id: of the examples, as given.
-
-    Raises:
-        ValueError: for a temperature or a `drop_beta` that is not greater than 0.
     """
 
     layouts = {"lm": "[BOS] target", "seq2seq": "prompt [BOS] target"}
@@ -114,18 +112,15 @@ class InsertionTransformerCollator(Collator):
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        max_length: int,
+        max_length: PositiveInt,
         kind: str,
         prediction: bool = False,
         seed: int = 0,
         packing: bool = False,
-        tree_temperature: float | None = None,
-        drop_beta: float = 1.0,
+        tree_temperature: Positive | None = None,
+        drop_beta: Positive = 1.0,
     ):
         super().__init__(tokenizer, max_length, kind, prediction, seed, packing)
-        for name, value in (("tree_temperature", tree_temperature), ("drop_beta", drop_beta)):
-            if value is not None and value <= 0:
-                raise ValueError(f"{name} must be greater than 0 and is {value}.")
         self.tree_temperature, self.drop_beta = tree_temperature, drop_beta
 
     def training_batch(self, documents: Documents) -> dict[str, torch.Tensor]:

@@ -3,6 +3,7 @@
 from transformers.configuration_utils import strict
 
 from xlm_hf.modules.backbone_config import RotaryTransformerConfig
+from xlm_hf.modules.checked_options import Count
 
 
 @strict
@@ -23,10 +24,9 @@ class InsertionTransformerConfig(RotaryTransformerConfig):
 
     model_type = "insertion_transformer"
 
-    pad_token_id: int | None = 0
-    bos_token_id: int | None = 4
-    eos_token_id: int | None = 3
-    suppress_tokens: list[int] | None = None
+    pad_token_id: Count | None = 0
+    bos_token_id: Count | None = 4
+    eos_token_id: Count | None = 3
 
     @property
     def suppressed_ids(self) -> list[int]:

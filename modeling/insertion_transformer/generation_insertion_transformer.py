@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from xlm_hf.modules.checked_options import PositiveInt
 from xlm_hf.modules.counter_random import uniform
 from xlm_hf.modules.edits import EditBuffer
 from xlm_hf.modules.generation import (
@@ -26,13 +27,8 @@ class InsertionTransformerGenerationConfig(NonAutoregressiveGenerationConfig):
         end_penalty: subtracted from the logit of `[EOS]`; more than 0 writes longer texts.
     """
 
-    insertions_per_step: int | None = None
+    insertions_per_step: PositiveInt | None = None
     end_penalty: float = 0.0
-
-    def validate(self, strict: bool = False, user_set_attributes: set[str] | None = None) -> None:
-        """Check every option; raises ValueError naming the option, its value and its range."""
-        super().validate()
-        self._check_positive("insertions_per_step")
 
 
 class InsertionTransformerGenerationMixin(NonAutoregressiveGenerationMixin):

@@ -126,7 +126,7 @@ def test_logits_are_taken_a_block_at_a_time(monkeypatch):
     ("call", "message"),
     [
         ({"insertion_per_step": 1}, "no option 'insertion_per_step': did you mean 'insertions_per_step'"),
-        ({"insertions_per_step": 0}, "insertions_per_step must be greater than 0 and is 0"),
+        ({"insertions_per_step": 0}, "insertions_per_step must be at least 1 and is 0"),
         ({"input_ids": torch.tensor([[9, BOS], [8, 9]])}, "add them to every prompt or to none"),
     ],
 )
