@@ -70,6 +70,7 @@ def test_a_comparison_is_killed_resumed_changed_and_extended(tmp_path, monkeypat
     printed, sentence = call(tmp_path, monkeypatch, capsys)
     assert sentence is None, printed
     assert f"4 runs, {len(before)} of them done" in printed
+    assert "4 of 4 runs done, 0 running, about 0 minutes to go" in printed
     metrics = metrics_of(tmp_path)
     assert sorted(metrics) == CELLS
     for name, written in before.items():
@@ -173,6 +174,35 @@ def test_a_table_has_ten_columns_at_most():
     header, rule, row = comparison.markdown_table(table).splitlines()
     assert header == "| " + " | ".join(f"c{i}" for i in range(10)) + " |"
     assert row.count("|") == rule.count("|") == 11
+
+
+def test_curves_are_told_apart_and_bars_of_a_share_stay_within_it(tmp_path, monkeypatch):
+    axes = pytest.importorskip("matplotlib.axes").Axes
+    drawn, legends = [], []
+    errorbar, legend = axes.errorbar, axes.legend
+    monkeypatch.setattr(axes, "errorbar", lambda self, *a, **k: drawn.append((a, k)) or errorbar(self, *a, **k))
+    monkeypatch.setattr(axes, "legend", lambda self, **k: legends.append((self, k)) or legend(self, **k))
+    runs = [
+        {"family": f"f{i}", "task": task, "seed": seed, "step": 5, "test/exact_match": value, "test/loss": 3 * value}
+        for task in ("a", "b")
+        for i in range(9)
+        for seed, value in enumerate((1.0, 0.6, 1.0))
+        if (task, i) != ("b", 0)
+    ]
+    comparison.plot(tmp_path / "p.png", pd.DataFrame(runs), "step", "step", ["test/exact_match", "test/loss"])
+    assert (tmp_path / "p.png").exists()
+    mean, std = 2.6 / 3, pd.Series([1.0, 0.6, 1.0]).std()
+    (_, _, (below, above)), _ = drawn[0]
+    assert (below.item(), above.item()) == (pytest.approx(std), pytest.approx(1 - mean))
+    assert next(a for a, k in drawn if a[1].iloc[0] > 1)[2][1].item() == pytest.approx(3 * std), "a loss is no share"
+    looks = {k["label"]: (k["color"], k["marker"], k["linestyle"]) for _, k in drawn}
+    assert len(set(looks.values())) == 9
+    for _, k in drawn:
+        assert (k["color"], k["marker"], k["linestyle"]) == looks[k["label"]], "the same in every panel"
+    assert [axes.get_ylabel() for axes, _ in legends[:2]] == ["exact match (test)", "loss (test)"]
+    assert legends[0][0].get_xlabel() == "training step"
+    assert {k["title"] for _, k in legends} == {"mean and standard deviation over 3 seeds"}
+    assert all(k["bbox_to_anchor"][1] < 0 for _, k in legends), "below the curves, and not over them"
 
 
 def test_without_matplotlib_the_rest_is_written_and_a_sentence_says_how_to_get_it(tmp_path, monkeypatch, caplog):

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from xlm_hf.building import compose, is_open, plain
 from xlm_hf.commands._run import check_same_run, run_directory, say
 from xlm_hf.files import write_text
 from xlm_hf.modules.messages import check_options
-from xlm_hf.reports.comparison import NOT_IN_TABLE, markdown_table, plot, summarise, write_tables
+from xlm_hf.reports.comparison import MOST_COLUMNS, NOT_IN_TABLE, markdown_table, plot, summarise, write_tables
 from xlm_hf.training.checkpoints import list_checkpoints
 
 _BUDGETS = {"steps": "trainer.max_steps", "tokens": "budget.tokens", "seconds": "budget.seconds"}
@@ -64,8 +65,21 @@ def run(cfg: DictConfig) -> None:
         check_same_run(cell.folder, config_of(cell), whole=True)
     say(f"{len(cells)} runs, {sum(bool(_metrics(cell.folder)) for cell in cells)} of them done; {output_dir}")
     launcher = options["launcher"] or [sys.executable]
+    missing = [cell for cell in cells if not _metrics(cell.folder)]
+    begun, left = time.monotonic(), len(missing)
+
+    def run_and_tell(cell: Cell) -> list[str]:
+        nonlocal left
+        failed = run_cell(cell, launcher)
+        if cell in missing:
+            left -= 1
+            minutes = (time.monotonic() - begun) / (len(missing) - left) * left / 60
+            running = f"{min(left, cfg.parallel)} running, about {minutes:.0f} minutes to go"
+            say(f"{len(cells) - left} of {len(cells)} runs done, {running}")
+        return failed
+
     with ThreadPoolExecutor(cfg.parallel) as pool:
-        failures = [*itertools.chain(*pool.map(lambda cell: run_cell(cell, launcher), cells))]
+        failures = [*itertools.chain(*pool.map(run_and_tell, cells))]
     write_comparison(cells, output_dir, options["quality"])
     if failures:
         sys.exit(
@@ -192,6 +206,8 @@ def write_comparison(cells: list[Cell], output_dir: Path, quality: list[str]) ->
     others = [name for name in sorted(runs) if "/" in name and not name.endswith(NOT_IN_TABLE) and name not in chosen]
     table = summarise(runs, ["family"], [*chosen, *_COSTS, *others])
     text = f"# Comparison\n\nMean ± standard deviation over seeds.\n\n{markdown_table(table)}"
+    if table.shape[1] > MOST_COLUMNS:
+        text += "\nFurther metrics are in results.csv.\n"
     if any(cell.sweep for cell in done):
         text += f"\n# Forward passes\n\n{markdown_table(summarise(points, ['family', 'options'], chosen))}"
         write_text(output_dir / "results_nfe.csv", points.to_csv(index=False))

@@ -1,6 +1,7 @@
 """Tables and plots of several runs: CSV, Markdown with mean and standard deviation, PNG."""
 
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +17,10 @@ NOT_IN_TABLE = ("/samples", "/seconds", "_standard_error")
 
 # Of a table that a page can hold; the CSV has them all.
 MOST_COLUMNS = 10
+# Of Okabe and Ito, apart for the colour-blind; each curve has a marker and a line of its own too.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKERS, _LINES = "osD^vP*X<", ("-", "--", "-.", ":")
+_WORDS = {"step": "training step", "nfe": "forward passes"}
 
 
 def number(value: float) -> str:
@@ -50,10 +55,17 @@ def write_tables(folder: Path, name: str, runs: pd.DataFrame, text: str) -> None
     write_text(folder / f"{name}.md", text)
 
 
+def _in_words(name: str) -> str:
+    evaluation_set, _, metric = name.rpartition("/")
+    words = _WORDS.get(metric, metric.replace("_", " "))
+    return f"{words} ({evaluation_set})" if evaluation_set else words
+
+
 def plot(file: Path, points: pd.DataFrame, same: str, x: str, metrics: Sequence[str]) -> None:
     """Draw each metric on each task against `x`: for each family the means of the points that agree in `same`.
 
-    Bars show the standard deviation over seeds. Without matplotlib nothing is drawn; one sentence says how to get it.
+    Bars show the standard deviation over seeds; those of a share end at 0 and 1. Without matplotlib nothing is drawn;
+    one sentence says how to get it.
     """
     try:
         from matplotlib.figure import Figure
@@ -63,15 +75,21 @@ def plot(file: Path, points: pd.DataFrame, same: str, x: str, metrics: Sequence[
     panels = [(task, metric) for task in points["task"].unique() for metric in metrics]
     if not panels:
         return
-    figure = Figure(figsize=(6 * len(panels), 4), layout="constrained")
+    figure, families = Figure(figsize=(6 * len(panels), 4.5), layout="constrained"), list(points["family"].unique())
     for axes, (task, metric) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         found = points[points["task"] == task].dropna(subset=[x, metric])
+        bounds = (0.0, 1.0) if found[metric].between(0, 1).all() else (-math.inf, math.inf)
         for family, curve in found.groupby("family", sort=False):
+            i = families.index(family)
             means = curve.groupby(same)[[x, metric]].agg(["mean", "std"]).sort_values((x, "mean")).fillna(0)
-            axes.errorbar(means[x, "mean"], means[metric, "mean"], means[metric, "std"], label=family, marker=".")
-        axes.set(title=task, xlabel=x, ylabel=metric)
+            mean, std = means[metric, "mean"], means[metric, "std"]
+            bars = [std.clip(upper=mean - bounds[0]), std.clip(upper=bounds[1] - mean)]
+            style = {"color": _COLOURS[i % 7], "marker": _MARKERS[i % 9], "linestyle": _LINES[i % 4]}
+            axes.errorbar(means[x, "mean"], mean, bars, label=family, capsize=2, **style)
+        axes.set(title=task, xlabel=_in_words(x), ylabel=_in_words(metric))
         axes.grid(alpha=0.3)
-        axes.legend()
+        seeds = f"mean and standard deviation over {found['seed'].nunique()} seeds"
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3, title=seeds)
     staging = file.with_name(file.name + INCOMPLETE_SUFFIX)
     figure.savefig(staging, format="png", dpi=120)
     staging.replace(file)
