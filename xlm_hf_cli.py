@@ -24,8 +24,8 @@ Examples:
   xlm-hf --config-name ilm_star                          train a named experiment
   xlm-hf family=mdlm task=text task.path=corpus.txt      any family on any task
   xlm-hf --config-name ilm_star output_dir=runs/a        the same command again resumes
-  xlm-hf evaluate runs/a --config-name ilm_star          a run, a checkpoint, a model or a Hub id
-  xlm-hf generate runs/a --config-name ilm_star prompts=prompts.jsonl
+  xlm-hf evaluate runs/a                                 a run knows its own config
+  xlm-hf generate runs/a prompts=prompts.jsonl
   xlm-hf --config-name ilm_star --cfg job                show the config of a run
 
 xlm-hf JOB --help says more. eval "$(xlm-hf -sc install=bash)" completes options in this shell.

@@ -20,24 +20,29 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import xlm_hf.commands
 from xlm_hf.building import open_override
+from xlm_hf.commands._run import remove_if_empty
+from xlm_hf.families import families
 from xlm_hf.files import write_text
 from xlm_hf.modules.checked_options import Count, Interval, PositiveInt, check_value
 from xlm_hf.modules.messages import did_you_mean
 from xlm_hf.reports.sweeps import ERROR_FILE
-from xlm_hf.saved_configs import translate_config
+from xlm_hf.saved_configs import load_config, translate_config
 from xlm_hf.training.debugging import apply_debug_options
 from xlm_hf.training.finite_guard import NotFiniteError
 from xlm_hf.training.signals import TrainingStopped
 
 # Commands with arguments of their own, `xlm-hf NAME ...`, beside the jobs of a config.
 _TOOLS = ("scaffold", "convert")
+# What a config makes objects of, or calls: classes, files and folders of metrics, functions that read a corpus.
+_CODE = re.compile(r"_target_: (\S+)|(\S+\.py)$|(?:- |name: )([^\s\d]\S*/\S*)$|: (\w[\w.]*:\w+)$", re.MULTILINE)
 _USAGE = (ValueError, HydraException, OmegaConfBaseException, StrictDataclassError)
 _FAILURES = (OSError, NotFiniteError)
 # Options of the config itself, where it has them; those of its nodes are checked by the objects that they make.
@@ -64,7 +69,10 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     sys.argv[1:] = [open_override(argument) for argument in sys.argv[1:]]
     with _one_sentence():
-        hydra.main(version_base="1.3", config_path="pkg://xlm_hf.configs", config_name="config")(run_job)()
+        if saved := saved_config(sys.argv[1:]):
+            _run(saved)
+        else:
+            hydra.main(version_base="1.3", config_path="pkg://xlm_hf.configs", config_name="config")(run_job)()
     if torch.distributed.is_initialized():
         # Its threads, if they outlive the interpreter, can end a process that has done its work by an abort.
         torch.distributed.destroy_process_group()
@@ -88,6 +96,42 @@ def _one_sentence() -> Iterator[None]:
         sys.exit("Interrupted. The same command with the same output_dir resumes from its last checkpoint.")
 
 
+def saved_config(arguments: list[str]) -> DictConfig | None:
+    """The config of the run whose checkpoint a job shall read, with the arguments over it.
+
+    Returns:
+        None if the arguments name a config of their own, or nothing but a config says what the job is about.
+
+    Raises:
+        ValueError: if the config names code that no installed family brings, since it may come from elsewhere.
+    """
+    if any(argument.startswith("-") for argument in arguments):
+        return None
+    parsed = OverridesParser.create().parse_overrides(arguments)
+    given = {override.key_or_group: override for override in parsed}
+    if not {"job", "checkpoint"} <= given.keys() or {"family", "task", "size"} & given.keys():
+        return None
+    checkpoint = Path(str(given["checkpoint"].value())).expanduser()
+    file = next((it for it in (checkpoint / "config.yaml", checkpoint.parent / "config.yaml") if it.exists()), None)
+    if file is None or given["job"].value() == "train":
+        return None
+    base: Any = OmegaConf.load(str(files("xlm_hf.configs") / "config.yaml"))
+    here = OmegaConf.masked_copy(base, ["output_dir", "prompts", "num_samples", "exist_ok", "trust_remote_code"])
+    del base["hydra"], base["defaults"]
+    config: Any = OmegaConf.merge(base, load_config(file), here)
+    packages = {"xlm_hf", *(family.config_class.__module__.split(".")[0] for family in families().values())}
+    for found in _CODE.finditer(OmegaConf.to_yaml(config)):
+        name = found[found.lastindex or 0]
+        if name.split(".")[0] not in packages:
+            raise ValueError(
+                f"{file} names {name}, code of no installed family: add --config-name, or family= and task=."
+            )
+    OmegaConf.set_struct(config, True)
+    for name, override in given.items():
+        OmegaConf.update(config, name, override.value(), force_add=override.is_force_add())
+    return config
+
+
 def run_job(cfg: DictConfig) -> None:
     """Run the job that the config names, alone or as one of a sweep."""
     if HydraConfig.get().mode == RunMode.MULTIRUN:
@@ -107,6 +151,7 @@ def _run_of_a_sweep(cfg: DictConfig) -> None:
     except Exception as error:
         if os.environ.get("XLM_HF_TRACEBACK") or not isinstance(error, (*_USAGE, *_FAILURES)):
             traceback.print_exc()
+        folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / ERROR_FILE, f"{explain(error)}\n")
         print(f"Error: {folder.name}: {explain(error)}", file=sys.stderr)
 
@@ -116,17 +161,23 @@ def _run(cfg: DictConfig) -> None:
         if option in cfg:
             check_value(option, cfg[option], kind)
     translate_config(cfg)
-    name = HydraConfig.get().job.config_name
-    cfg.experiment = cfg.experiment or (f"{cfg.family}_{cfg.task.name}" if name == "config" else name)
-    if "debug" in cfg:
-        apply_debug_options(cfg, HydraConfig.get().overrides.task)
+    if HydraConfig.initialized():
+        name = HydraConfig.get().job.config_name
+        cfg.experiment = cfg.experiment or (f"{cfg.family}_{cfg.task.name}" if name == "config" else name)
+        if "debug" in cfg:
+            apply_debug_options(cfg, HydraConfig.get().overrides.task)
     if cfg.num_threads is not None:
         torch.set_num_threads(cfg.num_threads)
     names = (module.name for module in pkgutil.iter_modules(xlm_hf.commands.__path__))
     jobs = sorted(name for name in names if name not in _TOOLS and not name.startswith("_"))
     if cfg.job not in jobs:
         raise ValueError(f"There is no job {cfg.job!r}: {did_you_mean(cfg.job, jobs)}")
-    importlib.import_module(f"xlm_hf.commands.{cfg.job}").run(cfg)
+    try:
+        importlib.import_module(f"xlm_hf.commands.{cfg.job}").run(cfg)
+    except (*_USAGE, *_FAILURES):
+        if cfg.output_dir is not None:
+            remove_if_empty(cfg.output_dir)
+        raise
 
 
 def experiments() -> list[str]:

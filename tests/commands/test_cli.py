@@ -18,9 +18,10 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
+import xlm_hf_cli
 from tests.processes import forked, settle
 from xlm_hf.building import open_override
-from xlm_hf.cli import main
+from xlm_hf.cli import main, saved_config
 from xlm_hf.commands._run import run_directory
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "run_xlm.py"
@@ -280,6 +281,58 @@ def test_a_mistaken_config_lays_no_claim_to_the_folder(capsys, monkeypatch, tmp_
     for wrong in ("model.hidden_size=33", "trainer.lerning_rate=1", "loss.stop_weight=1"):
         mistake(capsys, monkeypatch, tmp_path, *TINY, "output_dir=run", wrong)
         assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_a_mistaken_command_leaves_no_folder(capsys, monkeypatch, tmp_path):
+    mistake(capsys, monkeypatch, tmp_path, *TINY, "model.hidden_size=33")
+    mistake(capsys, monkeypatch, tmp_path, *TINY, "trainer.lerning_rate=1", "output_dir=runs/a")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("")
+    mistake(capsys, monkeypatch, tmp_path, *TINY, "trainer.lerning_rate=1", "output_dir=mine")
+    assert [file.name for file in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_job_on_a_run_reads_its_config(trained, capsys, monkeypatch, tmp_path):
+    output_dir, _ = trained
+    code = mistake(capsys, monkeypatch, tmp_path, "job=evaluate", f"checkpoint={output_dir}", "num_sample=1")
+    assert code == "Error: There is no option 'num_sample': did you mean 'num_samples'?"
+    monkeypatch.setattr(sys, "argv", ["xlm-hf", "evaluate", str(output_dir), "output_dir=again"])
+    xlm_hf_cli.main()
+    again, metrics = (json.loads((folder / "metrics.json").read_text()) for folder in (tmp_path / "again", output_dir))
+    same = ("test/loss", "test/exact_match", "test/nfe", "parameters")
+    assert {name: again[name] for name in same} == {name: metrics[name] for name in same}
+    printed = capsys.readouterr().out
+    assert re.search(r"^test/exact_match  +[\d.]+( ± [\d.]+)?$", printed, re.MULTILINE)
+    for name in ("test/exact_match  ", "test/loss  ", "Metrics and predictions: "):
+        assert printed.count(name) == 1
+    assert "test/samples" not in printed
+    newest = max(output_dir.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
+    overrides = [f"checkpoint={newest}", "generation.max_new_tokens=1", "task.num_test=4", "job=generate"]
+    cfg = saved_config([open_override(override) for override in overrides])
+    assert (cfg.job, cfg.generation.max_new_tokens, cfg.task.num_test) == ("generate", 1, 4)
+    assert (cfg.family, cfg.output_dir, cfg.experiment) == ("ilm", None, "ilm_star")
+    for others in (["family=mlm"], ["task=star_hard"], ["--config-name", "ilm_star"]):
+        assert saved_config([*overrides, *others]) is None
+    assert saved_config(["job=train", f"checkpoint={output_dir}"]) is None
+    assert saved_config(["job=evaluate", "checkpoint=user/model"]) is None
+
+
+@pytest.mark.parametrize(
+    ("pattern", "code", "name"),
+    [
+        (r"_target_: xlm_hf\.tasks\.\S+", "_target_: os.system", "os.system"),
+        (r"- exact_match", "- ./evil.py", "./evil.py"),
+        (r"- exact_match", "- name: folder/evil", "folder/evil"),
+        (r"name: star_easy", "path: os:getcwd", "os:getcwd"),
+    ],
+)
+def test_a_config_from_elsewhere_brings_no_code(trained, capsys, monkeypatch, tmp_path, pattern, code, name):
+    saved = (trained[0] / "config.yaml").read_text()
+    changed = re.sub(pattern, code, saved)
+    assert changed != saved
+    (tmp_path / "config.yaml").write_text(changed)
+    sentence = mistake(capsys, monkeypatch, tmp_path, "job=evaluate", f"checkpoint={tmp_path}")
+    assert f"config.yaml names {name}, code of no installed family: add --config-name" in sentence
 
 
 def test_damaged_and_foreign_checkpoints_are_named(trained, capsys, monkeypatch, tmp_path):

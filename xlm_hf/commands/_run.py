@@ -1,9 +1,11 @@
 """What the jobs share: the folder of a run and what it holds, and the lines for a person at the command line."""
 
+import contextlib
 import json
 import logging
 import os
 import shlex
+import shutil
 import socket
 import sys
 import time
@@ -122,6 +124,16 @@ def run_directory(cfg: DictConfig) -> Path:
     handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
     log.addHandler(handler)
     return folder
+
+
+def remove_if_empty(output_dir: str) -> None:
+    """Remove the folder of a run that has left nothing but a log, and the folders that were made for it."""
+    folder, left = Path(output_dir).expanduser(), {"train.log", ".lock", ".holder"}
+    if folder.is_dir() and {file.name for file in folder.iterdir()} <= left:
+        shutil.rmtree(folder)
+        if not folder.is_absolute():
+            with contextlib.suppress(OSError):
+                os.removedirs(folder.parent)
 
 
 def _fresh_folder(experiment: str) -> str:
