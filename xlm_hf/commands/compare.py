@@ -100,8 +100,7 @@ def plan(options: dict[str, Any], output_dir: Path) -> list[Cell]:
     families, tasks = _with_options(options["families"]), _with_options(options["tasks"])
     if not (families and tasks and options["seeds"]):
         raise ValueError("There is nothing to compare: families, tasks and seeds must each name at least one.")
-    sweeps = options["nfe_sweep"] or {}
-    check_options("nfe_sweep", sweeps, list(families))
+    check_options("nfe_sweep", options["nfe_sweep"], list(families))
     shared = [*_search_path(), f"size={HydraConfig.get().runtime.choices['size']}", *options["overrides"]]
     shared += [f"eval_model='{options['eval_model']}'"] if options["eval_model"] else []
     limit = [f"{name}={amount}" for name, amount in budget.items()]
@@ -114,7 +113,7 @@ def plan(options: dict[str, Any], output_dir: Path) -> list[Cell]:
         arguments = [*shared, *ours, *theirs, *_passed_on(), *limit, *identity]
         # Options such as --config-name cannot stand among the overrides.
         arguments.sort(key=lambda argument: not argument.startswith("--"))
-        points = [[point] if isinstance(point, str) else point for point in sweeps.get(family, [])]
+        points = [[point] if isinstance(point, str) else point for point in options["nfe_sweep"].get(family, [])]
         sweep = {_file_name(point): point for point in points}
         cells.append(Cell(family, task, seed, output_dir / f"{family}_{task}_{seed}", arguments, sweep))
     return cells
