@@ -93,12 +93,19 @@ class CandidateProcess(CanvasProcess):
         canvas, is_canvas = self.canvas, self.blocks >= 0
         scores = self.confidence.log().masked_fill(~is_canvas, 0.0).sum(dim=-1) / is_canvas.sum(dim=-1).clamp(min=1)
         best = scores.view(-1, self.num_lengths).argmax(dim=-1)
-        passes = canvas.nfe.view(-1, self.num_lengths).sum(dim=-1)
-        canvas.keep(torch.arange(len(best), device=best.device) * self.num_lengths + best)
+        rows = torch.arange(len(best), device=best.device) * self.num_lengths + best
+        canvas.stopped |= ~self.was_cut.repeat_interleave(self.num_lengths)
         # One more pass has named the lengths.
-        canvas.nfe = passes + 1
-        canvas.stopped |= ~self.was_cut
-        return super().output(return_history)
+        nfe = canvas.nfe.view(-1, self.num_lengths).sum(dim=-1) + 1
+        output = super().output(return_history)
+        if canvas.log is not None:
+            canvas.log.keep(rows)
+        width = canvas.prompt_width + int(is_canvas[rows].sum(dim=-1).max())
+        output.sequences, history = output.sequences[rows, :width], output.history
+        output.history = None if history is None else history[rows, :width]
+        output.tokens_per_forward, output.nfe = output.tokens_per_forward[rows] * canvas.nfe[rows] / nfe, nfe
+        output.finish_reason = [output.finish_reason[row] for row in rows.tolist()]
+        return output
 
 
 class MLMGenerationMixin(MaskedGenerationMixin):

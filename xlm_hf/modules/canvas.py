@@ -106,13 +106,6 @@ class MaskedCanvas:
         """What stands after the prompts, mask tokens included; the whole rows where nothing was appended to any."""
         return self.ids[:, self.prompt_width :] if self.ids.shape[1] > self.prompt_width else self.ids
 
-    def keep(self, rows: torch.Tensor) -> None:
-        """Leave the rows of indices `rows` (R,), which become rows 0 to R - 1, in the log too."""
-        for name in ("ids", "attention_mask", "masked", "positions", "nfe", "stopped", "_steps", "_logged"):
-            setattr(self, name, getattr(self, name)[rows])
-        if self.log is not None:
-            self.log.keep(rows)
-
     def output(self, return_history: bool) -> NonAutoregressiveGenerationOutput:
         """Gather the result of `generate`: rows end with their end-of-sequence token, the rest is padding."""
         behind_eos = self._behind_eos()

@@ -52,11 +52,10 @@ class EditLog:
     def keep(self, rows: torch.Tensor) -> None:
         """Leave the edits of `rows` (R,), which become rows 0 to R - 1."""
         events = self.events()
-        numbers = (events[:, :1] == rows.to(events.device)).long()
-        fields = dict(zip(("row", "step", "kind", "position", "token"), events.T, strict=True))
-        fields["row"], kept = numbers.argmax(dim=1), numbers.any(dim=1)
+        is_kept = events[:, :1] == rows.to(events.device)
+        row, (step, kind, position, token) = is_kept.long().argmax(dim=1), events.T[1:]
         self._records.clear()
-        self.add(fields.pop("kind"), kept, **fields)
+        self.add(kind, is_kept.any(dim=1), row=row, step=step, position=position, token=token)
 
 
 def _gathered(records: list[tuple[Any, ...]]) -> torch.Tensor:
