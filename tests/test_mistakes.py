@@ -440,7 +440,6 @@ LINES = [
     ("prompts=[a]", "prompts must be a string or None"),
     ("output_dir=[1]", "output_dir must be a string or None"),
     ("loss.stop_loss_weight=-1", ZERO),
-    ("the 40 examples are fewer than the 64 of one",),
     ("generation.max_new_tokens=2.5", INT),
     ("task.evaluation=5", "task.evaluation must be a list of"),
     ("job=_run", "There is no job '_run'"),
