@@ -46,13 +46,16 @@ def main(folder: str = "plain", steps: int = 1500) -> None:
         num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=32,
+        learned_positions=True,
+        initialization="fan_in",
     )
     model = MDLMForMaskedDiffusion(config)
-    collator = MDLMCollator(tokenizer, max_length=32, kind="seq2seq")
+    # Every text has 8 positions: by its end and the padding behind it the model says how long it is.
+    options = {"max_length": 32, "kind": "seq2seq", "canvas_length": 8}
     decodes = EvaluationSet(
         "test",
         as_dataset(examples(tokenizer, 100, seed=2)),
-        MDLMCollator(tokenizer, max_length=32, kind="seq2seq", prediction=True),
+        MDLMCollator(tokenizer, **options, prediction=True),
         stages=["test"],
         generate=True,
     )
@@ -63,7 +66,7 @@ def main(folder: str = "plain", steps: int = 1500) -> None:
             folder, max_steps=steps, learning_rate=2e-3, per_device_train_batch_size=64, logging_steps=100
         ),
         loss=MDLMLoss(),
-        data_collator=collator,
+        data_collator=MDLMCollator(tokenizer, **options, mask_beta=3.0),
         train_dataset=examples(tokenizer, 5000, seed=0),
         eval_dataset=examples(tokenizer, 100, seed=1),
         evaluation_sets=[decodes],
