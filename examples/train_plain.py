@@ -6,6 +6,7 @@
 import random
 import sys
 
+import numpy as np
 from transformers import TrainingArguments
 
 from xlm_hf import EvaluationSet, XLMTrainer
@@ -32,9 +33,10 @@ def examples(tokenizer, num: int, seed: int) -> list[dict[str, list[int]]]:
 
 def exact_match(prediction) -> dict[str, float]:
     """The share of targets that were written without a mistake: `compute_metrics` of transformers."""
-    width = min(prediction.predictions.shape[1], prediction.label_ids.shape[1])
-    same = prediction.predictions[:, :width] == prediction.label_ids[:, :width]
-    return {"exact_match": float(same.all(1).mean())}
+    pair = (prediction.predictions, prediction.label_ids)
+    width = max(ids.shape[1] for ids in pair)
+    written, wanted = (np.pad(ids, ((0, 0), (0, width - ids.shape[1])), constant_values=-100) for ids in pair)
+    return {"exact_match": float((written == wanted).all(1).mean())}
 
 
 def main(folder: str = "plain", steps: int = 1500) -> None:

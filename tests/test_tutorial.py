@@ -31,7 +31,7 @@ def command_of(line):
     if words[0] == "pytest":
         return forked("-m", "pytest", "-q", *words[1:])
     assert words[0] == "xlm-hf", line
-    smaller = [*SMALLER_COMPARISON, f"launcher=[{python()}]"] if "sorting_families" in words else SMALLER
+    smaller = [*SMALLER_COMPARISON, f"launcher=[{python()}]"] if "ordering_families" in words else SMALLER
     kept = [word for word in words[1:] if word.split("=")[0] not in [option.split("=")[0] for option in smaller]]
     added = [] if words[1] == "scaffold" else smaller
     return forked(ROOT / "examples" / "run_xlm.py", *kept, *added)
@@ -77,13 +77,13 @@ def test_it_ends_with_a_compared_model_of_ones_own(tmp_path):
     assert (run / "model" / "modeling_my_model.py").exists()
     assert "7 3 19 0 4 12 5 11 [BOS]" in printed[0]
     assert len(list((tmp_path / "runs" / "first_decodes" / "predictions").glob("*.jsonl"))) == 1
-    comparison = tmp_path / "runs" / "sorting"
+    comparison = tmp_path / "runs" / "ordering"
     table = (comparison / "results.md").read_text()
     assert "| my_model |" in table
     assert "| cross_entropy |" in table
     assert "| my_model | num_steps=3 |" in table
     rows = {row["family"]: row for row in csv.DictReader((comparison / "results.csv").open())}
     assert {row["steps"] for row in rows.values()} == {"2"}
-    assert first_loss(comparison / "my_model_sorting_0") < first_loss(comparison / "cross_entropy_sorting_0")
+    assert first_loss(comparison / "my_model_ordering_0") < first_loss(comparison / "cross_entropy_ordering_0")
     assert (comparison / "quality_steps.png").exists()
     assert (comparison / "quality_nfe.png").exists()

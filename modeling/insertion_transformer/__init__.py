@@ -8,9 +8,7 @@ from .generation_insertion_transformer import InsertionTransformerGenerationConf
 from .loss_insertion_transformer import InsertionTransformerLoss
 from .modeling_insertion_transformer import InsertionTransformerForInsertionLM
 
-register_family(
-    InsertionTransformerConfig, InsertionTransformerForInsertionLM, auto_classes=("AutoModel", "AutoModelForCausalLM")
-)
+register_family(InsertionTransformerConfig, InsertionTransformerForInsertionLM)
 
 __all__ = [
     "InsertionTransformerCollator",

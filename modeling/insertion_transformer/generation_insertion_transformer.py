@@ -41,7 +41,7 @@ class InsertionTransformerGenerationMixin(NonAutoregressiveGenerationMixin):
     def open_generation(self: Any, call: GenerationCall, input_ids, attention_mask, **inputs) -> EditBuffer:
         """Sequences that hold nothing after their prompts."""
         prompt, mask = self.completed_prompts(input_ids, attention_mask, None, self.config.bos_token_id)
-        capacity = self.capacity_after(call.config, mask.sum(dim=-1))
+        capacity = self.capacity_after(call, mask.sum(dim=-1))
         return EditBuffer(prompt, mask, capacity, self.config.pad_token_id, call.log)
 
     def generation_step(self: Any, call: GenerationCall, state: EditBuffer, step: int) -> bool:
