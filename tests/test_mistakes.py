@@ -30,8 +30,8 @@ from xlm_hf.modeling.mlm import MLMCollator
 from xlm_hf.modeling.sedd import SEDDCollator
 from xlm_hf.modeling.udlm import UDLMCollator
 from xlm_hf.modules.checked_options import annotations_of
-from xlm_hf.modules.generation import left_align_padding
 from xlm_hf.modules.noise_schedules import NOISE_SCHEDULES, make_schedule
+from xlm_hf.modules.prompts import left_align_padding
 from xlm_hf.tasks import load_task
 from xlm_hf.tasks.tokenizers import byte_tokenizer
 from xlm_hf.training.arguments import XLMTrainingArguments

@@ -50,7 +50,9 @@ def test_prediction_batches_are_padded_on_the_left():
         ids = [*example["prompt_ids"], BOS]
         assert batch["input_ids"][row].tolist() == [PAD] * (width - len(ids)) + ids
         assert batch["attention_mask"][row].tolist() == [False] * (width - len(ids)) + [True] * len(ids)
-    empty = ARLMCollator(SpecialIds(V), max_length=32, kind="lm", prediction=True)(examples)
+    empty = ARLMCollator(SpecialIds(V), max_length=32, kind="lm", prediction=True)(
+        [{"example_id": example["example_id"]} for example in examples]
+    )
     assert empty["input_ids"].tolist() == [[BOS]] * 9
     assert empty["attention_mask"].all()
     assert empty["example_id"].tolist() == batch["example_id"].tolist()

@@ -72,5 +72,5 @@ def test_what_is_not_here_is_refused():
         convert(
             family="bd3lm", source="bd3lm", state_dict=weights, config={k: config[k] for k in ("model", "vocab_size")}
         )
-    with pytest.raises(ValueError, match="block_length is 0"):
+    with pytest.raises(ValueError, match="block_length must be at least 1 and is 0"):
         make_model(0)

@@ -118,7 +118,7 @@ def test_prediction_batches_are_padded_on_the_left():
         width = batch["input_ids"].shape[1]
         assert batch["input_ids"][row].tolist() == [PAD] * (width - len(ids)) + ids
         assert batch["attention_mask"][row].tolist() == [False] * (width - len(ids)) + [True] * len(ids)
-    empty = ILMCollator(SpecialIds(V), max_length=32, kind="lm", prediction=True)(examples)
+    empty = ILMCollator(SpecialIds(V), max_length=32, kind="lm", prediction=True)([{"example_id": i} for i in range(9)])
     assert empty["input_ids"].tolist() == [[CLS, BOS]] * 9
 
 

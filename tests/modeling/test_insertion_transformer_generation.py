@@ -127,7 +127,6 @@ def test_logits_are_taken_a_block_at_a_time(monkeypatch):
     [
         ({"insertion_per_step": 1}, "no option 'insertion_per_step': did you mean 'insertions_per_step'"),
         ({"insertions_per_step": 0}, "insertions_per_step must be at least 1 and is 0"),
-        ({"input_ids": torch.tensor([[9, BOS], [8, 9]])}, "add them to every prompt or to none"),
     ],
 )
 def test_bad_calls_are_refused_in_one_sentence(call, message):

@@ -158,7 +158,8 @@ def test_prediction_batches_are_padded_on_the_left():
     infill = [{**e, "example_id": i} for i, e in enumerate(INFILL)]
     cases = [
         ("seq2seq", examples, [[*e["prompt_ids"], BOS] for e in examples]),
-        ("lm", examples, [[BOS]] * 9),
+        ("lm", [{"example_id": i} for i in range(9)], [[BOS]] * 9),
+        ("lm", examples, [[BOS, *e["prompt_ids"]] for e in examples]),
         ("infill", infill, [e["input_ids"] for e in INFILL]),
     ]
     for kind, rows, expected in cases:

@@ -125,7 +125,7 @@ def test_prediction_batches_are_padded_on_the_left(canvas_length):
     else:
         assert "canvas_lengths" not in batch
     assert "canvas_lengths" not in collator([{"prompt_ids": [8], "example_id": 0}])
-    text = [{**example, "input_ids": example["target_ids"]} for example in examples]
+    text = [{"example_id": example["example_id"], "input_ids": example["target_ids"]} for example in examples]
     empty = MLMCollator(SpecialIds(V), max_length=24, kind="lm", prediction=True)(text)
     assert empty["input_ids"].tolist() == [[BOS]] * 9
     assert empty["canvas_lengths"].tolist() == [len(example["input_ids"]) + 1 for example in text]

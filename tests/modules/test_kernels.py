@@ -101,8 +101,6 @@ def test_parts_replacements_and_priors_are_drawn_by_their_uniforms():
     draws = torch.tensor([[0.0, 0.34, 0.67, 0.999999]])
     assert KERNELS["uniform"].prior(draws).tolist() == [[1, 2, 4, 4]]
     assert KERNELS["mixed"].prior(draws).tolist() == KERNELS["absorbing"].prior(draws).tolist() == [[MASK_ID] * 4]
-    with pytest.raises(ValueError, match="choose a uniform or mixed one"):
-        KERNELS["absorbing"].replacement(draws)
 
 
 def test_the_uniform_share_of_the_mixed_kernel_peaks_in_the_middle():

@@ -94,7 +94,9 @@ def test_examples_get_ids_and_keep_those_that_they_have():
     assert [one["example_id"] for one in stream] == list(range(6))
 
 
-def test_early_stopping_of_transformers_stops_and_the_run_is_on_file_and_printed(tmp_path, capsys):
+def test_early_stopping_of_transformers_stops_and_the_run_is_on_file_and_printed(tmp_path, capsys, caplog):
+    # As where nobody has set up the log.
+    caplog.set_level(logging.WARNING, "xlm_hf")
     trainer = plain_trainer(
         tmp_path,
         {**EVALUATED, "learning_rate": 0.0},
