@@ -97,7 +97,7 @@ class CandidateProcess(CanvasProcess):
         canvas.stopped |= ~self.was_cut.repeat_interleave(self.num_lengths)
         # One more pass has named the lengths.
         nfe = canvas.nfe.view(-1, self.num_lengths).sum(dim=-1) + 1
-        output = super().output(return_history)
+        output: Any = super().output(return_history)
         if canvas.log is not None:
             canvas.log.keep(rows)
         width = canvas.prompt_width + int(is_canvas[rows].sum(dim=-1).max())
