@@ -34,6 +34,16 @@ class BD3LMConfig(RotaryTransformerConfig):
     bos_token_id: Count | None = 4
     eos_token_id: Count | None = 3
 
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        kinds = (self.backbone_config or {}).get("layer_types") or ()
+        if self.shift_logits or "sliding_attention" in kinds or (self.backbone_config or {}).get("use_sliding_window"):
+            raise ValueError(
+                "A row of block diffusion holds two copies of a text, so neither the column before a token nor a "
+                "window of columns is what it is when a block is sampled: unset shift_logits, and choose a backbone "
+                "without sliding windows."
+            )
+
     @property
     def suppressed_ids(self) -> list[int]:
         """The ids that no sequence gets."""

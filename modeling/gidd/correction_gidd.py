@@ -133,6 +133,7 @@ class SelfCorrectionMixin(MaskedGenerationMixin):
         if not corrects or not input_ids.shape[1]:
             return super().open_canvas(call, input_ids, attention_mask, canvas_lengths)
         if source_ids is not None:
+            input_ids, attention_mask = self.completed_prompts(input_ids, attention_mask, None, config.bos_token_id)
             masks = [attention_mask, source_mask]
             ids = [input_ids, source_ids]
             given = [x != config.pad_token_id if m is None else m.bool() for x, m in zip(ids, masks, strict=True)]

@@ -83,6 +83,10 @@ class MLMCollator(CanvasCollator):
                 f"(canvas_length, here {canvas_length}): set canvas_length to null."
             )
         self.mask_beta, self.max_canvas_length = mask_beta, max_canvas_length
+        if max_canvas_length is not None:
+            # A canvas holds neither: its length is known.
+            ends = [token_id for token_id in (self.pad_token_id, self.eos_token_id) if token_id is not None]
+            self.is_suppressed[ends] = True
         if prediction and kind != "infill" and canvas_length is None and max_canvas_length is None:
             self.given = ("length",)
 

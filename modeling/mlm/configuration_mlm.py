@@ -45,6 +45,11 @@ class MLMConfig(RotaryTransformerConfig):
                 f"A length is read at [BOS], which needs an id of its own, and bos_token_id is {self.bos_token_id}: "
                 "leave max_canvas_length null, or use a tokenizer with such a token."
             )
+        if self.shift_logits:
+            raise ValueError(
+                "With shift_logits the first token is read at [BOS], which does not see the canvas of a model with "
+                "max_canvas_length: unset one of the two."
+            )
 
     @property
     def suppressed_ids(self) -> list[int]:

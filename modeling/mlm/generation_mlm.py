@@ -83,27 +83,33 @@ class CandidateProcess(CanvasProcess):
     Attributes:
         num_lengths: canvases of a row, one after the other.
         was_cut: (B,) whether the most probable length of a row was more than it may write.
+        is_predicted: (B,) whether a row's length is predicted; the others are only filled in.
     """
 
     num_lengths: int
     was_cut: torch.Tensor
+    is_predicted: torch.Tensor
 
     def output(self, return_history: bool) -> NonAutoregressiveGenerationOutput:
         """The best canvas of each row by the mean log-score of its tokens; the forward passes are those of all."""
         canvas, is_canvas = self.canvas, self.blocks >= 0
         scores = self.confidence.log().masked_fill(~is_canvas, 0.0).sum(dim=-1) / is_canvas.sum(dim=-1).clamp(min=1)
+        # An empty text has no score: it is kept where its length is the most probable one.
+        number = torch.arange(len(scores), device=scores.device) % self.num_lengths
+        scores = scores.masked_fill(~is_canvas.any(dim=-1) & (number > 0), -torch.inf)
         best = scores.view(-1, self.num_lengths).argmax(dim=-1)
         rows = torch.arange(len(best), device=best.device) * self.num_lengths + best
-        canvas.stopped |= ~self.was_cut.repeat_interleave(self.num_lengths)
-        # One more pass has named the lengths.
-        nfe = canvas.nfe.view(-1, self.num_lengths).sum(dim=-1) + 1
+        canvas.stopped |= (self.is_predicted & ~self.was_cut).repeat_interleave(self.num_lengths)
+        # One more pass has named the lengths; rows that are only filled in need none.
+        nfe = canvas.nfe.view(-1, self.num_lengths).sum(dim=-1) + self.is_predicted
         output: Any = super().output(return_history)
         if canvas.log is not None:
             canvas.log.keep(rows)
         width = canvas.prompt_width + int(is_canvas[rows].sum(dim=-1).max())
         output.sequences, history = output.sequences[rows, :width], output.history
         output.history = None if history is None else history[rows, :width]
-        output.tokens_per_forward, output.nfe = output.tokens_per_forward[rows] * canvas.nfe[rows] / nfe, nfe
+        written = output.tokens_per_forward[rows] * canvas.nfe[rows]
+        output.tokens_per_forward, output.nfe = written / nfe.clamp(min=1), nfe
         output.finish_reason = [output.finish_reason[row] for row in rows.tolist()]
         return output
 
@@ -136,31 +142,29 @@ class MLMGenerationMixin(MaskedGenerationMixin):
             )
         if not predicts:
             return super().open_generation(call, input_ids, attention_mask, **inputs)
-        prompts, mask, lengths, was_cut = self._predict_lengths(call, input_ids, attention_mask, num_lengths)
+        prompts, mask, lengths, was_cut, capacity = self._predict_lengths(call, input_ids, attention_mask, num_lengths)
         call.seeds = call.seeds.repeat_interleave(num_lengths)
         ids, mask = (x.repeat_interleave(num_lengths, dim=0) for x in (prompts, mask))
         canvas = self.open_canvas(call, ids, mask, canvas_lengths=lengths.flatten())
         process = CandidateProcess(canvas, call.config.make_sampler(), call, writes_once=self.writes_once)
-        process.num_lengths, process.was_cut = num_lengths, was_cut
+        process.num_lengths, process.was_cut, process.is_predicted = num_lengths, was_cut, capacity > 0
         return process
 
     def _predict_lengths(self: Any, call: GenerationCall, input_ids, attention_mask, num_lengths: int):
-        """Prompts (B, P) with their mask, their most probable lengths (B, n), and whether a longer one was cut off."""
+        """Prompts (B, P), their mask, most probable lengths (B, n), whether one was cut, and capacities (B,)."""
         # As large as the options allow, for the prompts in their layout and the capacity of each row.
         canvas = self.open_canvas(call, input_ids, attention_mask)
         P = canvas.prompt_width
         prompts, mask, capacity = canvas.prompt, canvas.attention_mask[:, :P], canvas.attention_mask[:, P:].sum(dim=-1)
-        index = torch.arange(1, len(prompts) + 1, device=prompts.device) * P - 1
+        # The head speaks of the whole text behind [BOS], of which a prompt may hold the beginning.
+        at = ((prompts == self.config.bos_token_id) & mask).int().argmax(dim=-1)
+        index, begun = torch.arange(len(prompts), device=prompts.device) * P + at, (P - 1 - at)[:, None]
         logits = self(prompts, attention_mask=mask, logits_index=index[:0], length_index=index).length_logits
-        classes = torch.arange(logits.shape[-1], device=logits.device)
-        was_cut = logits.argmax(dim=-1) > capacity
-        logits = logits.masked_fill(classes > capacity[:, None], -torch.inf)
+        left = torch.arange(logits.shape[-1], device=logits.device) - begun
+        was_cut = left.gather(1, logits.argmax(dim=-1, keepdim=True))[:, 0] > capacity
+        logits = logits.masked_fill((left < 0) | (left > capacity[:, None]), -torch.inf)
         # Where fewer lengths are possible, the most probable one is tried again.
         best = logits.topk(min(num_lengths, logits.shape[-1]), dim=-1)
-        lengths = torch.where(best.values > -torch.inf, best.indices, best.indices[:, :1])
-        return (
-            prompts,
-            mask,
-            torch.cat((lengths, lengths[:, :1].expand(-1, num_lengths - lengths.shape[1])), 1),
-            was_cut,
-        )
+        lengths = torch.where(best.values > -torch.inf, best.indices, best.indices[:, :1]) - begun
+        lengths = torch.cat((lengths, lengths[:, :1].expand(-1, num_lengths - lengths.shape[1])), dim=1)
+        return prompts, mask, lengths.clamp(min=0).minimum(capacity[:, None]), was_cut, capacity

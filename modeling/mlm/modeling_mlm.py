@@ -80,6 +80,8 @@ class MLMForMaskedLM(MLMPreTrainedModel, MLMGenerationMixin):
         Raises:
             ValueError: for `length_index` without `logits_index`, or without a length head.
         """
+        if self.length_head is not None and input_ids is None and kwargs.get("block_ids") is None:
+            raise ValueError("With a length head no token of the prompt sees the canvas: pass block_ids, see there.")
         if self.length_head is not None and input_ids is not None:
             is_bos: Any = input_ids == self.config.bos_token_id
             kwargs["block_ids"] = is_bos.cumsum(dim=-1) - is_bos.long()

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from xlm_hf.building import build_model, build_task, compose, positions_of
 from xlm_hf.commands.train import run as train
 from xlm_hf.modeling.arlm import ARLMConfig
+from xlm_hf.modeling.bd3lm import BD3LMConfig
 from xlm_hf.modeling.ilm import ILMConfig
 from xlm_hf.modeling.mdlm import MDLMConfig
 from xlm_hf.modeling.mlm import MLMConfig
@@ -134,6 +135,19 @@ def test_shifted_logits_stand_one_place_later(family):
     shifted.load_state_dict(model.state_dict())
     ids = some_ids(2, 7)
     assert torch.equal(shifted(ids).logits[:, 1:], model(ids).logits[:, :-1])
+    # The first token has its own state: padding or another document before it changes nothing.
+    ids, left = ids[:1], torch.cat((torch.zeros_like(ids[:1, :3]), ids[:1]), dim=1)
+    alone, mask = shifted(ids).logits[0], torch.arange(10)[None] >= 3
+    torch.testing.assert_close(shifted(left, attention_mask=mask).logits[0, 3:], alone, rtol=1e-4, atol=1e-5)
+    packed = {"segment_ids": torch.tensor([[0] * 3 + [1] * 7]), "position_ids": torch.tensor([[*range(3), *range(7)]])}
+    torch.testing.assert_close(shifted(left + 9 * ~mask, **packed).logits[0, 3:], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_block_diffusion_refuses_what_two_copies_of_a_text_make_wrong():
+    for options in ({"shift_logits": True}, {}):
+        kind = {"model_type": "llama"} if options else {"model_type": "qwen2", "use_sliding_window": True}
+        with pytest.raises(ValueError, match="A row of block diffusion holds two copies"):
+            BD3LMConfig(backbone_config=kind, **options)
 
 
 def left_to_right(kind):

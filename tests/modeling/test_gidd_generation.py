@@ -254,6 +254,12 @@ def test_texts_apart_from_their_prompts_are_corrected_alike(tmp_path, monkeypatc
         alone = model.generate(torch.tensor([[*prompt, bos, *source]]), seed=5 + row)
         own = alone.sequences[0, len(prompt) + 1 :].tolist()
         assert own == output.sequences[row, 4:][: len(own)].tolist()
+    # A bare prompt gets its [BOS] before the text.
+    bare, whole = (
+        model.generate(torch.tensor([ids]), source_ids=batch["source_ids"][1:], seed=[6]).sequences.tolist()
+        for ids in (prompts[1], [*prompts[1], bos])
+    )
+    assert bare == whole
     with pytest.raises(ValueError, match="source_ids are texts to be corrected after prompts: choose sampler='self_c"):
         model.generate(batch["input_ids"], source_ids=batch["source_ids"], sampler="ancestral")
 

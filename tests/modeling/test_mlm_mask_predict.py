@@ -249,10 +249,46 @@ def test_the_text_of_the_largest_mean_log_score_is_kept():
     scores = {}
     for length in slow_lengths(model, PROMPTS[0], 6, 4):
         ids = torch.tensor([[*PROMPTS[0], *[MASK] * length]])
+        if not length:
+            # An empty text is kept where its length is the most probable one, and has no score.
+            continue
         law = model(ids, torch.ones_like(ids)).logits[0, 4:].softmax(dim=-1)
-        scores[tuple(law.argmax(dim=-1).tolist())] = float(law.amax(dim=-1).log().mean().detach()) if length else 0.0
+        scores[tuple(law.argmax(dim=-1).tolist())] = float(law.amax(dim=-1).log().mean().detach())
     assert tuple(kept) == max(scores, key=scores.get)
-    assert len(scores) == 4
+    assert len(scores) >= 3
+
+
+def with_length_biases(biases):
+    model = make_model()
+    with torch.no_grad():
+        model.length_head.weight.zero_()
+        model.length_head.bias.fill_(-9.0)
+        for length, bias in biases.items():
+            model.length_head.bias[length] = bias
+    return model
+
+
+def test_an_empty_text_is_kept_only_as_the_most_probable_one():
+    call = {"sampler": "mask_predict", "num_steps": 2, "max_new_tokens": 6, "num_lengths": 3}
+    rare = with_length_biases({4: 0.0, 5: 0.0, 0: -8.0}).generate(torch.tensor([PROMPTS[0]]), **call)
+    assert rare.sequences.shape[1] >= 4 + 4
+    likely = with_length_biases({4: 0.0, 5: 0.0, 0: 1.0}).generate(torch.tensor([PROMPTS[0]]), **call)
+    assert likely.sequences.tolist() == [PROMPTS[0]]
+
+
+def test_a_text_that_has_begun_counts_towards_its_length():
+    model = with_length_biases({5: 0.0})
+    output = model.generate(torch.tensor([[BOS, 10, 11], [PAD, BOS, 10]]), max_new_tokens=8)
+    assert [len([t for t in row if t != PAD]) for row in output.sequences.tolist()] == [6, 6]
+    assert output.finish_reason == ["stop"] * 2
+
+
+def test_rows_that_are_filled_in_predict_no_length():
+    rows = torch.tensor([[8, MASK, 9, MASK], [PAD, PAD, 7, BOS]])
+    for biases in ({8: 0.0}, {1: 0.0}):
+        output = with_length_biases(biases).generate(rows, max_new_tokens=4)
+        assert output.nfe[0] == 2
+        assert output.finish_reason[0] == "length"
 
 
 def test_a_length_beyond_what_may_be_written_ends_for_want_of_capacity():
@@ -282,6 +318,18 @@ def test_results_under_a_given_length_say_so():
         (lambda: MLMConfig(max_canvas_length=-1), "max_canvas_length must be at least 0 and is -1"),
         (lambda: MLMConfig(max_canvas_length=3, bos_token_id=3), "needs an id of its own, and bos_token_id is 3"),
         (lambda: MLMLoss(length_loss_weight=-1.0), "length_loss_weight must be at least 0"),
+        (
+            lambda: make_model()(inputs_embeds=torch.zeros(1, 3, 32)),
+            "no token of the prompt sees the canvas: pass block",
+        ),
+        (
+            lambda: MLMConfig(max_canvas_length=3, shift_logits=True, backbone_config={"model_type": "llama"}),
+            "With shift_logits the first token is read at .BOS.",
+        ),
+        (
+            lambda: make_collator()([{**make_examples(1, V)[0], "target_ids": [8, EOS]}]),
+            f"holds the special token {EOS}",
+        ),
         (lambda: make_mlm().generate(sampler="mask_predict", num_lengths=2), "this call predicts no length"),
         (
             lambda: make_model().generate(sampler="mask_predict", num_lengths=2, streamer=SimpleNamespace()),

@@ -101,6 +101,15 @@ def test_a_scale_of_one_is_no_guidance_and_rows_decode_alike_in_any_batch(name):
         assert own == guided.sequences[row, width:][: len(own)].tolist()
 
 
+def test_without_its_prompt_a_text_that_has_begun_begins_with_bos_alone():
+    """At a scale of 0 the beginning of a text does not matter, and [BOS] is still seen."""
+    model = naive_mdlm.make_model()
+    call = {"sampler": "confidence", "guidance_scale": 0.0, "max_new_tokens": 6, "suppress_tokens": [EOS, PAD]}
+    begun = model.generate(torch.tensor([[BOS, 10, 11]]), **call).sequences[0, 3:]
+    alone = model.generate(torch.tensor([[BOS]]), **call).sequences[0, 1:]
+    assert begun.tolist() == alone.tolist()
+
+
 def test_blanks_have_no_prompt_to_be_guided_by():
     with pytest.raises(ValueError, match="guidance_scale is about prompts, and a prompt with mask tokens is filled in"):
         naive_udlm.make_model().generate(torch.tensor([[8, MASK]]), guidance_scale=2.0)

@@ -94,6 +94,8 @@ class KernelProcess(CanvasProcess):
         tokens, own = predict(move, rows, wanted, num, self.level(t)[rows].float())
         new = ids.masked_scatter(wanted, tokens)
         if num_least is not None:
+            # A mask is no token that could be wrong.
+            own = own.masked_fill(of_tokens[0] == canvas.mask_token_id, 1.0)
             least = commit_ranks(-torch.ones_like(ids, dtype=own.dtype).masked_scatter(wanted, own), wanted) < num_least
             new = torch.where(least, new, ids)
         canvas.rewrite(rows, new, self.clock[rows, None])
@@ -200,7 +202,7 @@ class KernelSampler(Sampler):
             predicts of them by the others (Gibbs; arXiv 2605.22765). Each time takes one more forward pass.
         corrector_positions: how many positions of a row that is.
         corrector_order: which ones: "random", which changes no law if they are one at a time; or "confidence", those
-            whose tokens are least probable.
+            whose tokens are least probable, masks last.
         greedy_tail: the last step takes the most probable token everywhere, whatever stood there. It seeks the mode.
     """
 

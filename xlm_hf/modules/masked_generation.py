@@ -129,7 +129,8 @@ class MaskedGenerationMixin(NonAutoregressiveGenerationMixin):
         if scale is not None:
             # Once as they are, and once without their prompts.
             mask = canvas.attention_mask[rows]
-            is_prompt = torch.arange(mask.shape[1], device=mask.device) < canvas.prompt_width - 1
+            is_prompt = torch.arange(mask.shape[1], device=mask.device) < canvas.prompt_width
+            is_prompt = is_prompt & (ids != self.config.bos_token_id)
             mask, alpha, seen = (torch.cat(x) for x in ((mask, mask & ~is_prompt), (alpha, alpha), (ids, ids)))
             of_seen = torch.cat((index, index + ids.numel()))
         inputs = {"attention_mask": mask, "logits_index": of_seen, **self.time_inputs(alpha)}

@@ -23,11 +23,9 @@ def left_align_padding(input_ids: torch.Tensor, attention_mask: torch.Tensor) ->
     """
     if len(input_ids) == 0:
         raise ValueError("input_ids has 0 rows and needs at least 1: pass a prompt, or None for an empty one.")
-    if attention_mask.shape != input_ids.shape:
-        raise ValueError(
-            f"attention_mask has the shape {tuple(attention_mask.shape)} and input_ids {tuple(input_ids.shape)}: make "
-            "them alike."
-        )
+    mask_shape, shape = tuple(attention_mask.shape), tuple(input_ids.shape)
+    if mask_shape != shape:
+        raise ValueError(f"attention_mask has the shape {mask_shape} and input_ids {shape}: make them alike.")
     order = attention_mask.bool().int().argsort(dim=-1, stable=True)
     longest = int(attention_mask.bool().sum(dim=-1).max())
     order = order[:, order.shape[1] - longest :]

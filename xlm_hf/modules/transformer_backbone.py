@@ -140,7 +140,8 @@ class TransformerBackbone(nn.Module):
 
         Returns:
             `last_hidden_state` (B, L, hidden_size), or (S, hidden_size) with `output_index`, ready for the head. With
-            `shift_logits` that of token l stands at l + 1, since a left-to-right model tells there what comes next.
+            `shift_logits` that of token l stands at l + 1, since a left-to-right model tells there what comes next; the
+            first token of a document has its own.
         """
         embeddings = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         past = 0 if cache is None else cache.get_seq_length()
@@ -159,7 +160,8 @@ class TransformerBackbone(nn.Module):
         )
         states = outputs.logits
         if self.shift_logits:
-            states = torch.cat((states[:, :1], states[:, :-1]), dim=1)
+            # The first token of a document has none before it: neither padding nor another document takes its part.
+            states = torch.where(position_ids[..., None] == 0, states, states.roll(1, dims=1))
         return BaseModelOutput(
             last_hidden_state=take(states, output_index),
             hidden_states=outputs.hidden_states,
