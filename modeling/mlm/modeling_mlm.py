@@ -80,11 +80,8 @@ class MLMForMaskedLM(MLMPreTrainedModel, MLMGenerationMixin):
         Raises:
             ValueError: for `length_index` without `logits_index`, or without a length head.
         """
-        if self.length_head is not None and input_ids is None and kwargs.get("block_ids") is None:
-            raise ValueError("With a length head no token of the prompt sees the canvas: pass block_ids, see there.")
-        if self.length_head is not None and input_ids is not None:
-            is_bos: Any = input_ids == self.config.bos_token_id
-            kwargs["block_ids"] = is_bos.cumsum(dim=-1) - is_bos.long()
+        if self.length_head is not None and kwargs.get("block_ids") is None:
+            kwargs["block_ids"] = self._block_ids(input_ids)
         outputs = self.model(
             input_ids,
             output_index=logits_index if length_index is None else self._both(logits_index, length_index),
@@ -105,6 +102,13 @@ class MLMForMaskedLM(MLMPreTrainedModel, MLMGenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _block_ids(self, input_ids: Any) -> torch.Tensor:
+        """The block (B, L) of each token: 0 for a prompt and its `[BOS]`, 1 for the canvas, which these do not see."""
+        if input_ids is None:
+            raise ValueError("With a length head no token of the prompt sees the canvas: pass block_ids, see there.")
+        is_bos = (input_ids == self.config.bos_token_id).long()
+        return is_bos.cumsum(dim=-1) - is_bos
 
     def _both(self, logits_index, length_index) -> torch.Tensor:
         """The two indices as one."""
