@@ -26,6 +26,7 @@ from xlm_hf.modeling.gidd import GIDDForInterpolatingDiffusion, GIDDGenerationCo
 from xlm_hf.modules.canvas import MaskedCanvas
 from xlm_hf.modules.counter_random import random_bits
 from xlm_hf.modules.edits import EDIT_KINDS, EditLog
+from xlm_hf.modules.kernel_samplers import KernelProcess, Resampling
 from xlm_hf.testing import FamilyCase
 
 PROMPTS = [[8, 9, 10], [11], [12, 13, 14, 15, 16, 17], []]
@@ -83,6 +84,26 @@ def test_the_corrector_draws_positions_anew():
     assert (law - chain_law(model, 3, grid(3))).abs().sum() > 0.05
     output = check_law(model, law, 3, num_steps=3, corrector_steps=2)
     assert set(output.nfe.tolist()) == {3 + 2 * 2}
+
+
+def test_the_corrector_by_confidence_leaves_masks_while_there_are_tokens(monkeypatch):
+    """A mask has no token that could be wrong, so the least probable position of a row is one of its tokens."""
+    move, corrected = KernelProcess.move, []
+
+    def watched(process, predict, kind, *args, **options):
+        before = process.canvas.ids.clone()
+        moved = move(process, predict, kind, *args, **options)
+        if kind is Resampling:
+            corrected.append((before, process.canvas.ids.clone()))
+        return moved
+
+    monkeypatch.setattr(KernelProcess, "move", watched)
+    options = {"corrector_steps": 1, "corrector_positions": 1, "corrector_order": "confidence"}
+    TableModel().generate(torch.full((400, 1), BOS), max_new_tokens=3, num_steps=3, do_sample=True, seed=4, **options)
+    assert any((before != after).any() for before, after in corrected)
+    for before, after in corrected:
+        has_token = (before[:, 1:] != MASK).any(dim=-1, keepdim=True)
+        assert not ((before != after) & (before == MASK) & has_token).any()
 
 
 def test_at_the_exact_conditionals_many_steps_write_the_data():
