@@ -128,7 +128,7 @@ def saved_config(arguments: list[str]) -> DictConfig | None:
             )
     OmegaConf.set_struct(config, True)
     for name, override in given.items():
-        OmegaConf.update(config, name, override.value(), force_add=override.is_force_add())
+        OmegaConf.update(config, name, override.value(), force_add=override.is_force_add() or override.is_add())
     return config
 
 

@@ -313,6 +313,10 @@ def test_a_job_on_a_run_reads_its_config(trained, capsys, monkeypatch, tmp_path)
     assert (cfg.family, cfg.output_dir, cfg.experiment) == ("ilm", None, "ilm_star")
     for others in (["family=mlm"], ["task=star_hard"], ["--config-name", "ilm_star"]):
         assert saved_config([*overrides, *others]) is None
+    # An argument that the YAML does not list is added as everywhere.
+    added = saved_config([open_override(override) for override in [*overrides, "+collator.corrects=true"]])
+    assert added is not None
+    assert added.collator.corrects is True
     assert saved_config(["job=train", f"checkpoint={output_dir}"]) is None
     assert saved_config(["job=evaluate", "checkpoint=user/model"]) is None
 
