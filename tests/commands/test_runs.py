@@ -1,11 +1,14 @@
-"""One folder is one process's, and what is damaged in it is said."""
+"""One folder is one run's and one process's: what may change between two calls, and what an interrupted one leaves."""
 
+import json
 import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -16,18 +19,177 @@ from safetensors.torch import load_file
 from tests.commands.test_cli import SCRIPT, TINY
 from tests.processes import forked, settle
 from tests.training.test_trainer import make_trainer
+from xlm_hf.building import compose
+from xlm_hf.cli import main
 from xlm_hf.commands import _run
-from xlm_hf.commands._run import run_directory
-from xlm_hf.training.checkpoints import last_sound_checkpoint, list_checkpoints
+from xlm_hf.commands._run import check_same_run, data_hash, next_command, run_directory
+from xlm_hf.tasks import load_task
+from xlm_hf.training.checkpoints import last_sound_checkpoint, list_checkpoints, saved_state
+from xlm_hf.training.trainer import XLMTrainer
 
 SHORT = [*TINY, "trainer.max_steps=4", "trainer.eval_steps=4", "trainer.save_steps=2", "task.num_test=12"]
 
 
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Runs a command in this process; its last sentence if it failed, else None."""
+
+    def run(*arguments, folder):
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(sys, "argv", ["run_xlm.py", *arguments])
+        status = 0
+        try:
+            main()
+        except SystemExit as stopped:
+            status = stopped.code
+        shown = capsys.readouterr()
+        return status if isinstance(status, str) else shown.err.strip().splitlines()[-1] if status else None
+
+    return run
+
+
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("whole")
-    subprocess.run(forked(SCRIPT, *SHORT, "output_dir=run"), cwd=folder, check=True, capture_output=True)
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(sys, "argv", ["run_xlm.py", *SHORT, "output_dir=run", "trainer.hub_token=hf_SECRET"])
+        main()
     return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def composed():
+    cfg = compose("ilm_star", [*TINY[2:], "experiment=e"])
+    OmegaConf.set_struct(cfg, False)
+    return cfg
+
+
+@pytest.mark.parametrize(
+    ("changed", "kind"),
+    [
+        ("output_dir=b checkpoint=c num_threads=2 logger=[tensorboard] job=evaluate", None),
+        ("task.cache_dir=/elsewhere", None),
+        ("trainer.dataloader_num_workers=2 trainer.logging_steps=7 trainer.save_steps=3", None),
+        ("trainer.per_device_eval_batch_size=3 trainer.hub_token=hf_a", None),
+        ("task.num_test=7", "measured"),
+        ("generation.temperature=0.5", "measured"),
+        ("eval_model=judge", "measured"),
+        ("trainer.learning_rate=0.1", "trained"),
+        ("trainer.per_device_train_batch_size=3", "trained"),
+        ("trainer.dataloader_drop_last=true", "trained"),
+        ("trainer.lr_scheduler_type=linear trainer.warmup_steps=3", "trained"),
+        ("trainer.ema_decay=0.9", "trained"),
+        ("trainer.max_steps=21", "trained"),
+        ("budget.tokens=1000", "trained"),
+        ("early_stopping.patience=3", "trained"),
+        ("debug.name=overfit", "trained"),
+        ("trainer.optim=sgd", "another"),
+        ("trainer.muon_learning_rate=0.1", "another"),
+        ("trainer.data_seed=1", "another"),
+        ("task.num_train=201", "another"),
+        ("model.hidden_size=64", "another"),
+        ("loss.stop_loss_weight=0.5", "another"),
+        ("train_collator.drop_beta=3", "another"),
+        ("seed=1", "another"),
+    ],
+)
+def test_what_may_change_between_two_calls(changed, kind, composed, tmp_path):
+    OmegaConf.save(composed, tmp_path / "config.yaml", resolve=True)
+    cfg = OmegaConf.merge(composed, OmegaConf.from_dotlist(changed.split()))
+    if kind == "another":
+        with pytest.raises(ValueError, match="choose another output_dir, or remove that folder to run it anew"):
+            check_same_run(tmp_path, cfg)
+    else:
+        assert {kind for kind, _, _ in check_same_run(tmp_path, cfg).values()} == ({kind} if kind else set())
+    if kind is None:
+        assert check_same_run(tmp_path, cfg, whole=True) == {}
+    else:
+        with pytest.raises(ValueError, match="was run with"):
+            check_same_run(tmp_path, cfg, whole=True)
+
+
+def test_a_finished_run_keeps_its_record(finished, tmp_path, call):
+    shutil.copytree(finished, tmp_path / "run")
+    before = (finished / "config.yaml").read_text()
+    ended = call(*SHORT, "output_dir=run", "trainer.learning_rate=0.1", folder=tmp_path)
+    assert ended.startswith("Error: ")
+    assert "is finished and was trained with trainer.learning_rate=0.001, which can no longer change" in ended
+    ended = call(*SHORT, "output_dir=run", "trainer.max_steps=3", folder=tmp_path)
+    assert "checkpoint-4 is at step 4, and this run ends at step 3" in ended
+    assert (tmp_path / "run" / "config.yaml").read_text() == before
+    # The test graphs come first in the sequence, so that the training set would be another.
+    assert "was run with data_hash.train=" in call(*SHORT, "output_dir=run", "task.num_test=5", folder=tmp_path)
+    harmless = ["generation.max_new_tokens=9", "trainer.logging_steps=3"]
+    assert call(*SHORT, "output_dir=run", *harmless, folder=tmp_path) is None
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["test/nfe"] < 10
+    assert OmegaConf.load(tmp_path / "run" / "config.yaml").generation.max_new_tokens == 9
+
+
+def test_no_secret_is_written_or_shown(finished, monkeypatch):
+    assert OmegaConf.load(finished / "config.yaml").trainer.hub_token is None
+    files = [file for file in finished.rglob("*") if file.is_file()]
+    assert len(files) > 10
+    assert not [file for file in files if b"hf_SECRET" in file.read_bytes()]
+    monkeypatch.setattr(sys, "argv", ["run_xlm.py", "++trainer.hub_token=hf_SECRET", "task.num_samples=3", "a=1"])
+    assert next_command("b=2") == "python run_xlm.py task.num_samples=3 a=1 b=2"
+
+
+def test_a_resume_takes_what_changed_and_says_so(finished, tmp_path, monkeypatch, call):
+    shutil.copytree(finished, tmp_path / "run")
+    changed = ["trainer.learning_rate=0.5", "trainer.weight_decay=0.25", "trainer.max_steps=6"]
+    optimizers = []
+    original = XLMTrainer._load_optimizer_and_scheduler
+
+    def spy(self, checkpoint):
+        original(self, checkpoint)
+        optimizers.append(self.optimizer)
+
+    monkeypatch.setattr(XLMTrainer, "_load_optimizer_and_scheduler", spy)
+    assert call(*SHORT, "output_dir=run", *changed, folder=tmp_path) is None
+    assert [group["lr"] for group in optimizers[0].param_groups] == [0.5, 0.5]
+    assert sorted(group["weight_decay"] for group in optimizers[0].param_groups) == [0.0, 0.25]
+    said = (tmp_path / "run" / "train.log").read_text()
+    assert "From step 4 on with trainer.learning_rate=0.5 (0.001 before), trainer.max_steps=6 (4 before)" in said
+    assert OmegaConf.load(tmp_path / "run" / "config.yaml").trainer.learning_rate == 0.5
+    state = saved_state(tmp_path / "run" / "checkpoint-6")
+    assert [log["learning_rate"] for log in state.log_history if log["step"] == 6 and "loss" in log] == [0.5]
+
+
+# Rates of steps 4 to 6, with a linear schedule down to 0 after 8 steps.
+@pytest.mark.parametrize(("rate", "expected"), [(1.0, [0.5, 0.375, 0.25]), (0.25, [0.125, 0.09375, 0.0625])])
+def test_a_new_rate_follows_the_schedule_from_the_first_step_on(rate, expected, tmp_path):
+    schedule = {"lr_scheduler_type": "linear", "warmup_steps": 0, "max_steps": 8, "logging_steps": 1}
+    saving = {**schedule, "save_strategy": "steps", "save_steps": 4}
+    make_trainer(tmp_path, learning_rate=1.0, **saving).train()
+    again = make_trainer(tmp_path, learning_rate=rate, **saving)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    rates = [log["learning_rate"] for log in again.state.log_history if "loss" in log]
+    assert rates[4:7] == expected
+
+
+@pytest.mark.parametrize("pair", [("adamw_torch", "sgd"), ("sgd", "adamw_torch"), ("adamw_torch", "muon")])
+def test_the_state_of_another_optimiser_is_refused(pair, tmp_path):
+    options = [{"muon_learning_rate": 0.1} if name == "muon" else {"optim": name} for name in pair]
+    make_trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1, **options[0]).train()
+    with pytest.raises(ValueError, match="checkpoint-1 holds the state of another optimiser"):
+        make_trainer(tmp_path, max_steps=2, **options[1]).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_data_are_told_apart_by_their_content(streaming, tmp_path):
+    def found(name, content, **options):
+        (tmp_path / name).write_text(content)
+        task = load_task("text", path=str(tmp_path / name), streaming=streaming, max_length=8, **options)
+        return data_hash(task)
+
+    text, (words, other) = "one two three\n" * 30, ("one three two\n", "one two four\n")
+    first = found("a.txt", text)
+    assert found("b.txt", text) == first
+    assert found("a.txt", text + words)["train"] != first["train"]
+    assert found("a.txt", text[14:] + other)["tokenizer"] != first["tokenizer"]
+    mixed = found("a.txt", text, mixture=[{"path": str(tmp_path / "b.txt"), "weight": 1.0}])
+    assert mixed["tokenizer"] == first["tokenizer"]
 
 
 def hold(folder, ready):
@@ -85,7 +247,7 @@ class Hostile:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("trial", range(20))
-def test_of_two_processes_on_one_folder_none_ends_wrong(trial, whole, tmp_path):
+def test_of_two_processes_on_one_folder_none_ends_wrong(trial, finished, tmp_path):
     """One waits for the other or ends in a sentence, and the weights are those of a single one."""
     chance = random.Random(trial)
     command = forked(SCRIPT, *SHORT, "output_dir=run")
@@ -101,5 +263,5 @@ def test_of_two_processes_on_one_folder_none_ends_wrong(trial, whole, tmp_path):
     for said, status in ends:
         assert status in (0, -signal.SIGKILL) or re.search(r"Error: \S+ is in use by process \d+", said), said
     assert any(status == 0 for _, status in ends)
-    found, expected = (load_file(run / "model" / "model.safetensors") for run in (tmp_path / "run", whole))
+    found, expected = (load_file(run / "model" / "model.safetensors") for run in (tmp_path / "run", finished))
     assert all(torch.equal(found[name], expected[name]) for name in expected)

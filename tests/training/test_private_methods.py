@@ -14,6 +14,7 @@ from xlm_hf.training.trainer import XLMTrainer
 
 # name: its arguments, the methods of Trainer that call it
 OVERRIDDEN = {
+    "_load_optimizer_and_scheduler": ("checkpoint", ["_prepare_for_training"]),
     "_prepare_for_training": ("max_steps train_dataloader resume_from_checkpoint", ["_inner_training_loop"]),
     "_run_epoch": (
         "model epoch train_dataloader steps_in_epoch num_update_steps_per_epoch trial ignore_keys_for_eval start_time "

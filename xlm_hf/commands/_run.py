@@ -4,18 +4,22 @@ import contextlib
 import json
 import logging
 import os
+import re
 import shlex
 import shutil
 import socket
 import sys
 import time
 from datetime import datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from datasets import Dataset
 from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -23,6 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedModel
 
 from xlm_hf.building import load_model, plain
+from xlm_hf.data import Mixture
 from xlm_hf.evaluation import default_evaluation
 from xlm_hf.families import families
 from xlm_hf.files import write_text
@@ -31,38 +36,107 @@ from xlm_hf.modules.messages import import_target
 from xlm_hf.reports.comparison import NOT_IN_TABLE, number
 from xlm_hf.saved_configs import load_config
 from xlm_hf.tasks import Task
+from xlm_hf.tasks.tokenizers import tokenizer_key
 from xlm_hf.training.callbacks.predictions import show_predictions, write_predictions
+from xlm_hf.training.checkpoints import step_of
 
-# What a run trains. The rest - steps, logging, generation - may change when it is resumed.
-_TRAINED = ("family", "task", "model", "loss", "collator", "train_collator", "seed", "init_from")
+# What a change of an option means for a folder that has a run; the first pattern decides.
+# "harmless": nothing. "measured": taken by a training and recorded; another result in a comparison. "trained": the
+# same, but a finished training can no longer take it. "another": it is another run.
+_CHANGES = {
+    r"output_dir|checkpoint|prompts|exist_ok|job|experiment|num_threads|trust_remote_code|logger\..*": "harmless",
+    r"task\.(path|test_path|cache_dir|num_proc)": "harmless",
+    r"trainer\.((logging|save|hub)_.*|dataloader_(?!drop_last).*|push_to_hub|report_to|keep_every|disable_tqdm"
+    r"|(shown|tracked)_predictions|per_device_eval_batch_size|use_cpu|torch_compile.*)": "harmless",
+    r"task\.(num_test|num_samples|metrics|evaluation|max_new_tokens|do_sample)(\..*)?": "measured",
+    r"generation\..*|num_samples|eval_model|ema": "measured",
+    # Whose state is of no use to the other, and what decides which examples a step has.
+    r"trainer\.(optim|optim_args|muon_learning_rate|seed|data_seed)": "another",
+    r"(trainer|budget|early_stopping|debug)\..*": "trained",
+    r".*": "another",
+}
+# Options whose values are never written or shown.
+_SECRET = re.compile(r"\+*(.*\.)?(\w+_)?((hub|hf|access|auth)_token|api_key|password|secret)")
 
 # Of a process that is about to end.
 _SECONDS_TO_WAIT = 10
 _lock: list[FileLock] = []
 
 
-def check_same_run(folder: Path, cfg: DictConfig, whole: bool = False) -> None:
-    """Raise ValueError if `folder` holds a run of another config than `cfg`; a folder without a run is anyone's.
+def check_same_run(folder: Path, cfg: DictConfig, whole: bool = False) -> dict[str, tuple[str, Any, Any]]:
+    """What differs from the config of the run in `folder`, by the table `_CHANGES`; one without a run is anyone's.
 
-    Two runs are the same if they train the same: family, task, model, loss, collator, seed and what they begin with.
-    Where the folder lies may change, and an option that is not set is as good as one that is not there.
+    An option that is not set is as good as one that is not there, and data are compared by their hashes alone.
 
     Args:
         folder: of the run, with the `config.yaml` that it saved.
         cfg: the config to run.
         whole: whether steps, evaluation and decoding must be the same too, as in a comparison.
+
+    Returns:
+        by option "measured" or "trained", the value before and that of `cfg`.
+
+    Raises:
+        ValueError: if it is another run.
     """
-    file = folder / "config.yaml"
+    file, changes = folder / "config.yaml", {}
     if not file.exists():
-        return
+        return {}
     found, wanted = (_flat(_with_own_evaluation(plain(config))) for config in (load_config(file), cfg))
     for name in sorted(found.keys() | wanted.keys()):
-        concerns = name != "output_dir" if whole else name.split(".")[0] in _TRAINED
-        if concerns and found.get(name) != wanted.get(name):
+        before, now = found.get(name), wanted.get(name)
+        kind = next(kind for pattern, kind in _CHANGES.items() if re.fullmatch(pattern, name))
+        is_unknown = name.startswith("data_hash.") and None in (before, now)
+        if before == now or kind == "harmless" or is_unknown:
+            continue
+        if whole or kind == "another":
             raise ValueError(
-                f"{folder} was run with {name}={found.get(name)} and not {wanted.get(name)}: choose another "
-                "output_dir, or remove that folder to run it anew."
+                f"{folder} was run with {name}={before} and not {now}: choose another output_dir, or remove that "
+                "folder to run it anew."
             )
+        changes[name] = (kind, before, now)
+    return changes
+
+
+def data_hash(task: Task) -> dict[str, str]:
+    """Hashes of what a training learns from and is validated on; of a stream the first examples count."""
+    hashes = {"tokenizer": tokenizer_key(task.tokenizer)}
+    for name in {"train", "validation"} & task.splits.keys():
+        split, digest = task.splits[name], xxhash.xxh3_128()
+        for data in split.sets if isinstance(split, Mixture) else [split]:
+            tables = data.with_format("arrow").iter(1000)
+            for table in tables if isinstance(data, Dataset) else islice(tables, 1):
+                digest.update(table.combine_chunks().to_batches()[0].serialize())
+        hashes[name] = digest.hexdigest()
+    return hashes
+
+
+def record(folder: Path, cfg: DictConfig, task: Task, trainer: Any, checkpoint: Path | None) -> None:
+    """Write the config of a run with the hashes of its data, and log what changes at a checkpoint.
+
+    Raises:
+        ValueError: for another run, or for a change that a finished training can no longer take.
+    """
+    OmegaConf.update(cfg, "data_hash", data_hash(task), force_add=True)
+    changes = check_same_run(folder, cfg)
+    trained = [f"{name}={before}" for name, (kind, before, _) in changes.items() if kind == "trained"]
+    if checkpoint is not None and trainer.is_finished(checkpoint) and trained:
+        raise ValueError(
+            f"{folder} is finished and was trained with {', '.join(trained)}, which can no longer change: raise "
+            "trainer.max_steps or the budget to go on, or choose another output_dir."
+        )
+    if trainer.is_world_process_zero():
+        write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(without_secrets(plain(cfg)))))
+    if checkpoint is not None and changes:
+        said = ", ".join(f"{name}={now} ({before} before)" for name, (_, before, now) in changes.items())
+        logging.getLogger(__name__).info("From step %d on with %s.", step_of(checkpoint), said)
+
+
+def without_secrets(config: Any) -> Any:
+    """A config as plain Python, whose secrets are None."""
+    if not isinstance(config, dict):
+        return config
+    return {name: None if _SECRET.fullmatch(str(name)) else without_secrets(value) for name, value in config.items()}
 
 
 def _hold(folder: Path) -> None:
@@ -186,8 +260,7 @@ def card_variables(
     decodes = predictions[min(predictions)][:5] if predictions else []
     # Where the run lies on this machine is nobody's business, and a token even less.
     hidden = ("output_dir", "checkpoint", "init_from", "prompts")
-    public = {name: value for name, value in config.items() if name not in hidden}
-    public["trainer"] = {name: value for name, value in config["trainer"].items() if "token" not in name}
+    public = {name: value for name, value in without_secrets(config).items() if name not in hidden}
     task, generation = config["task"], config["generation"]
     # From the registry and not by its `_target_`, since a config that came from elsewhere imports nothing.
     family, backbone = families().get(config["family"]), config["model"].get("backbone", "rotary")
@@ -230,7 +303,8 @@ def next_command(*overrides: str) -> str:
     arguments = sys.argv[1:]
     if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
         arguments = ["--config-name", str(HydraConfig.get().job.config_name), *HydraConfig.get().overrides.task]
-    kept = [argument.removeprefix("++") for argument in arguments if argument.split("=")[0] not in replaced]
+    named = [(argument.split("=")[0], argument.removeprefix("++")) for argument in arguments]
+    kept = [argument for name, argument in named if name not in replaced and not _SECRET.fullmatch(name)]
     return shlex.join(["python", sys.argv[0], *kept, *overrides])
 
 

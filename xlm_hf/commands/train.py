@@ -5,11 +5,10 @@ from collections.abc import Sized
 from pathlib import Path
 
 from accelerate import PartialState
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from xlm_hf.building import build_model, build_task, build_trainer, initialise, plain, positions_of
-from xlm_hf.commands._run import card_variables, check_same_run, next_command, run_directory, say, say_results
-from xlm_hf.files import write_text
+from xlm_hf.commands._run import card_variables, check_same_run, next_command, record, run_directory, say, say_results
 from xlm_hf.hub.export import export_model
 from xlm_hf.training.callbacks.budget import saved_seconds
 from xlm_hf.training.checkpoints import last_sound_checkpoint
@@ -43,8 +42,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
     if cfg.debug.name == "overfit":
         trainer.data_collator = FrozenBatch(trainer.data_collator)
     # Only now is the config known to make a run; a mistaken one must not lay claim to the folder.
-    if trainer.is_world_process_zero():
-        write_text(output_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+    record(output_dir, cfg, task, trainer, checkpoint)
     _say_summary(trainer, cfg, output_dir, checkpoint)
     trainer.card_variables = card_variables(plain(cfg), {"steps": 0}, {})
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))

@@ -33,6 +33,8 @@ from xlm_hf.training.signals import StopSignals, TrainingStopped
 
 # Arguments of the parent for models that are given labels.
 _OF_LABELS = {"compute_loss_func", "preprocess_logits_for_metrics"}
+# What a new value of means something to an optimiser whose state is loaded.
+_OF_THE_CALL = ("initial_lr", "weight_decay", "betas", "eps", "momentum")
 
 
 def _peak_memory(device: torch.device) -> int:
@@ -164,17 +166,14 @@ class XLMTrainer(EvaluatesSets):
             # The parent says that there is none, and does not know that one may be damaged.
             newest = last_sound_checkpoint(Path(str(self.args.output_dir)))
             resume_from_checkpoint = True if newest is None else str(newest)
-        if isinstance(resume_from_checkpoint, (str, Path)):
+        if isinstance(resume_from_checkpoint, (str, Path)) and self.is_finished(Path(resume_from_checkpoint)):
+            # The parent would train one step more.
             state = saved_state(Path(resume_from_checkpoint))
-            *_, max_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
-            ends = [callback for callback in self.callback_handler.callbacks if hasattr(callback, "is_finished")]
-            if state.global_step >= max_steps or any(callback.is_finished(state) for callback in ends):
-                # The parent would train one step more.
-                best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
-                self._load_from_checkpoint(str(best or resume_from_checkpoint))
-                self._start_average(Path(best or resume_from_checkpoint))
-                self.state = state
-                return TrainOutput(state.global_step, 0.0, {})
+            best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
+            self._load_from_checkpoint(str(best or resume_from_checkpoint))
+            self._start_average(Path(best or resume_from_checkpoint))
+            self.state = state
+            return TrainOutput(state.global_step, 0.0, {})
         try:
             with StopSignals() if self.args.save_on_exception else nullcontext(self._signals) as self._signals:
                 output = super().train(resume_from_checkpoint, *args, **kwargs)
@@ -186,6 +185,18 @@ class XLMTrainer(EvaluatesSets):
         if self._signals.received:
             raise TrainingStopped(self._signals.received, self.state.global_step)
         return output
+
+    def is_finished(self, checkpoint: Path) -> bool:
+        """Whether the run of a checkpoint is at its end; raises ValueError if it is beyond the steps of this call."""
+        state = saved_state(checkpoint)
+        *_, max_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
+        if state.global_step > max_steps:
+            raise ValueError(
+                f"{checkpoint} is at step {state.global_step}, and this run ends at step {max_steps}: raise max_steps "
+                "or num_train_epochs, or choose another output_dir."
+            )
+        ends = [callback for callback in self.callback_handler.callbacks if hasattr(callback, "is_finished")]
+        return state.global_step == max_steps or any(callback.is_finished(state) for callback in ends)
 
     def _save_before_failing(self) -> None:
         """Save the last whole step, with the random numbers as they were at its end, unless it is saved already."""
@@ -251,6 +262,25 @@ class XLMTrainer(EvaluatesSets):
         self._last_log = (time.perf_counter(), self.state.num_input_tokens_seen)
         self._metric_sums = {}
         return prepared
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load the states; rates and decays are those of this call all the same."""
+        another = ValueError(f"{checkpoint} holds the state of another optimiser: train with that, or begin anew.")
+        wanted = [dict(group) for group in self.optimizer.param_groups]
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except KeyError:
+            raise another from None
+        for group, new in zip(self.optimizer.param_groups, wanted, strict=True):
+            if new.keys() - group.keys():
+                raise another
+            # A schedule multiplies the initial rate.
+            group["lr"] *= new.get("initial_lr", 1.0) / (group.get("initial_lr") or 1.0)
+            group.update({name: value for name, value in new.items() if name in _OF_THE_CALL})
+        scheduler: Any = self.lr_scheduler
+        if hasattr(scheduler, "base_lrs"):
+            scheduler.base_lrs = [group["initial_lr"] for group in self.optimizer.param_groups]
+            scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
     def _update_auto_batch_size(self, batch_size: int) -> None:
         """Accumulate more where `auto_find_batch_size` found less memory, so that a step keeps its examples."""
