@@ -6,6 +6,7 @@ import logging
 import os
 import pkgutil
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
@@ -37,7 +38,7 @@ from xlm_hf.reports.sweeps import ERROR_FILE
 from xlm_hf.saved_configs import load_config, translate_config
 from xlm_hf.training.debugging import apply_debug_options
 from xlm_hf.training.finite_guard import NotFiniteError
-from xlm_hf.training.signals import TrainingStopped
+from xlm_hf.training.signals import TrainingStopped, end_with_parent
 
 # Commands with arguments of their own, `xlm-hf NAME ...`, beside the jobs of a config.
 _TOOLS = ("scaffold", "convert")
@@ -60,6 +61,9 @@ def main() -> None:
     """Run the command line; a mistake ends in one sentence, one of usage with exit status 2 and a failure with 1."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     logging.getLogger("xlm_hf").setLevel(logging.INFO)
+    # What cannot be logged, e.g. on a full disk, is no reason for a traceback.
+    logging.raiseExceptions = False
+    end_with_parent()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     if sys.argv[1:2] and sys.argv[1] in _TOOLS:
@@ -83,6 +87,11 @@ def _one_sentence() -> Iterator[None]:
     """Turn a mistake into one sentence; XLM_HF_TRACEBACK=1 shows where it came from."""
     try:
         yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever reads the output has seen enough, and nothing more can be flushed there.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except (*_USAGE, *_FAILURES) as error:
         if os.environ.get("XLM_HF_TRACEBACK"):
             raise
@@ -93,7 +102,7 @@ def _one_sentence() -> Iterator[None]:
         # As the shell reports a process that died of the signal.
         sys.exit(128 + stopped.signal_number)
     except KeyboardInterrupt:
-        sys.exit("Interrupted. The same command with the same output_dir resumes from its last checkpoint.")
+        sys.exit("Interrupted. The same command with the same output_dir goes on with what was saved.")
 
 
 def saved_config(arguments: list[str]) -> DictConfig | None:

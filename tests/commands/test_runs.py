@@ -1,10 +1,14 @@
 """One folder is one run's and one process's: what may change between two calls, and what an interrupted one leaves."""
 
+import contextlib
+import io
 import json
+import logging
 import multiprocessing
 import os
 import random
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -25,6 +29,7 @@ from xlm_hf.commands import _run
 from xlm_hf.commands._run import check_same_run, data_hash, next_command, run_directory
 from xlm_hf.tasks import load_task
 from xlm_hf.training.checkpoints import last_sound_checkpoint, list_checkpoints, saved_state
+from xlm_hf.training.signals import ENDS_WITH_INPUT, end_with_parent
 from xlm_hf.training.trainer import XLMTrainer
 
 SHORT = [*TINY, "trainer.max_steps=4", "trainer.eval_steps=4", "trainer.save_steps=2", "task.num_test=12"]
@@ -243,6 +248,75 @@ def test_a_damaged_state_falls_back_to_the_older_checkpoint_and_then_is_an_error
 class Hostile:
     def __reduce__(self):
         return os.system, ("exit 3",)
+
+
+def start(environment):
+    """A launcher and a run that it started: their ids, the run's input, and a pipe that ends when the run is gone."""
+    (reading, writing), (alive, mark) = os.pipe(), os.pipe()
+    if not (launcher := os.fork()):
+        if not os.fork():
+            os.close(writing)
+            os.dup2(reading, 0)
+            os.environ.update(environment)
+            end_with_parent()
+            os.write(mark, str(os.getpid()).encode())
+            time.sleep(30)
+        os.close(writing)
+        os.close(mark)
+        time.sleep(30)
+        os._exit(0)
+    os.close(reading)
+    os.close(mark)
+    return launcher, int(os.read(alive, 20)), writing, alive
+
+
+@pytest.mark.parametrize(
+    ("environment", "what", "is_gone"),
+    [
+        ({ENDS_WITH_INPUT: "1"}, "input", True),
+        ({ENDS_WITH_INPUT: "1"}, "launcher", True),
+        ({"TORCHELASTIC_RUN_ID": "1"}, "launcher", True),
+        ({"TORCHELASTIC_RUN_ID": "1"}, "input", False),
+        ({"LOCAL_RANK": "0"}, "launcher", False),
+    ],
+)
+def test_a_run_ends_when_what_it_belongs_to_is_gone(environment, what, is_gone):
+    launcher, run, writing, alive = start(environment)
+    assert not select.select([alive], [], [], 0.2)[0]
+    if what == "launcher":
+        os.kill(launcher, signal.SIGKILL)
+    else:
+        os.close(writing)
+    assert bool(select.select([alive], [], [], 20 if is_gone else 1)[0]) == is_gone
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(run, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(launcher, signal.SIGKILL)
+    os.waitpid(launcher, 0)
+
+
+def test_a_reader_that_goes_away_ends_a_command_quietly(monkeypatch, capfd):
+    reading, writing = os.pipe()
+    os.close(reading)
+    monkeypatch.setattr(sys, "argv", ["run_xlm.py", "--config-name", "ilm_star", "--cfg", "job"])
+    with os.fdopen(writing, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        with pytest.raises(SystemExit) as stopped:
+            main()
+    assert stopped.value.code == 128 + signal.SIGPIPE
+    assert capfd.readouterr().err == ""
+
+
+def test_a_log_that_cannot_be_written_is_no_traceback(monkeypatch, capfd):
+    monkeypatch.setattr(sys, "argv", ["run_xlm.py", "job=trian"])
+    monkeypatch.setattr(logging, "raiseExceptions", True)
+    with pytest.raises(SystemExit):
+        main()
+    log, stream = logging.Logger("full"), io.StringIO()
+    stream.close()
+    log.addHandler(logging.StreamHandler(stream))
+    log.warning("lost")
+    assert "Traceback" not in capfd.readouterr().err
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import pytest
 
 from tests.processes import forked, python, settle
 from xlm_hf.cli import main
+from xlm_hf.commands import compare as compare_command
 from xlm_hf.reports import comparison
 
 SCRIPT = str(Path(__file__).parents[2] / "examples" / "run_xlm.py")
@@ -135,6 +138,43 @@ def test_a_mistake_is_found_before_anything_runs(overrides, sentence, tmp_path, 
     assert sentence in found
     assert "\n" not in found
     assert sorted(file.name for file in (tmp_path / "out").glob("*")) in ([], [".holder", ".lock", "train.log"])
+
+
+def test_a_size_of_the_yaml_is_taken_and_a_family_can_be_left_out(tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine.yaml").write_text(CONFIG + "size: base\n")
+    cells = []
+    monkeypatch.setattr("xlm_hf.commands.compare.run_cell", lambda cell, launcher: cells.append(cell) or [])
+    monkeypatch.chdir(tmp_path)
+    for size, override in (("base", "~families.diffusion"), ("tiny", "size=tiny")):
+        cells.clear()
+        monkeypatch.setattr(sys, "argv", [SCRIPT, f"--config-dir={tmp_path}", "--config-name=mine", "output_dir=out"])
+        sys.argv.append(override)
+        main()
+        assert {cell.family for cell in cells} == ({"ilm"} if size == "base" else {"ilm", "diffusion"})
+        assert all(f"size={size}" in cell.arguments for cell in cells)
+
+
+def finish(folder):
+    # As in a process of its own, of which nobody else holds the other end.
+    compare_command._ALIVE, _ = os.pipe()
+    program = f"cat > /dev/null; echo $XLM_HF_ENDS_WITH_INPUT > {folder}/ended"
+    compare_command._finish(folder / "cell", [], ["sh", "-c", program])
+
+
+def test_a_cell_sees_the_end_of_a_comparison_by_its_input(tmp_path):
+    process = multiprocessing.get_context("fork").Process(target=finish, args=(tmp_path,))
+    process.start()
+    while not (tmp_path / "cell" / "console.log").exists():
+        time.sleep(0.05)
+    time.sleep(0.3)
+    assert not (tmp_path / "ended").exists()
+    process.kill()
+    process.join()
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "ended").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.1)
+    assert (tmp_path / "ended").read_text() == "1\n"
 
 
 def test_the_recipe_for_star_graphs_is_six_families_and_three_seeds(tmp_path, monkeypatch, capsys):

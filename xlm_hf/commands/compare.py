@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -22,8 +23,11 @@ from xlm_hf.files import write_text
 from xlm_hf.modules.messages import check_options
 from xlm_hf.reports.comparison import MOST_COLUMNS, NOT_IN_TABLE, markdown_table, plot, summarise, write_tables
 from xlm_hf.training.checkpoints import list_checkpoints
+from xlm_hf.training.signals import ENDS_WITH_INPUT
 
 _BUDGETS = {"steps": "trainer.max_steps", "tokens": "budget.tokens", "seconds": "budget.seconds"}
+# A standard input that ends when this process does, whose other end nobody closes.
+_ALIVE, _ = os.pipe()
 # Of a run as such, not of its quality.
 _COSTS = ("parameters", "steps", "tokens", "seconds")
 
@@ -100,8 +104,12 @@ def plan(options: dict[str, Any], output_dir: Path) -> list[Cell]:
     families, tasks = _with_options(options["families"]), _with_options(options["tasks"])
     if not (families and tasks and options["seeds"]):
         raise ValueError("There is nothing to compare: families, tasks and seeds must each name at least one.")
-    check_options("nfe_sweep", options["nfe_sweep"], list(families))
-    shared = [*_search_path(), f"size={HydraConfig.get().runtime.choices['size']}", *options["overrides"]]
+    given = HydraConfig.get().overrides.task
+    check_options("nfe_sweep", options["nfe_sweep"], [*families, *(it.removeprefix("~families.") for it in given)])
+    # A size that the YAML gives as an option counts as well.
+    size = options.get("size", HydraConfig.get().runtime.choices["size"])
+    size = next((override.split("=")[1] for override in given if override.startswith("size=")), size)
+    shared = [*_search_path(), f"size={size}", *options["overrides"]]
     shared += [f"eval_model='{options['eval_model']}'"] if options["eval_model"] else []
     limit = [f"{name}={amount}" for name, amount in budget.items()]
     cells = []
@@ -173,8 +181,9 @@ def _finish(folder: Path, arguments: list[str], launcher: list[str]) -> bool:
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "console.log"
     command = [*launcher, sys.argv[0], *arguments, f"output_dir='{folder}'"]
+    streams: dict[str, Any] = {"stdin": _ALIVE, "stderr": subprocess.STDOUT}
     with log.open("w") as console:
-        status = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=console, stderr=subprocess.STDOUT).returncode
+        status = subprocess.run(command, env=os.environ | {ENDS_WITH_INPUT: "1"}, stdout=console, **streams).returncode
     if status == 0 and _metrics(folder):
         say(f"{folder}: done")
         return True

@@ -1,10 +1,30 @@
 """Ending a run early without losing a step."""
 
+import os
+import select
 import signal
 import threading
 from types import FrameType
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# In the environment of a process that ends when its standard input does, which the one that it belongs to holds open.
+ENDS_WITH_INPUT = "XLM_HF_ENDS_WITH_INPUT"
+
+
+def end_with_parent() -> None:
+    """Let a run of a comparison, or a rank, get a SIGTERM once the comparison or the launcher is gone.
+
+    Through a launcher the end of the comparison is seen by the standard input alone.
+    """
+    parent, inputs = os.getppid(), [0] if ENDS_WITH_INPUT in os.environ else []
+
+    def watch() -> None:
+        while os.getppid() == parent and not select.select(inputs, [], [], 0.5)[0]:
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if inputs or "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=watch, daemon=True).start()
 
 
 class TrainingStopped(KeyboardInterrupt):
