@@ -114,23 +114,27 @@ def run(name: str, overrides: list[str]) -> None:
 
 def plot() -> None:
     """Exact match against CPU minutes, and the loss with everything dropped, of all results."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from xlm_hf.reports.comparison import COLOURS, LINES, MARKERS
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), constrained_layout=True)
-    for file in sorted((RESULTS / "star_easy").glob("*.json")):
-        result = json.loads(file.read_text())
+    figure = Figure(figsize=(10, 4.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    results = [json.loads(file.read_text()) for file in sorted((RESULTS / "star_easy").glob("*.json"))]
+    results.sort(key=lambda result: not result["name"].startswith("preset"))
+    for i, result in enumerate(results):
         minutes = [point["cpu_minutes"] for point in result["curve"]]
-        preset = not [o for o in result["overrides"] if not o.startswith("seed=")]
-        style = {"color": "black", "linewidth": 2} if preset else {"linestyle": "--"}
-        left.plot(minutes, [point["exact_match"] for point in result["curve"]], label=result["name"], **style)
+        i, label = max(i - 2, 0), result["name"].replace("_", " ").replace("preset seed", "preset, seed ")
+        is_preset = label.startswith("preset")
+        style = {"color": "black" if is_preset else COLOURS[i % 6], "marker": MARKERS[i % 9], "linestyle": LINES[i % 4]}
+        style |= {"marker": "o^v"[int(result["name"][-1])], "linestyle": "-"} if is_preset else {}
+        left.plot(minutes, [point["exact_match"] for point in result["curve"]], label=label, **style)
         right.plot(minutes, [point["loss_by_dropped"]["8"] for point in result["curve"]], **style)
-    left.axhline(0.98, color="gray", linewidth=0.5)
-    left.set(xlabel="CPU minutes of training", ylabel="exact match, 500 unseen graphs", ylim=(0, 1.02))
-    right.set(xlabel="CPU minutes of training", ylabel="loss with all 8 tokens dropped (nats)")
-    left.legend(fontsize=7)
+    left.set(xlabel="CPU minutes of training", ylabel="exact match, 500 unseen graphs", ylim=(-0.02, 1.02))
+    right.set(xlabel="CPU minutes of training", ylabel="loss with all 8 tokens dropped, nats")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=5, title="one run each; the presets have three seeds")
     figure.savefig(RESULTS / "star_easy.png", dpi=130)
 
 

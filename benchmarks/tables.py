@@ -125,16 +125,16 @@ def draw(folder: Path, file: Path) -> None:
     for axes, name in zip(figure.subplots(1, 2), ("training", "generation"), strict=True):
         records = [r for r in json.loads((folder / f"{name}.json").read_text())["records"] if r["ratios"]]
         heights = range(len(records), 0, -1)
-        for reference, colour in (("dense", "#cf222e"), ("plain", "#0969da")):
+        for reference, colour, marker in (("dense", "#D55E00", "s"), ("plain", "#0072B2", "o")):
             ratios = [r["ratios"][f"{reference}/ours"] for r in records]
-            axes.scatter(ratios, heights, color=colour, label=f"{reference} / ours", zorder=2)
+            axes.scatter(ratios, heights, color=colour, marker=marker, label=f"{reference} / ours", zorder=2)
         axes.set_yticks(heights, [f"{r['setting']}: {r['family'].upper()}" for r in records], fontsize=7)
         axes.set_xscale("log")
         axes.set_xticks(ticks := [1, 2, 4, 8, 16], [str(tick) for tick in ticks])
         axes.axvline(1, color="black", linewidth=0.8)
         axes.grid(alpha=0.3)
         axes.set(title=name, xlabel="CPU seconds of a reference / ours")
-        axes.legend()
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2)
     figure.savefig(file, dpi=110)
 
 

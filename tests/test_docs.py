@@ -6,10 +6,12 @@ library with the smallest sizes in place of the page's. A block with a title is 
 """
 
 import re
+import runpy
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -82,7 +84,7 @@ def test_the_blocks_of_a_page_run(page, folder, monkeypatch):
                 assert "run_xlm.py" in line or "xlm-hf" in line, f"{page.name}: {line!r}: say why it is not run"
                 run_command(line, monkeypatch)
         else:
-            assert language in ("text", "yaml", "json", "toml"), f"{page.name}: {language}"
+            assert language in ("text", "yaml", "json", "toml", "math"), f"{page.name}: {language}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -103,5 +105,42 @@ def test_the_site_is_built_without_a_warning(tmp_path):
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"]
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
-    reference = (tmp_path / "site" / "reference" / "core" / "index.html").read_text()
+    reference = (tmp_path / "site" / "reference" / "training" / "index.html").read_text()
     assert 'id="xlm_hf.training.trainer.XLMTrainer.compute_loss"' in reference
+    family = (tmp_path / "site" / "families" / "mdlm" / "index.html").read_text()
+    assert family.count('<div class="arithmatex">') == 1
+    assert '<span class="arithmatex">\\(\\alpha\\)</span>' in family
+    assert '<a href="https://arxiv.org/abs/2406.07524">arXiv 2406.07524</a>' in family
+    # Nothing that a page loads is elsewhere.
+    pages = [page.read_text() for page in (tmp_path / "site").rglob("*.html")]
+    loaded = [found for page in pages for found in re.findall(r'<(?:script|link|img)\b[^>]*(?:src|href)="(.*?)"', page)]
+    assert not [url for url in loaded if url.startswith(("http:", "https:", "//")) and "site_url" not in url]
+    assert (tmp_path / "site" / "assets" / "mathjax" / "tex-svg.js").exists()
+
+
+def test_every_public_module_has_an_entry_in_the_reference():
+    entries = re.findall(r"^::: (\S+)$", "".join(page.read_text() for page in (ROOT / "docs").rglob("*.md")), re.M)
+    assert len(entries) == len(set(entries))
+    core = [path.relative_to(ROOT).with_suffix("") for path in (ROOT / "xlm_hf").rglob("[!_]*.py")]
+    families = [path.parent.relative_to(ROOT) for path in (ROOT / "modeling").glob("*/__init__.py")]
+    linked = ("xlm_hf.modeling.", "xlm_hf.configs.")
+    modules = {".".join(path.parts) for path in core} | {".".join(("xlm_hf", *path.parts)) for path in families}
+    wanted = {m for m in modules if not m.startswith(linked) or m.count(".") == 2}
+    assert wanted - set(entries) == set()
+
+
+@pytest.mark.parametrize(
+    ("origin", "link"),
+    [
+        ("https://name:secret@github.com/a/b.git", "https://github.com/a/b"),
+        ("git@github.com:a/b.git", "https://github.com/a/b"),
+        ("ssh://git@host.org/a/b", "https://host.org/a/b"),
+        ("/srv/a/b.git", None),
+    ],
+)
+def test_the_site_links_the_repository_that_it_is_built_from(origin, link, monkeypatch):
+    hooks = runpy.run_path(str(ROOT / "docs" / "hooks.py"))
+    answer = subprocess.CompletedProcess([], 0, stdout=f"{origin}\n")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: answer)
+    config = SimpleNamespace(repo_url=None, repo_name=None)
+    assert hooks["on_config"](config).repo_url == link

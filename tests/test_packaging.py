@@ -28,7 +28,7 @@ def test_every_requirement_has_a_tested_version_within_its_bounds(requirement):
     assert wanted.specifier.contains(tested[canonicalize_name(wanted.name)])
 
 
-@pytest.mark.parametrize("file", ["README.md", ".ci/run", "docs/index.md"])
+@pytest.mark.parametrize("file", ["README.md", ".ci/run", "docs/index.md", "docs/quickstart.md"])
 def test_what_installs_takes_the_tested_versions(file):
     installs = [line for line in (ROOT / file).read_text().splitlines() if "pip install" in line and " -e " in line]
     ours = [line for line in installs if "my_model" not in line]

@@ -75,8 +75,8 @@ class KernelProcess(CanvasProcess):
             predict: see the module `reverse_process`.
             kind: `Move`, or a subclass of it.
             round_: numbers the moves of one step.
-            num_least: of each row move so many positions alone, those with the least probable tokens.
-            **where: attributes of the move that are (B, L) bool, or None.
+            num_least (int): of each row move so many positions alone, those with the least probable tokens.
+            **where (torch.Tensor | None): attributes of the move that are (B, L) bool, or None.
         """
         canvas, called = self.canvas, wanted.any(dim=-1)
         rows, num, _ = shape_of_call(called, wanted)

@@ -42,10 +42,10 @@ class PromptsMixin:
         """Prompts and their mask as tensors.
 
         Args:
-            input_ids: (B, P); a list of ids, or of lists of ids, of any lengths; None is one empty prompt.
-            attention_mask: of the same kind; None leaves it to `aligned_prompts`.
-            inputs: another name of `input_ids`.
-            num_samples: as many empty prompts instead.
+            input_ids (torch.Tensor | list): (B, P); or ids, or lists of ids of any lengths; None is one empty prompt.
+            attention_mask (torch.Tensor | list): of the same kind; None leaves it to `aligned_prompts`.
+            inputs (torch.Tensor | list): another name of `input_ids`.
+            num_samples (int): as many empty prompts instead.
 
         Raises:
             ValueError: if prompts are given twice.
@@ -97,11 +97,11 @@ class PromptsMixin:
         The beginning of a plain text reads `first last beginning` instead, and is complete too.
 
         Args:
-            input_ids: (B, P), padded on either side. One of width 0 is a prompt of nothing else.
-            attention_mask: (B, P), 1 for tokens; by default everything but `pad_token_id`.
-            first: id before each prompt; None for none.
-            last: id after each prompt.
-            rows: (B,) of which this is true; None is all.
+            input_ids (torch.Tensor): (B, P), padded on either side. One of width 0 is a prompt of nothing else.
+            attention_mask (torch.Tensor): (B, P), 1 for tokens; by default everything but `pad_token_id`.
+            first (int | None): id before each prompt; None for none.
+            last (int): id after each prompt.
+            rows (torch.Tensor): (B,) of which this is true; None is all.
 
         Raises:
             ValueError: for an id outside the vocabulary, or one of the two anywhere else.

@@ -18,8 +18,8 @@ NOT_IN_TABLE = ("/samples", "/seconds", "_standard_error")
 # Of a table that a page can hold; the CSV has them all.
 MOST_COLUMNS = 10
 # Of Okabe and Ito, apart for the colour-blind; each curve has a marker and a line of its own too.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_MARKERS, _LINES = "osD^vP*X<", ("-", "--", "-.", ":")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS, LINES = "osD^vP*X<", ("-", "--", "-.", ":")
 _WORDS = {"step": "training step", "nfe": "forward passes"}
 
 
@@ -84,12 +84,13 @@ def plot(file: Path, points: pd.DataFrame, same: str, x: str, metrics: Sequence[
             means = curve.groupby(same)[[x, metric]].agg(["mean", "std"]).sort_values((x, "mean")).fillna(0)
             mean, std = means[metric, "mean"], means[metric, "std"]
             bars = [std.clip(upper=mean - bounds[0]), std.clip(upper=bounds[1] - mean)]
-            style = {"color": _COLOURS[i % 7], "marker": _MARKERS[i % 9], "linestyle": _LINES[i % 4]}
+            style = {"color": COLOURS[i % 7], "marker": MARKERS[i % 9], "linestyle": LINES[i % 4]}
             axes.errorbar(means[x, "mean"], mean, bars, label=family, capsize=2, **style)
         axes.set(title=task, xlabel=_in_words(x), ylabel=_in_words(metric))
         axes.grid(alpha=0.3)
-        seeds = f"mean and standard deviation over {found['seed'].nunique()} seeds"
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3, title=seeds)
+        seeds = found["seed"].nunique()
+        title = f"mean and standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3, title=title)
     staging = file.with_name(file.name + INCOMPLETE_SUFFIX)
     figure.savefig(staging, format="png", dpi=120)
     staging.replace(file)
