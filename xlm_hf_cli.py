@@ -81,6 +81,12 @@ def _help_on(job: str) -> str:
         return "\n".join(lines) + "\n"
     configs = _package() / "configs"
     names = sorted(file.stem for file in configs.glob("*.yaml") if file.stem != "config")
+    recipes = [
+        f"{file.stem}_{line.split(':')[0]}"
+        for file in sorted((configs / "paper" / "families").glob("*.yaml"))
+        for line in file.read_text().splitlines()
+        if line[:1].isalpha() and not line.startswith("all:")
+    ]
     groups = {group: sorted(file.stem for file in (configs / group).glob("[!_]*.yaml")) for group in _GROUPS}
     text = (configs / "config.yaml").read_text().split("\njob:")[1].split("\nhydra:")[0]
     options = [line for line in f"job:{text}".splitlines() if "#" in line]
@@ -88,7 +94,8 @@ def _help_on(job: str) -> str:
         [
             f"xlm-hf {job}: {jobs()[job]}\n\n{_docstring(file, 'run')}\n",
             *(f"{group}=  {', '.join(found)}" for group, found in groups.items()),
-            f"--config-name  {', '.join(names)}\n",
+            f"--config-name  {', '.join(names)}",
+            f"--config-name paper/...  {', '.join(recipes)}\n",
             *options,
             "",
         ]

@@ -4,7 +4,7 @@
 
 Without names all are run, which takes about an hour; `--quick` takes one or two minutes and leaves the ablation out.
 Every benchmark goes to `benchmarks/results/speed/NAME.json` (with `--quick` to `NAME_quick.json`), beside the machine
-and its matrix-product rate; `python -m benchmarks.tables` then renews the tables of docs/performance.md.
+and its matrix-product rate; `python -m benchmarks.tables` then renews the tables of benchmarks/results/speed/README.md.
 """
 
 import argparse

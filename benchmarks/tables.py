@@ -1,4 +1,4 @@
-"""Write the tables and the plot of docs/performance.md from benchmarks/results/speed/*.json.
+"""Write the tables and the plot of benchmarks/results/speed/README.md from benchmarks/results/speed/*.json.
 
     python -m benchmarks.tables
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from benchmarks.measure import ROOT
 from benchmarks.run import RESULTS
 
-PAGE = ROOT / "docs" / "performance.md"
+PAGE = RESULTS / "README.md"
 PLOT = ROOT / "docs" / "assets" / "speed.png"
 
 

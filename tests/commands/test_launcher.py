@@ -7,7 +7,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from hydra.core.config_store import ConfigStore
 
+import xlm_hf.configs  # noqa: F401  (it stores the recipes)
 import xlm_hf_cli
 from xlm_hf.commands import __path__ as commands
 
@@ -37,6 +39,9 @@ def test_help_on_a_job_names_what_it_can_be_given(capsys, monkeypatch, job):
     for name in ("family=  ", "star_easy", "--config-name  ", "ilm_star", "output_dir: null  ", "checkpoint: null  "):
         assert name in text
     assert "hydra" not in text
+    recipes = next(line for line in text.splitlines() if line.startswith("--config-name paper/"))
+    there_are = {name.removesuffix(".yaml") for name in ConfigStore.instance().list("paper")}
+    assert set(recipes.split("...  ")[1].split(", ")) == there_are
 
 
 @pytest.mark.parametrize(("tool", "names"), [("scaffold", ["name", "--from", "--output"]), ("convert", ["--family"])])
