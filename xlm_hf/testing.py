@@ -250,7 +250,7 @@ def check_batch_entries(case: FamilyCase, tmp_path: Path) -> None:
             collator, examples = case.collator(kind, model, packing=packing), case.examples(kind=kind)
             batch = collator(examples)
             check_entries(collator, batch, len(examples))
-            static = StaticShapes(collator, collator.packing or batch["input_ids"].shape[1] + 16)
+            static = StaticShapes(collator, collator.row_capacity or batch["input_ids"].shape[1] + 16)
             padded = static(examples)
             assert_close(loss_and_gradients(model, loss, padded), loss_and_gradients(model, loss, batch))
             if not packing:

@@ -1,19 +1,20 @@
 """From examples to batches for block diffusion: two copies of each document, and the masks of each block."""
 
 import math
-from typing import Literal
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
 
-from xlm_hf.modules.checked_options import PartialShare, Positive, PositiveInt
+from xlm_hf.modules.checked_options import Positive, PositiveInt
 from xlm_hf.objectives.collation import Documents, segment_numbers, segment_ranges, segment_starts, tensors
 from xlm_hf.objectives.collators import CanvasCollator, Entry
 from xlm_hf.objectives.corruption import bernoulli_masks, exact_masks, skewed_times
 from xlm_hf.objectives.head_operator import IGNORED_ID
 
 
+@dataclass(eq=False)
 class BD3LMCollator(CanvasCollator):
     """Documents `prompt [BOS] canvas` in a clean and a noisy copy, and prompts `prompt [BOS]` for `generate`.
 
@@ -71,29 +72,23 @@ class BD3LMCollator(CanvasCollator):
         "sequence_tokens": Entry("document"),
     }
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        max_length: PositiveInt,
-        kind: str,
-        prediction: bool = False,
-        seed: int = 0,
-        packing: bool = False,
-        condition_dropout: PartialShare = 0.0,
-        block_length: PositiveInt = 4,
-        masking: Literal["exact", "bernoulli"] = "exact",
-        mask_beta: Positive | None = None,
-        mask_range: tuple[float, float] | None = None,
-    ):
-        super().__init__(tokenizer, max_length, kind, prediction, seed, packing, condition_dropout=condition_dropout)
-        low, high = mask_range or (0.0, 1.0)
+    block_length: PositiveInt = 4
+    masking: Literal["exact", "bernoulli"] = "exact"
+    mask_beta: Positive | None = None
+    mask_range: tuple[float, float] | None = None
+
+    # A canvas ends with the last block of its text.
+    canvas_length: ClassVar[None] = None  # type: ignore[misc]
+
+    def __post_init__(self):
+        super().__post_init__()
+        low, high = self.mask_range or (0.0, 1.0)
         if not 0 <= low < high <= 1:
             raise ValueError(f"mask_range must be 0 <= low < high <= 1 and is ({low}, {high}).")
-        if mask_range and mask_beta:
+        if self.mask_range and self.mask_beta:
             raise ValueError("mask_beta and mask_range both say how much is masked: set one of them to None.")
         # A row holds two copies.
-        self.packing = 2 * max_length if packing else None
-        self.block_length, self.masking, self.mask_beta, self.mask_range = block_length, masking, mask_beta, mask_range
+        self.row_capacity = 2 * self.max_length if self.packing else None
 
     def training_batch(self, documents: Documents) -> dict[str, torch.Tensor]:
         """Both copies of the documents, and of each block the masks and the weight."""

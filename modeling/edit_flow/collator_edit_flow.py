@@ -1,10 +1,10 @@
 """From examples to batches for edit flows: which edits have been made, and which remain."""
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from xlm_hf.modules.checked_options import PartialShare, Positive, PositiveInt
 from xlm_hf.objectives.alignment import BLANK, aligned, columns_of, random_columns
@@ -16,6 +16,7 @@ from xlm_hf.objectives.head_operator import IGNORED_ID
 NONE, KEPT, DELETED, SUBSTITUTED = range(-1, 3)  # what remains to be done to the token of a slot
 
 
+@dataclass(eq=False)
 class EditFlowCollator(Collator):
     """Documents `[CLS] prompt [BOS] x`, x between what the flow begins with and the target, and the edits that remain.
 
@@ -83,22 +84,10 @@ class EditFlowCollator(Collator):
         "sequence_tokens": Entry("document"),
     }
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        max_length: PositiveInt,
-        kind: str,
-        prediction: bool = False,
-        seed: int = 0,
-        packing: bool = False,
-        coupling: Literal["empty", "uniform", "source"] = "empty",
-        noise_length: PositiveInt = 100,
-        drop_beta: Positive = 1.0,
-        condition_dropout: PartialShare = 0.0,
-    ):
-        super().__init__(tokenizer, max_length, kind, prediction, seed, packing)
-        self.condition_dropout = condition_dropout
-        self.coupling, self.noise_length, self.drop_beta = coupling, noise_length, drop_beta
+    coupling: Literal["empty", "uniform", "source"] = "empty"
+    noise_length: PositiveInt = 100
+    drop_beta: Positive = 1.0
+    condition_dropout: PartialShare = 0.0
 
     def training_batch(self, documents: Documents) -> dict[str, torch.Tensor]:
         """The documents at their times, and the edits that remain."""
@@ -147,7 +136,7 @@ class EditFlowCollator(Collator):
         if self.coupling == "empty":
             return np.full_like(targets, BLANK), targets, lengths
         if self.coupling == "uniform":
-            num, writable = np.full_like(lengths, self.noise_length), np.flatnonzero(~self.is_suppressed)
+            num, writable = np.full_like(lengths, self.noise_length), self.writable_ids
             deleted = num - np.minimum(num // 2, lengths)
             bits = documents.random_bits(self.seed, lengths + deleted, stream="columns")
             draws = documents.uniforms(self.seed, "noise", num)

@@ -6,7 +6,7 @@ from transformers.configuration_utils import strict
 
 from xlm_hf.modules.backbone_config import RotaryTransformerConfig
 from xlm_hf.modules.checked_options import Count, PositiveInt
-from xlm_hf.modules.noise_schedules import make_schedule
+from xlm_hf.modules.noise_schedules import make_whole_schedule
 
 
 @strict
@@ -51,11 +51,7 @@ class EditFlowConfig(RotaryTransformerConfig):
         super().__post_init__(**kwargs)
         if self.conditioning == "none":
             raise ValueError("This model must be told the time: choose conditioning='adaln' or 'token'.")
-        if not make_schedule(self.noise_schedule).is_whole():
-            raise ValueError(
-                f"noise_schedule {self.noise_schedule!r} does not run from 1 to 0, so edits would be left over: "
-                "choose linear, cosine or polynomial."
-            )
+        make_whole_schedule(self.noise_schedule)
 
     @property
     def num_edit_kinds(self) -> int:

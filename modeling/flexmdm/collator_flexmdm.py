@@ -1,13 +1,13 @@
 """From examples to batches for flexible masked diffusion: which tokens are absent, and which are masks."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
 
-from xlm_hf.modules.checked_options import Positive, PositiveInt
+from xlm_hf.modules.checked_options import Positive
 from xlm_hf.modules.noise_schedules import make_schedule
 from xlm_hf.objectives.collation import Documents, segment_numbers, segment_starts
 from xlm_hf.objectives.collators import Collator, Entry
@@ -15,6 +15,7 @@ from xlm_hf.objectives.corruption import schedule_at, skewed_times
 from xlm_hf.objectives.head_operator import IGNORED_ID
 
 
+@dataclass(eq=False)
 class FlexMDMCollator(Collator):
     """Documents `prompt [BOS] target` with a part of the target absent and a part masked, and prompts `prompt [BOS]`.
 
@@ -71,24 +72,16 @@ class FlexMDMCollator(Collator):
         "open_gaps": Entry("document"),
     }
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        max_length: PositiveInt,
-        kind: str,
-        prediction: bool = False,
-        seed: int = 0,
-        packing: bool = False,
-        insertion_schedule: str | Mapping[str, Any] = "linear",
-        unmasking_schedule: str | Mapping[str, Any] = "linear",
-        noise_beta: Positive | None = None,
-        end_token: Literal["eos", "pad"] | None = None,
-    ):
-        super().__init__(tokenizer, max_length, kind, prediction, seed, packing)
-        self.noise_beta = noise_beta
-        self.insertion = make_schedule(insertion_schedule)
-        self.unmasking = make_schedule(unmasking_schedule)
-        self.end_token_id = None if end_token is None else getattr(tokenizer, f"{end_token}_token_id")
+    insertion_schedule: str | Mapping[str, Any] = "linear"
+    unmasking_schedule: str | Mapping[str, Any] = "linear"
+    noise_beta: Positive | None = None
+    end_token: Literal["eos", "pad"] | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.insertion = make_schedule(self.insertion_schedule)
+        self.unmasking = make_schedule(self.unmasking_schedule)
+        self.end_token_id = self.end_token and getattr(self.tokenizer, f"{self.end_token}_token_id")
 
     def training_batch(self, documents: Documents) -> dict[str, torch.Tensor]:
         """What is there of the documents at their times, the tokens behind the masks, and what is missing where."""

@@ -6,7 +6,7 @@ from transformers.configuration_utils import strict
 
 from xlm_hf.modules.backbone_config import RotaryTransformerConfig
 from xlm_hf.modules.checked_options import Count, PositiveInt
-from xlm_hf.modules.noise_schedules import make_schedule
+from xlm_hf.modules.noise_schedules import make_whole_schedule
 
 
 @strict
@@ -53,11 +53,7 @@ class FlexMDMConfig(RotaryTransformerConfig):
         if self.conditioning == "none":
             raise ValueError("This model must be told the time: choose conditioning='adaln' or 'token'.")
         for schedule in (self.insertion_schedule, self.unmasking_schedule):
-            if not make_schedule(schedule).is_whole():
-                raise ValueError(
-                    f"The schedule {schedule!r} does not run from data (alpha 1) to nothing (alpha 0), and what is "
-                    "reported as a likelihood integrates all of it: choose one that does, such as 'linear'."
-                )
+            make_whole_schedule(schedule)
         if self.max_count is None:
             self.max_count = self.max_position_embeddings
 

@@ -1,12 +1,12 @@
 """From examples to batches for GIDD: the canvas, the time, the noise and the weights of the bound."""
 
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
 
-from xlm_hf.modules.checked_options import Interval, PartialShare, Positive, PositiveInt
+from xlm_hf.modules.checked_options import Interval, PartialShare, Positive
 from xlm_hf.objectives.collation import Documents, Examples, ragged, segment_numbers
 from xlm_hf.objectives.collators import CanvasCollator, Entry
 from xlm_hf.objectives.corruption import mixed_noise, skewed_times
@@ -41,6 +41,7 @@ def bound_weights(
     return np.where(is_mask, at_mask, np.where(is_kept, replaced * share, replaced))
 
 
+@dataclass(eq=False)
 class GIDDCollator(CanvasCollator):
     """Documents `prompt [BOS] canvas` with masks and uniform noise on the canvas, and prompts for `generate`.
 
@@ -97,31 +98,20 @@ class GIDDCollator(CanvasCollator):
         **{name: Entry("document") for name in ("canvas_lengths", "sequence_tokens", "given_length")},
     }
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        max_length: PositiveInt,
-        kind: str,
-        prediction: bool = False,
-        seed: int = 0,
-        packing: bool = False,
-        canvas_length: PositiveInt | None = None,
-        condition_dropout: PartialShare = 0.0,
-        uniform_share: PartialShare = 0.2,
-        gamma: Annotated[float, Interval("(0, 2]")] = 1.0,
-        loss_weighting: Literal["bound", "clip", "dynamic", "even", "denoising"] = "bound",
-        noise_beta: Positive | None = None,
-        corrects: bool = False,
-    ):
-        super().__init__(tokenizer, max_length, kind, prediction, seed, packing, canvas_length, condition_dropout)
-        if noise_beta is not None and loss_weighting == "bound":
+    uniform_share: PartialShare = 0.2
+    gamma: Annotated[float, Interval("(0, 2]")] = 1.0
+    loss_weighting: Literal["bound", "clip", "dynamic", "even", "denoising"] = "bound"
+    noise_beta: Positive | None = None
+    corrects: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.noise_beta is not None and self.loss_weighting == "bound":
             raise ValueError(
-                f"noise_beta is {noise_beta} and loss_weighting {loss_weighting!r}: noise_beta chooses the times of "
-                "another weighting than the bound's, such as 'dynamic'."
+                f"noise_beta is {self.noise_beta} and loss_weighting {self.loss_weighting!r}: noise_beta chooses the "
+                "times of another weighting than the bound's, such as 'dynamic'."
             )
-        self.loss_weighting, self.noise_beta, self.corrects = loss_weighting, noise_beta, corrects
-        self.kernel = MixedKernel(uniform_share=uniform_share, gamma=gamma)
-        self.writable_ids = np.flatnonzero(~self.is_suppressed)
+        self.kernel = MixedKernel(uniform_share=self.uniform_share, gamma=self.gamma)
 
     def training_batch(self, documents: Documents) -> dict[str, torch.Tensor]:
         """The documents with noise on their canvases, their times and weights."""

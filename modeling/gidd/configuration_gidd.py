@@ -6,7 +6,7 @@ from transformers.configuration_utils import strict
 
 from xlm_hf.modules.backbone_config import RotaryTransformerConfig
 from xlm_hf.modules.checked_options import Count, Interval, PartialShare
-from xlm_hf.modules.noise_schedules import make_schedule
+from xlm_hf.modules.noise_schedules import make_whole_schedule
 
 
 @strict
@@ -49,11 +49,7 @@ class GIDDConfig(RotaryTransformerConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        if not make_schedule(self.noise_schedule).is_whole():
-            raise ValueError(
-                f"noise_schedule {self.noise_schedule!r} does not run from data (alpha 1) to pure noise (alpha 0), "
-                "and a sampler begins with pure noise: choose one that does, such as 'linear'."
-            )
+        make_whole_schedule(self.noise_schedule)
 
     @property
     def suppressed_ids(self) -> list[int]:

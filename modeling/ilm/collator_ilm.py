@@ -1,15 +1,17 @@
 """From examples to batches for the insertion language model: which tokens are dropped, and where they belong."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
 
-from xlm_hf.modules.checked_options import Positive, PositiveInt
+from xlm_hf.modules.checked_options import Positive
 from xlm_hf.objectives.collation import Documents, random_subset, segment_numbers, segment_starts
 from xlm_hf.objectives.collators import Collator, Entry
 from xlm_hf.objectives.head_operator import IGNORED_ID
 
 
+@dataclass(eq=False)
 class ILMCollator(Collator):
     """Documents `[CLS] prompt [BOS] target` with a part of the target dropped, and prompts `[CLS] prompt [BOS]`.
 
@@ -56,18 +58,7 @@ class ILMCollator(Collator):
         "target_ids": Entry("target", padding=IGNORED_ID),
     }
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        max_length: PositiveInt,
-        kind: str,
-        prediction: bool = False,
-        seed: int = 0,
-        packing: bool = False,
-        drop_beta: Positive = 1.0,
-    ):
-        super().__init__(tokenizer, max_length, kind, prediction, seed, packing)
-        self.drop_beta = drop_beta
+    drop_beta: Positive = 1.0
 
     def training_batch(self, documents: Documents) -> dict[str, torch.Tensor]:
         """What is left of the documents, their slots, and the dropped tokens."""

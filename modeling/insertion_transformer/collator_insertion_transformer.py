@@ -1,10 +1,11 @@
 """From examples to batches for the Insertion Transformer: which tokens are dropped, and what each slot lacks."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
 
-from xlm_hf.modules.checked_options import Positive, PositiveInt
+from xlm_hf.modules.checked_options import Positive
 from xlm_hf.objectives.collation import Documents, random_subset, segment_numbers, segment_ranges
 from xlm_hf.objectives.collators import Collator, Entry
 from xlm_hf.objectives.head_operator import IGNORED_ID
@@ -73,6 +74,7 @@ def slot_targets(
     return segment_numbers(num_targets), ids, tree_weights(num_targets, temperature), with_targets
 
 
+@dataclass(eq=False)
 class InsertionTransformerCollator(Collator):
     """Documents `prompt [BOS] target` with a part of the target dropped, and prompts `prompt [BOS]`.
 
@@ -109,19 +111,8 @@ class InsertionTransformerCollator(Collator):
         "target_weights": Entry("target"),
     }
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        max_length: PositiveInt,
-        kind: str,
-        prediction: bool = False,
-        seed: int = 0,
-        packing: bool = False,
-        tree_temperature: Positive | None = None,
-        drop_beta: Positive = 1.0,
-    ):
-        super().__init__(tokenizer, max_length, kind, prediction, seed, packing)
-        self.tree_temperature, self.drop_beta = tree_temperature, drop_beta
+    tree_temperature: Positive | None = None
+    drop_beta: Positive = 1.0
 
     def training_batch(self, documents: Documents) -> dict[str, torch.Tensor]:
         """What is left of the documents, their slots, and what these lack."""

@@ -1,20 +1,21 @@
 """From examples to batches for the masked diffusion language model: the canvas, the time and the masks."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
 
-from xlm_hf.modules.checked_options import PartialShare, Positive, PositiveInt
-from xlm_hf.modules.noise_schedules import make_schedule
+from xlm_hf.modules.checked_options import Positive
+from xlm_hf.modules.noise_schedules import make_whole_schedule
 from xlm_hf.objectives.collation import Documents, segment_numbers
 from xlm_hf.objectives.collators import CanvasCollator, Entry
 from xlm_hf.objectives.corruption import bernoulli_masks, exact_masks, schedule_at, skewed_times
 from xlm_hf.objectives.head_operator import IGNORED_ID
 
 
+@dataclass(eq=False)
 class MDLMCollator(CanvasCollator):
     """Documents `prompt [BOS] canvas` with a part of the canvas masked, and prompts `prompt [BOS]` for `generate`.
 
@@ -66,29 +67,13 @@ class MDLMCollator(CanvasCollator):
         "given_length": Entry("document"),
     }
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        max_length: PositiveInt,
-        kind: str,
-        prediction: bool = False,
-        seed: int = 0,
-        packing: bool = False,
-        canvas_length: PositiveInt | None = None,
-        condition_dropout: PartialShare = 0.0,
-        masking: Literal["exact", "bernoulli"] = "exact",
-        noise_schedule: str | Mapping[str, Any] = "log_linear",
-        mask_beta: Positive | None = None,
-    ):
-        super().__init__(tokenizer, max_length, kind, prediction, seed, packing, canvas_length, condition_dropout)
-        self.masking = masking
-        self.mask_beta = mask_beta
-        self.schedule = make_schedule(noise_schedule)
-        if not self.schedule.is_whole():
-            raise ValueError(
-                f"noise_schedule {noise_schedule!r} does not run from data (alpha 1) to pure noise (alpha 0), and what "
-                "is reported as a likelihood integrates all of it: choose one that does, such as 'log_linear'."
-            )
+    masking: Literal["exact", "bernoulli"] = "exact"
+    noise_schedule: str | Mapping[str, Any] = "log_linear"
+    mask_beta: Positive | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.schedule = make_whole_schedule(self.noise_schedule)
 
     def training_batch(self, documents: Documents) -> dict[str, torch.Tensor]:
         """The documents with masks among their canvases, their times and weights."""

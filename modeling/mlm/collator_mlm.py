@@ -1,16 +1,19 @@
 """From examples to batches for the masked language model: which tokens are masked."""
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
 
-from xlm_hf.modules.checked_options import Count, Positive, PositiveInt
+from xlm_hf.modules.checked_options import Count, Positive
 from xlm_hf.objectives.collation import Documents, Examples, Rows, segment_numbers
 from xlm_hf.objectives.collators import CanvasCollator, Entry
 from xlm_hf.objectives.corruption import bernoulli_masks, exact_masks
 from xlm_hf.objectives.head_operator import IGNORED_ID
 
 
+@dataclass(eq=False)
 class MLMCollator(CanvasCollator):
     """Documents `prompt [BOS] target [EOS]` with a part of what follows `[BOS]` masked, and prompts `prompt [BOS]`.
 
@@ -64,31 +67,29 @@ class MLMCollator(CanvasCollator):
         "canvas_lengths": Entry("example"),
     }
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        max_length: PositiveInt,
-        kind: str,
-        prediction: bool = False,
-        seed: int = 0,
-        packing: bool = False,
-        canvas_length: PositiveInt | None = None,
-        mask_beta: Positive = 1.0,
-        max_canvas_length: Count | None = None,
-    ):
-        super().__init__(tokenizer, max_length, kind, prediction, seed, packing, canvas_length)
-        if canvas_length is not None and max_canvas_length is not None:
+    mask_beta: Positive = 1.0
+    max_canvas_length: Count | None = None
+
+    # Nothing is guided.
+    condition_dropout: ClassVar[float] = 0.0  # type: ignore[misc]
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.canvas_length is not None and self.max_canvas_length is not None:
             raise ValueError(
-                f"The length of a canvas is either predicted (max_canvas_length, here {max_canvas_length}) or fixed "
-                f"(canvas_length, here {canvas_length}): set canvas_length to null."
+                f"The length of a canvas is either predicted (max_canvas_length, here {self.max_canvas_length}) or "
+                f"fixed (canvas_length, here {self.canvas_length}): set canvas_length to null."
             )
-        self.mask_beta, self.max_canvas_length = mask_beta, max_canvas_length
-        if max_canvas_length is not None:
+        if self.max_canvas_length is not None:
             # A canvas holds neither: its length is known.
             ends = [token_id for token_id in (self.pad_token_id, self.eos_token_id) if token_id is not None]
             self.is_suppressed[ends] = True
-        if prediction and kind != "infill" and canvas_length is None and max_canvas_length is None:
-            self.given = ("length",)
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """The length of the text, where it is neither fixed nor predicted."""
+        is_told = self.prediction and self.kind != "infill"
+        return ("length",) if is_told and self.canvas_length is None and self.max_canvas_length is None else ()
 
     def training_batch(self, documents: Documents) -> dict[str, torch.Tensor]:
         """The documents with a part of their canvases masked, at rates evenly spread over the epoch."""

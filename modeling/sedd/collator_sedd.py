@@ -1,20 +1,21 @@
 """From examples to batches for score entropy diffusion: the canvas, the time, and masks or noise."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
 
-from xlm_hf.modules.checked_options import PartialShare, Positive, PositiveInt
-from xlm_hf.modules.noise_schedules import make_schedule
+from xlm_hf.modules.checked_options import Positive
+from xlm_hf.modules.noise_schedules import make_whole_schedule
 from xlm_hf.objectives.collation import Documents, segment_numbers
 from xlm_hf.objectives.collators import CanvasCollator, Entry
 from xlm_hf.objectives.corruption import bernoulli_masks, exact_masks, exact_noise, mixed_noise, skewed_times
 from xlm_hf.objectives.head_operator import IGNORED_ID
 
 
+@dataclass(eq=False)
 class SEDDCollator(CanvasCollator):
     """Documents `prompt [BOS] canvas` with masks or noise on the canvas, and prompts `prompt [BOS]` for `generate`.
 
@@ -63,28 +64,14 @@ class SEDDCollator(CanvasCollator):
         **{name: Entry("document") for name in ("canvas_lengths", "sequence_tokens", "given_length")},
     }
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        max_length: PositiveInt,
-        kind: str,
-        prediction: bool = False,
-        seed: int = 0,
-        packing: bool = False,
-        canvas_length: PositiveInt | None = None,
-        condition_dropout: PartialShare = 0.0,
-        kernel: Literal["absorb", "uniform"] = "absorb",
-        noise_schedule: str | Mapping[str, Any] = "log_linear",
-        noise_beta: Positive | None = None,
-    ):
-        super().__init__(tokenizer, max_length, kind, prediction, seed, packing, canvas_length, condition_dropout)
-        if kernel == "absorb" and not make_schedule(noise_schedule).is_whole():
-            raise ValueError(
-                f"noise_schedule {noise_schedule!r} does not run from data (alpha 1) to pure noise (alpha 0), and what "
-                "is reported as a likelihood integrates all of it: choose one that does, such as 'log_linear'."
-            )
-        self.kernel, self.noise_beta = kernel, noise_beta
-        self.writable_ids = np.flatnonzero(~self.is_suppressed)
+    kernel: Literal["absorb", "uniform"] = "absorb"
+    noise_schedule: str | Mapping[str, Any] = "log_linear"
+    noise_beta: Positive | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.kernel == "absorb":
+            make_whole_schedule(self.noise_schedule)
 
     def training_batch(self, documents: Documents) -> dict[str, torch.Tensor]:
         """The documents with masks or noise on their canvases, their times and weights."""

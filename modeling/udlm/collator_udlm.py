@@ -1,14 +1,14 @@
 """From examples to batches for uniform diffusion: the canvas, the time and the noise."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
 
-from xlm_hf.modules.checked_options import PartialShare, Positive, PositiveInt, check_arguments
-from xlm_hf.modules.noise_schedules import make_schedule
+from xlm_hf.modules.checked_options import Positive, check_arguments
+from xlm_hf.modules.noise_schedules import make_whole_schedule
 from xlm_hf.objectives.collation import Documents, segment_numbers
 from xlm_hf.objectives.collators import CanvasCollator, Entry
 from xlm_hf.objectives.corruption import bernoulli_masks, exact_noise, mixed_noise, schedule_at, skewed_times
@@ -22,6 +22,7 @@ def published_curriculum(gamma_min: float = -3.55, gamma_max: float = -1.85, tem
     return {"gamma_min": gamma_min, "gamma_max": gamma_max, "temperature": temperature}
 
 
+@dataclass(eq=False)
 class UDLMCollator(CanvasCollator):
     """Documents `prompt [BOS] canvas` with uniform noise on the canvas, and prompts `prompt [BOS]` for `generate`.
 
@@ -77,36 +78,19 @@ class UDLMCollator(CanvasCollator):
         **{name: Entry("document") for name in ("canvas_lengths", "sequence_tokens", "given_length")},
     }
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        max_length: PositiveInt,
-        kind: str,
-        prediction: bool = False,
-        seed: int = 0,
-        packing: bool = False,
-        canvas_length: PositiveInt | None = None,
-        condition_dropout: PartialShare = 0.0,
-        noise_schedule: str | Mapping[str, Any] = "log_linear",
-        noising: Literal["exact", "bernoulli"] = "exact",
-        noise_beta: Positive | None = None,
-        curriculum: Mapping[str, float] | None = None,
-    ):
-        super().__init__(tokenizer, max_length, kind, prediction, seed, packing, canvas_length, condition_dropout)
-        if noise_beta is not None and curriculum is not None:
+    noise_schedule: str | Mapping[str, Any] = "log_linear"
+    noising: Literal["exact", "bernoulli"] = "exact"
+    noise_beta: Positive | None = None
+    curriculum: Mapping[str, float] | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.noise_beta is not None and self.curriculum is not None:
             raise ValueError("noise_beta and curriculum are two objectives of training: set one of them to null.")
-        self.noising, self.noise_beta = noising, noise_beta
-        self.curriculum: dict[str, float] | None = None
-        if curriculum is not None:
-            check_arguments("curriculum", dict(curriculum), published_curriculum)
-            self.curriculum = published_curriculum(**curriculum)
-        self.schedule = make_schedule(noise_schedule)
-        if not self.schedule.is_whole():
-            raise ValueError(
-                f"noise_schedule {noise_schedule!r} does not run from data (alpha 1) to pure noise (alpha 0), and what "
-                "is reported as a likelihood integrates all of it: choose one that does, such as 'log_linear'."
-            )
-        self.writable_ids = np.flatnonzero(~self.is_suppressed)
+        if self.curriculum is not None:
+            check_arguments("curriculum", dict(self.curriculum), published_curriculum)
+            self.curriculum = published_curriculum(**self.curriculum)
+        self.schedule = make_whole_schedule(self.noise_schedule)
 
     def training_batch(self, documents: Documents) -> dict[str, torch.Tensor]:
         """The documents with noise on their canvases, their times and weights."""

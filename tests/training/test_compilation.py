@@ -114,7 +114,7 @@ def test_with_packing_a_length_below_the_positions_is_refused_at_once():
 def test_with_packing_more_targets_than_positions_fill_a_multiple():
     batch = {"input_ids": torch.zeros(2, 3, dtype=torch.long), "target_ids": torch.arange(11)}
     collator = MadeBatch(batch, {"target_ids": Entry("target", padding=-100)})
-    collator.packing = 5
+    collator.row_capacity = 5
     padded = StaticShapes(collator, 5)([])
     assert padded["input_ids"].shape == (2, 5)
     assert padded["target_ids"].tolist() == [*range(11), *[-100] * 9]
@@ -123,7 +123,7 @@ def test_with_packing_more_targets_than_positions_fill_a_multiple():
 class MadeBatch:
     """A collator of one batch."""
 
-    packing = None
+    row_capacity = None
 
     def __init__(self, batch, entries):
         self.batch, self.entries = batch, {**Collator.entries, **entries}

@@ -35,10 +35,11 @@ class StaticShapes:
     """
 
     def __init__(self, collator: Any, length: int):
-        if collator.packing and length < collator.packing:
+        if collator.row_capacity and length < collator.row_capacity:
             raise ValueError(
-                f"trainer.static_length is {length}, but packing fills rows up to the {collator.packing} positions of "
-                "the model: give both the same number, `model.max_position_embeddings=N trainer.static_length=N`."
+                f"trainer.static_length is {length}, but packing fills rows up to {collator.row_capacity} tokens, "
+                "the positions of the model: give both the same number, "
+                "`model.max_position_embeddings=N trainer.static_length=N`."
             )
         self.collator, self.length = collator, length
 
@@ -47,7 +48,7 @@ class StaticShapes:
         batch, entries = self.collator(examples), self.collator.entries
         (B, L), length = batch["input_ids"].shape, self.length
         # Of what was taken out of a row, a batch may hold more than of what is left in it.
-        lists = [] if self.collator.packing else [x for name, x in batch.items() if entries[name].of not in AXES]
+        lists = [] if self.collator.row_capacity else [x for name, x in batch.items() if entries[name].of not in AXES]
         longest = max([L, *(-(-len(x) // B) for x in lists)])
         if longest > length:
             raise ValueError(f"trainer.static_length is {length} and a row needs {longest}: raise it to the longest.")

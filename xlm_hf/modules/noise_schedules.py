@@ -46,11 +46,6 @@ class NoiseSchedule(CheckedOptions):
         """The time t in [0, 1] at which alpha_t = `alpha`."""
         raise NotImplementedError
 
-    def is_whole(self) -> bool:
-        """Whether it runs from data to pure noise, alpha_0 = 1 to alpha_1 = 0, as a bound needs it."""
-        ends = self.mask_probability(torch.tensor([0.0, 1.0], dtype=torch.float64))
-        return bool((ends - torch.tensor([0.0, 1.0], dtype=torch.float64)).abs().max() < 1e-9)
-
     def hazard(self, t: torch.Tensor) -> torch.Tensor:
         """-alpha'_t / (1 - alpha_t): the rate at which a mask is unmasked as time runs back, for t in (0, 1].
 
@@ -237,6 +232,17 @@ def make_schedule(schedule: str | Mapping[str, Any]) -> NoiseSchedule:
     check_arguments(f"noise_schedule {name!r}", parameters, NOISE_SCHEDULES[name])
     made = NOISE_SCHEDULES[name](**parameters)
     return MirroredSchedule(made) if mirrored else made
+
+
+def make_whole_schedule(schedule: str | Mapping[str, Any]) -> NoiseSchedule:
+    """What `make_schedule` makes; raises ValueError too unless it runs from alpha_0 = 1 to alpha_1 = 0."""
+    made, ends = make_schedule(schedule), torch.tensor([0.0, 1.0], dtype=torch.float64)
+    if (made.mask_probability(ends) - ends).abs().max() > 1e-9:
+        raise ValueError(
+            f"The noise_schedule {schedule!r} does not run from data (alpha 1) to pure noise (alpha 0), as a bound and "
+            "a sampler need it: choose one that does, such as 'log_linear'."
+        )
+    return made
 
 
 def noise_of_tokens(alpha: torch.Tensor | None, noise_eps: float, is_given: torch.Tensor | None = None) -> torch.Tensor:

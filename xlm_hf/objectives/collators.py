@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from xlm_hf.modules.checked_options import PartialShare, PositiveInt, checked
+from xlm_hf.modules.checked_options import CheckedOptions, PartialShare, PositiveInt
 from xlm_hf.modules.messages import did_you_mean
 from xlm_hf.objectives.collation import Documents, Examples, Ids, Rows, column, ragged, tensors
 
@@ -39,7 +40,8 @@ class Entry:
     padding: int | Literal["last", "next"] = "last"
 
 
-class Collator:
+@dataclass(eq=False)
+class Collator(CheckedOptions):
     """From examples to batches: what the collators of all families share.
 
     The collator of a family says how its documents are laid out (`layouts`) and what its batches hold (`entries`), and
@@ -61,8 +63,9 @@ class Collator:
         entries: of the batches, by name.
         written_specials: names of the special tokens that a text may hold.
         condition_dropout: share of the training documents whose prompts are left out.
-        given: what prompts for `generate` tell of the reference: ("length",) where its length is given.
+        row_capacity: most tokens of a row that holds several examples; None where each has its own.
 
+    A family adds options as annotated attributes of a dataclass, and refuses what does not fit in `__post_init__`.
     Called with a list of examples - dicts of the columns above, `example_id`, `epoch` and `position` (in the epoch) -
     it returns a dict of tensors. Prompts are padded on the left: `input_ids`, `attention_mask`, `example_id`.
 
@@ -74,7 +77,6 @@ class Collator:
     kinds: ClassVar[tuple[str, ...]]
     written_specials: ClassVar[tuple[str, ...]] = ("unk",)
     condition_dropout = 0.0
-    given: tuple[str, ...] = ()
     entries: ClassVar[Mapping[str, Entry]] = {
         "input_ids": Entry("position"),
         "attention_mask": Entry("position", padding=0),
@@ -83,24 +85,22 @@ class Collator:
         "example_id": Entry("example"),
     }
 
+    tokenizer: PreTrainedTokenizerBase
+    max_length: PositiveInt
+    kind: str
+    prediction: bool = False
+    seed: int = 0
+    packing: bool = False
+
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
         if hasattr(cls, "layouts"):
             cls.kinds = tuple(cls.layouts)
-        cls.__init__ = checked(cls.__init__)  # type: ignore[method-assign]
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        max_length: PositiveInt,
-        kind: str,
-        prediction: bool = False,
-        seed: int = 0,
-        packing: bool = False,
-    ):
-        words = self.layout(kind).split()
-        self.kind, self.prediction = kind, prediction
-        self.target_column = "input_ids" if kind == "lm" else "target_ids"
+    def __post_init__(self):
+        self.check()
+        words, tokenizer = self.layout(self.kind).split(), self.tokenizer
+        self.target_column = "input_ids" if self.kind == "lm" else "target_ids"
         self.pad_token_id = tokenizer.pad_token_id
         self.bos_token_id, self.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
         self.mask_token_id = tokenizer.mask_token_id
@@ -109,9 +109,7 @@ class Collator:
         # Byte-level tokenizers name their end of a text for what is unknown too.
         written -= {None} if "eos" in self.written_specials else {None, self.eos_token_id}
         self.is_suppressed = np.isin(np.arange(self.vocab_size), list(set(tokenizer.all_special_ids) - written))
-        self.max_length = max_length
-        self.seed = seed
-        self.packing = max_length if packing else None
+        self.row_capacity = self.max_length if self.packing else None
         before, behind = words[: words.index("target")], words[words.index("target") + 1 :]
         at = before.index("prompt") if "prompt" in before else len(before)
         self.prompt_specials = [word for word in before if word != "prompt"]
@@ -121,6 +119,16 @@ class Collator:
             [getattr(tokenizer, f"{word[1:-1].lower()}_token_id") for word in part]
             for part in (before[:at], before[at + 1 :])
         )
+
+    @cached_property
+    def writable_ids(self) -> np.ndarray:
+        """The ids that a text may hold."""
+        return np.flatnonzero(~self.is_suppressed)
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """What prompts for `generate` tell of the reference: ("length",) where its length is given."""
+        return ()
 
     @classmethod
     def layout(cls, kind: str) -> str:
@@ -216,7 +224,7 @@ class Collator:
         """
         prompts, ahead = documents.prompt_lengths, len(self.head)
         starts = prompts + (ahead + len(self.tail))
-        rows = Rows(starts + lengths, documents, self.pad_token_id, self.packing)
+        rows = Rows(starts + lengths, documents, self.pad_token_id, self.row_capacity)
         for number, token in enumerate(self.head):
             rows.input_ids[rows.first + number] = token
         rows.write(ahead, prompts, documents.prompt_ids)
@@ -235,6 +243,7 @@ class Collator:
         return tensors(input_ids=input_ids, attention_mask=attention_mask, example_id=column(examples, "example_id"))
 
 
+@dataclass(eq=False)
 class CanvasCollator(Collator):
     """Documents of a prompt and a canvas of positions, which a family that writes into masks or noise fills.
 
@@ -257,20 +266,8 @@ class CanvasCollator(Collator):
     layouts = {"lm": "[BOS] target [EOS]", "seq2seq": "prompt [BOS] target [EOS]", "infill": "target"}
     written_specials = ("pad", "eos", "unk")
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        max_length: PositiveInt,
-        kind: str,
-        prediction: bool = False,
-        seed: int = 0,
-        packing: bool = False,
-        canvas_length: PositiveInt | None = None,
-        condition_dropout: PartialShare = 0.0,
-    ):
-        super().__init__(tokenizer, max_length, kind, prediction, seed, packing)
-        self.condition_dropout = condition_dropout
-        self.canvas_length = canvas_length
+    canvas_length: PositiveInt | None = None
+    condition_dropout: PartialShare = 0.0
 
     def canvas(self, documents: Documents) -> tuple[Rows, np.ndarray, np.ndarray]:
         """Rows of documents `prompt [BOS] canvas`, or of whole sequences in infilling.

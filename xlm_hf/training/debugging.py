@@ -22,7 +22,7 @@ class FrozenBatch:
     """A collator that gives its first batch again and again, the corruption included."""
 
     def __init__(self, collator: Any):
-        self.collator, self.entries, self.packing = collator, collator.entries, collator.packing
+        self.collator, self.entries, self.row_capacity = collator, collator.entries, collator.row_capacity
         self.batch: dict[str, torch.Tensor] | None = None
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
