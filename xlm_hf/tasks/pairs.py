@@ -8,18 +8,21 @@ from typing import Any, Literal
 from datasets import Dataset, DatasetDict, Features, List, Value
 from transformers import PreTrainedTokenizerFast
 
-from xlm_hf.modules.checked_options import Count, PartialShare, PositiveInt, Share, checked
+from xlm_hf.modules.checked_options import Count, PartialShare, PositiveInt, Share, check_value, checked
 from xlm_hf.tasks import Task
 from xlm_hf.tasks.blanks import with_blanks
 from xlm_hf.tasks.cache import Prepared, cached
 from xlm_hf.tasks.corpora import check_columns, content_key, local_files, locate, read
+from xlm_hf.tasks.readers import json_rows
 from xlm_hf.tasks.tokenizers import ready_tokenizer, tokenizer_key, train_tokenizer
 
 # Part of the cache key: raise it with every change that makes other examples from the same texts and settings.
 PREPARATION_VERSION = 3
 
 _BATCH_SIZE = 1000
-_NOT_OF_THE_TEXTS = ("name", "blank_rate", "cache_dir")
+# What a record of a teacher has.
+_WRITTEN = {"prompt_ids": list[int], "prediction_ids": list[int], "prediction": str, "finish_reason": str}
+_NOT_OF_THE_TEXTS = ("name", "blank_rate", "distilled", "cache_dir")
 _IDS = List(Value("int32"))
 _FEATURES = {
     **{"example_id": Value("int64"), "prompt_ids": _IDS, "target_ids": _IDS},
@@ -38,6 +41,7 @@ def text_pairs(
     max_length: PositiveInt = 256,
     max_target_length: PositiveInt = 128,
     blank_rate: Share | None = None,
+    distilled: str | None = None,
     sample_by: Literal["line", "paragraph", "document"] = "line",
     splits: Mapping[str, str] | None = None,
     validation_fraction: PartialShare = 0.05,
@@ -62,12 +66,13 @@ def text_pairs(
         vocab_size: of a tokenizer that is made from the training set.
         max_length: most tokens of an example; a longer source is cut off.
         max_target_length: most tokens of a target; a longer one is cut off, and has no end.
+        distilled: file of `job=distill`: what the teacher wrote takes the place of the targets of the training set.
         blank_rate: makes it an infill task, see `with_blanks`; None leaves the whole target to be written.
 
     The other options are those of `xlm_hf.tasks.text.text_corpus`; `seed` is of the drawn splits and of the blanks.
 
     Raises:
-        ValueError: for lengths that leave no token to the source, a source that is not there, or a missing column.
+        ValueError: for lengths that leave no token to the source, or a source, column or teacher's text that lacks.
     """
     options = {option: value for option, value in locals().items() if option not in _NOT_OF_THE_TEXTS}
     if not 0 < max_target_length < max_length:
@@ -77,15 +82,35 @@ def text_pairs(
         )
     source = locate(path, source_column, splits)
     ready = ready_tokenizer(tokenizer)
-    key = {
-        **options,
-        "version": PREPARATION_VERSION,
-        "path": content_key(source),
-        "tokenizer": tokenizer if ready is None else tokenizer_key(ready),
-    }
+    key = {**options, "version": PREPARATION_VERSION, "path": content_key(source)}
+    key["tokenizer"] = tokenizer if ready is None else tokenizer_key(ready)
     prepared, made = cached(name, key, lambda scratch: _prepare(source, scratch, options, ready), cache_dir)
-    task = Task(name, "seq2seq", prepared, made, local_files(source))
+    train = prepared["train"] if distilled is None else _distilled(prepared["train"], Path(distilled))
+    task = Task(name, "seq2seq", {**prepared, "train": train}, made, local_files(source))
     return task if blank_rate is None else with_blanks(task, blank_rate, seed)
+
+
+def _distilled(train: Dataset, file: Path) -> Dataset:
+    """A training set whose targets are those of a file of `job=distill`."""
+    if not file.is_file():
+        raise ValueError(f"There is no file {file}: task.distilled names what job=distill wrote, distilled.jsonl.")
+    written: dict[tuple[int, ...], Any] = {}
+    for number, row in json_rows(file):
+        for name, kind in _WRITTEN.items():
+            check_value(f"{file}, line {number}: {name}", row.get(name), kind)
+        written[tuple(row["prompt_ids"])] = row
+    prompts = [tuple(ids) for ids in train["prompt_ids"]]
+    if num := sum(ids not in written for ids in prompts):
+        raise ValueError(
+            f"{file} has no text for {num:,} of the {len(prompts):,} prompts of the training set: run "
+            "job=distill on this task, with this tokenizer."
+        )
+    found = [written[ids] for ids in prompts]
+    columns: dict[str, Any] = {name: train[name] for name in ("example_id", "prompt_ids")}
+    columns["target_ids"] = [row["prediction_ids"] for row in found]
+    columns["continues"] = [row["finish_reason"] != "stop" for row in found]
+    columns["num_characters"] = [len(row["prediction"]) for row in found]
+    return Dataset.from_dict(columns, Features(_FEATURES))
 
 
 def _prepare(source: Any, scratch: Path, options: dict[str, Any], ready: PreTrainedTokenizerFast | None) -> Prepared:
