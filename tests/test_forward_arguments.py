@@ -111,6 +111,19 @@ def test_a_configuration_is_made_from_a_tokenizer(model):
     assert type(AutoModel.from_config(config)) is type(model)
 
 
+def test_a_model_that_torchao_has_quantised_scores_and_writes(model, batch):
+    quantization = pytest.importorskip("torchao.quantization")
+    quantised = type(model).from_pretrained(None, config=model.config, state_dict=model.state_dict()).eval()
+    quantization.quantize_(quantised, quantization.Int8WeightOnlyConfig())
+    assert type(quantised.lm_head.weight) is not nn.Parameter
+    expected, found = model(**batch).logits, quantised(**batch).logits
+    assert torch.equal(found.isfinite(), expected.isfinite())
+    assert (found - expected)[expected.isfinite()].abs().max() < 0.05
+    options = {"max_new_tokens": 2, "seed": 0, "return_dict_in_generate": True}
+    both = [each.generate(input_ids=batch["input_ids"][:, :4], **options).sequences for each in (model, quantised)]
+    assert both[0].shape[0] == both[1].shape[0]
+
+
 @pytest.mark.parametrize("task_type", ["CAUSAL_LM", "FEATURE_EXTRACTION", None])
 def test_adapters_of_peft_learn_and_write(model, batch, task_type):
     peft = pytest.importorskip("peft")

@@ -138,6 +138,8 @@ def test_no_secret_is_written_or_shown(finished, monkeypatch):
     assert not [file for file in files if b"hf_SECRET" in file.read_bytes()]
     monkeypatch.setattr(sys, "argv", ["run_xlm.py", "++trainer.hub_token=hf_SECRET", "task.num_samples=3", "a=1"])
     assert next_command("b=2") == "python run_xlm.py task.num_samples=3 a=1 b=2"
+    monkeypatch.setattr(sys, "argv", ["/env/bin/xlm-hf", "a=1"])
+    assert next_command("b=2") == "xlm-hf a=1 b=2"
 
 
 def test_a_resume_takes_what_changed_and_says_so(finished, tmp_path, monkeypatch, call):

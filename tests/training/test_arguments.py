@@ -169,7 +169,7 @@ def test_the_table_is_complete():
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_field_without_effect_is_refused_in_one_sentence(name):
     with pytest.raises(ValueError, match=rf"^{name}=.* has no effect here: leave it out"):
-        XLMTrainingArguments("run", use_cpu=True, **{name: REFUSED[name]})
+        XLMTrainingArguments("run", **{name: REFUSED[name]})
 
 
 def test_what_asks_for_nothing_is_taken():

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import re
+import sys
 from types import SimpleNamespace
 
 import datasets
@@ -10,7 +12,7 @@ import pytest
 import torch
 import transformers
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import TrainerControl, TrainerState
+from transformers.trainer_callback import ProgressCallback, TrainerControl, TrainerState
 
 from tests.modeling.naive import make_examples
 from tests.training.test_trainer import Tokenizer, V, make_trainer, weights
@@ -303,3 +305,25 @@ def test_a_bar_has_the_loss_and_the_file_has_all(tmp_path, monkeypatch, capsys, 
     assert "step 3/30  loss 1.25  grad_norm 0.5\n" in (tmp_path / "train.log").read_text()
     assert "validation/loss 2.5" in (tmp_path / "train.log").read_text()
     assert "grad_norm" not in capsys.readouterr().err + caplog.text
+
+
+def test_the_table_of_a_notebook_has_the_loss_of_the_validation(tmp_path, monkeypatch):
+    # IPython is there in notebooks only.
+    shown = []
+    display = SimpleNamespace(display=lambda page, **_: shown.append(page) or SimpleNamespace(update=shown.append))
+    display.HTML = str
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(display=display))
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    monkeypatch.delitem(sys.modules, "transformers.utils.notebook", raising=False)
+    monkeypatch.setattr("xlm_hf.training.trainer.is_in_notebook", lambda: True)
+    arguments = {**EVALUATED, "logging_steps": 1, "disable_tqdm": False}
+    trainer = plain_trainer(tmp_path, arguments, eval_dataset=examples(4, 1))
+    assert not [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, ProgressCallback)]
+    trainer.train()
+    heads = re.findall(r"<th.*?>(.*?)</th>", shown[-1])
+    assert heads[:3] == ["Step", "Training Loss", "Validation Loss"]
+    assert "Perplexity" in heads
+    rows = [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", shown[-1], re.DOTALL)]
+    losses = [log["validation/loss"] for log in trainer.state.log_history if "validation/loss" in log]
+    assert [row[2] for row in rows if row] == [f"{loss:.6f}" for loss in losses]
+    assert "No log" not in shown[-1]

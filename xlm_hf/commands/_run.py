@@ -305,7 +305,8 @@ def next_command(*overrides: str) -> str:
         arguments = ["--config-name", str(HydraConfig.get().job.config_name), *HydraConfig.get().overrides.task]
     named = [(argument.split("=")[0], argument.removeprefix("++")) for argument in arguments]
     kept = [argument for name, argument in named if name not in replaced and not _SECRET.fullmatch(name)]
-    return shlex.join(["python", sys.argv[0], *kept, *overrides])
+    program = ["python", sys.argv[0]] if sys.argv[0].endswith(".py") else [Path(sys.argv[0]).name]
+    return shlex.join([*program, *kept, *overrides])
 
 
 def say(text: str) -> None:

@@ -110,8 +110,9 @@ class XLMTrainingArguments(CheckedOptions, TrainingArguments):
         if self.global_batch_size is not None:
             # Before the parent hands the accumulation on to accelerate and DeepSpeed.
             self._accumulate_to(self.global_batch_size, int(os.environ.get("WORLD_SIZE", 1)))
-        super().__post_init__()
+        # Before the parent has reasons of its own, such as that this device has no such type.
         self._refuse_what_has_no_effect()
+        super().__post_init__()
         if self.metric_for_best_model is not None:
             name = self.metric_for_best_model.removeprefix("eval_")
             self.metric_for_best_model = name if "/" in name else f"validation/{name}"

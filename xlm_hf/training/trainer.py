@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback, WandbCallback
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput
 from transformers.utils import is_in_notebook
@@ -23,7 +24,7 @@ from xlm_hf.files import INCOMPLETE_SUFFIX, replaced_folder
 from xlm_hf.modules.devices import is_synchronous
 from xlm_hf.training.arguments import XLMTrainingArguments
 from xlm_hf.training.averages import EMA_FILE, ExponentialMovingAverage
-from xlm_hf.training.callbacks.progress import MetricsFile, ProgressBar
+from xlm_hf.training.callbacks.progress import MetricsFile, ProgressBar, notebook_table
 from xlm_hf.training.callbacks.trackers import TensorBoardTracker, WandbTracker
 from xlm_hf.training.checkpoints import delete_old_checkpoints, last_sound_checkpoint, saved_state
 from xlm_hf.training.evaluates_sets import EvaluatesSets
@@ -142,9 +143,10 @@ class XLMTrainer(EvaluatesSets):
         for parent, tracker in trackers.items():
             if self.pop_callback(parent) is not None:
                 self.add_callback(tracker())
-        # A notebook has the table of transformers.
-        if self.args.disable_tqdm or not is_in_notebook():
-            self.add_callback(ProgressBar())
+        is_shown_as_table = is_in_notebook() and not self.args.disable_tqdm
+        if is_shown_as_table:
+            self.remove_callback(DEFAULT_PROGRESS_CALLBACK)
+        self.add_callback(notebook_table() if is_shown_as_table else ProgressBar())
         self.add_callback(MetricsFile())
         self.callback_handler.callbacks.insert(0, _StepHooks(self))
         self.predictions: dict[str, list[dict[str, Any]]] = {}

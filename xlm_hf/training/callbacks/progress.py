@@ -81,3 +81,16 @@ class ProgressBar(TrainerCallback):
         if self.bar is not None:
             self.bar.close()
             self.bar = None
+
+
+def notebook_table() -> TrainerCallback:
+    """The table of transformers for a notebook, which calls the metrics of `validation` by their own names."""
+    # It needs IPython, which only a notebook is sure to have.
+    from transformers.utils.notebook import NotebookProgressCallback
+
+    class Table(NotebookProgressCallback):
+        def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+            names = {name: name.replace("eval_validation/", "eval_") for name in metrics}
+            super().on_evaluate(args, state, control, {names[name]: x for name, x in metrics.items()}, **kwargs)
+
+    return Table()
