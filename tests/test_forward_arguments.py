@@ -118,7 +118,7 @@ def test_a_model_that_torchao_has_quantised_scores_and_writes(model, batch):
     assert type(quantised.lm_head.weight) is not nn.Parameter
     expected, found = model(**batch).logits, quantised(**batch).logits
     assert torch.equal(found.isfinite(), expected.isfinite())
-    assert (found - expected)[expected.isfinite()].abs().max() < 0.05
+    assert (found - expected)[expected.isfinite()].abs().max() < 0.1
     options = {"max_new_tokens": 2, "seed": 0, "return_dict_in_generate": True}
     both = [each.generate(input_ids=batch["input_ids"][:, :4], **options).sequences for each in (model, quantised)]
     assert both[0].shape[0] == both[1].shape[0]
