@@ -13,7 +13,7 @@ import xlm_hf.configs  # noqa: F401  (it stores the recipes)
 import xlm_hf_cli
 from xlm_hf.commands import __path__ as commands
 
-JOBS = ["compare", "evaluate", "generate", "prepare_data", "push_to_hub", "train"]
+JOBS = ["compare", "distill", "evaluate", "generate", "prepare_data", "push_to_hub", "train"]
 TOOLS = ["convert", "scaffold"]
 
 
