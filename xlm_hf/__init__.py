@@ -6,6 +6,7 @@ is first used.
 
 import importlib
 import importlib.metadata
+import os
 import pkgutil
 import warnings
 from pathlib import Path
@@ -13,6 +14,10 @@ from pathlib import Path
 from .families import register_family
 
 __version__ = "0.1.0"
+
+# On a CPU oneDNN keeps an object for every shape of a product, by default up to 1,024: hundreds of MiB in a training on
+# rows of many lengths. It reads the variable at its first product.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
 
 _LAZY = {
     "XLMTrainer": "training.trainer",
