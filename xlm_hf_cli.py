@@ -113,7 +113,7 @@ def arguments(given: list[str]) -> list[str]:
         print(f"Error: There is no job {job!r}: {remedy}", file=sys.stderr)
         sys.exit(2)
     if rest and "=" not in rest[0] and not rest[0].startswith("-"):
-        rest[0] = f"checkpoint='{rest[0]}'"
+        rest[0] = f"checkpoint={rest[0]}"
     return [f"job={job}", *rest]
 
 

@@ -13,7 +13,6 @@ import contextlib
 import inspect
 import logging
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 
 import datasets
 import hydra
+import psutil
 import torch
 from huggingface_hub.errors import RepositoryNotFoundError
 from hydra.core.global_hydra import GlobalHydra
@@ -37,7 +37,8 @@ from xlm_hf.modules.backbone_config import token_options
 from xlm_hf.modules.checked_options import check_arguments, check_value
 from xlm_hf.modules.messages import check_options, did_you_mean
 from xlm_hf.objectives.collators import Collator
-from xlm_hf.saved_configs import translate_config, translate_override
+from xlm_hf.overrides import open_override
+from xlm_hf.saved_configs import translate_config
 from xlm_hf.tasks import Task, load_task
 from xlm_hf.tasks.tokenizers import with_prompt_layout
 from xlm_hf.training.arguments import XLMTrainingArguments
@@ -45,14 +46,10 @@ from xlm_hf.training.averages import load_average
 from xlm_hf.training.callbacks.budget import Budget
 from xlm_hf.training.callbacks.early_stopping import EarlyStopping
 from xlm_hf.training.callbacks.profiler import Profiler
-from xlm_hf.training.checkpoints import resolve_checkpoint
+from xlm_hf.training.checkpoints import check_weights, resolve_checkpoint
 from xlm_hf.training.trainer import XLMTrainer
 
 logger = logging.getLogger(__name__)
-
-# Nodes whose keys are those of an object: what the YAML does not list may be given all the same, and is checked when
-# the object is built.
-_OPEN_NODES = ("trainer", "model", "generation", "task", "loss", "collator", "train_collator")
 
 # A budget of tokens or seconds decides when a run ends, but the trainer wants a number of steps all the same.
 _MAX_STEPS_OF_A_BUDGET = 10**9
@@ -71,21 +68,6 @@ def compose(config_name: str = "config", overrides: Iterable[str] = ()) -> DictC
             return translate_config(hydra.compose(config_name, [open_override(override) for override in overrides]))
     finally:
         state.update(outer)
-
-
-def open_override(argument: str) -> str:
-    """Let `trainer.NAME=value` and its like set what the YAML does not list, as Hydra's `++` does.
-
-    An option that was renamed gets the name of today.
-    """
-    argument = translate_override(argument)
-    is_opened = is_open(argument) or argument.startswith(("families.", "tasks.", "nfe_sweep."))
-    return f"++{argument}" if is_opened else argument
-
-
-def is_open(override: str) -> bool:
-    """Whether an override sets an option of one of the objects of a run."""
-    return re.match(rf"({'|'.join(_OPEN_NODES)})\.[\w.]+=", override) is not None
 
 
 def plain(node: Any) -> Any:
@@ -145,7 +127,9 @@ def build_model(
     set_seed(seed)
     is_adopted = bool(adopted or options.get("backbone_config"))
     lora = options.pop("lora", None) if is_adopted else None
-    model = AutoModel.from_config(config_class(**{**vocabulary, **options, **adopted}))
+    config: Any = config_class(**{**vocabulary, **options, **adopted})
+    _check_memory(config)
+    model = AutoModel.from_config(config)
     known_ids = load_backbone(model, source, tokenizer) if adopted else 0
     if is_adopted:
         check_directions(model)
@@ -156,11 +140,21 @@ def build_model(
     return _with_generation_options(model, generation)
 
 
+def _check_memory(config: Any) -> None:
+    """Raise ValueError for a model whose matrices alone, in float32, are more than the memory of the machine."""
+    width, inner = config.hidden_size, config.intermediate_size or 0
+    needed = 4 * width * (config.num_hidden_layers * (4 * width + 2 * inner) + config.vocab_size)
+    if needed > (memory := psutil.virtual_memory().total):
+        raise ValueError(
+            f"The model takes at least {needed / 2**30:,.0f} GiB and the machine has {memory / 2**30:,.0f}: choose a "
+            "smaller hidden_size, intermediate_size or num_hidden_layers."
+        )
+
+
 def load_model(
     checkpoint: str,
     node: DictConfig,
     generation: DictConfig | None = None,
-    task: Task | None = None,
     use_ema: bool = True,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
@@ -170,12 +164,11 @@ def load_model(
         checkpoint: a run, a checkpoint, a model folder or a Hub id.
         node: the config's `model`, of whose family the checkpoint must be.
         generation: the config's `generation`.
-        task: whose vocabulary the model's must be; None for any.
         use_ema: takes the averaged weights, if there are any.
         trust_remote_code: whether the checkpoint may bring code of its own.
 
     Raises:
-        ValueError: if it cannot be loaded, or is of another family or vocabulary.
+        ValueError: if it cannot be loaded, or is of another family.
     """
     source = resolve_checkpoint(checkpoint)
     model = _read_model(source, trust_remote_code)
@@ -184,11 +177,6 @@ def load_model(
     # A type that nobody has registered brings its own code, and the config says which family's prompts it takes.
     if found != wanted and (found in families() or not trust_remote_code):
         raise ValueError(f"{source} is of family {found!r} and not {wanted!r}: add family={found}.")
-    if task is not None and len(task.tokenizer) != model.config.vocab_size:
-        raise ValueError(
-            f"{source} has a vocabulary of {model.config.vocab_size} and task {task.name!r} one of "
-            f"{len(task.tokenizer)}: name the task that it was trained on."
-        )
     averaged = use_ema and load_average(model, Path(source))
     logger.info("Loaded %s%s.", source, ", averaged weights" if averaged else "")
     return _with_generation_options(model, generation)
@@ -199,7 +187,9 @@ def _read_model(source: str, trust_remote_code: bool) -> PreTrainedModel:
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "true"
     options = {"dtype": torch.float32, "trust_remote_code": trust_remote_code, "use_safetensors": True}
     with _loading(source):
-        return AutoModel.from_pretrained(source, **options)
+        model, found = AutoModel.from_pretrained(source, output_loading_info=True, **options)
+    check_weights(source, found["missing_keys"], found["unexpected_keys"])
+    return model
 
 
 def initialise(
@@ -263,6 +253,8 @@ def _loading(source: str) -> Iterator[None]:
     """Say in one sentence why nothing can be loaded from a Hub id or a folder."""
     try:
         yield
+    except RuntimeError as error:
+        raise ValueError(f"{source} does not fit its config.json: {' '.join(str(error).split())[:300]}") from error
     except OSError as error:
         if isinstance(error.__cause__, RepositoryNotFoundError):
             raise ValueError(

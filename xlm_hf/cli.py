@@ -28,12 +28,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import xlm_hf.commands
-from xlm_hf.building import open_override
 from xlm_hf.commands._run import remove_if_empty
 from xlm_hf.families import families
 from xlm_hf.files import write_text
 from xlm_hf.modules.checked_options import Count, Interval, PositiveInt, check_value
 from xlm_hf.modules.messages import did_you_mean
+from xlm_hf.overrides import open_override
 from xlm_hf.reports.sweeps import ERROR_FILE
 from xlm_hf.saved_configs import load_config, translate_config
 from xlm_hf.training.debugging import apply_debug_options
@@ -71,7 +71,8 @@ def main() -> None:
             return importlib.import_module(f"xlm_hf.commands.{sys.argv[1]}").main(sys.argv[2:])
     # Hydra then raises instead of printing errors of its own.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    sys.argv[1:] = [open_override(argument) for argument in sys.argv[1:]]
+    is_sweep = not {"-m", "--multirun"}.isdisjoint(sys.argv)
+    sys.argv[1:] = [open_override(argument, is_sweep) for argument in sys.argv[1:]]
     with _one_sentence():
         if saved := saved_config(sys.argv[1:]):
             _run(saved)

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from xlm_hf.data import KeyedExamples, Mixture
 from xlm_hf.likelihoods import likelihood_metrics, text_counts
+from xlm_hf.modules.backbone_config import token_options
 from xlm_hf.modules.checked_options import Count, PositiveInt, checked
 from xlm_hf.modules.counter_random import random_bits
 from xlm_hf.tasks.tokenizers import decode_text
@@ -293,6 +294,16 @@ def decode_records(
                 record[name] = decode_text(tokenizer, record[f"{name}_ids"])
         records.append(record)
     return records
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: Any) -> None:
+    """Raise ValueError if a model has another vocabulary, or other special tokens, than a tokenizer."""
+    for name, value in token_options(tokenizer).items():
+        if name != "suppress_tokens" and (found := getattr(config, name, None)) not in (None, value):
+            raise ValueError(
+                f"The model's {name} is {found} and the tokenizer's {value}: name the task that the model was trained "
+                "on, or make its config by from_tokenizer."
+            )
 
 
 def check_blanks(examples: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> None:

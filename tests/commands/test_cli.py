@@ -354,7 +354,7 @@ def test_damaged_and_foreign_checkpoints_are_named(trained, capsys, monkeypatch,
     assert "it holds no weights" in code
     foreign = ["job=evaluate", f"checkpoint={output_dir}", "task=star_hard"]
     code = mistake(capsys, monkeypatch, tmp_path, *TINY, *foreign)
-    assert "has a vocabulary of 27 and task 'star_hard' one of 63" in code
+    assert "The model's vocab_size is 27 and the tokenizer's 63: name the task that the model was trained on" in code
     for job in ("job=evaluate", "job=generate", "job=push_to_hub"):
         other = ["family=mlm", "task=star_easy", "size=tiny", "trainer.hub_model_id=a/b"]
         code = mistake(capsys, monkeypatch, tmp_path, *other, job, f"checkpoint={output_dir}")

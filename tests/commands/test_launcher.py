@@ -65,7 +65,7 @@ def test_help_imports_nothing_of_the_library(arguments):
 
 def test_a_job_and_its_run_in_the_terms_of_the_configs():
     run = ["evaluate", "runs/a,b", "seed=1"]
-    assert xlm_hf_cli.arguments(run) == ["job=evaluate", "checkpoint='runs/a,b'", "seed=1"]
+    assert xlm_hf_cli.arguments(run) == ["job=evaluate", "checkpoint=runs/a,b", "seed=1"]
     assert xlm_hf_cli.arguments(["train", "--config-name", "x"]) == ["job=train", "--config-name", "x"]
     assert xlm_hf_cli.arguments(["prepare_data", "task=text"]) == ["job=prepare_data", "task=text"]
     for other in (["job=evaluate", "checkpoint=a"], ["--config-name", "x"], ["scaffold", "mine"]):

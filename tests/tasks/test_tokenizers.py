@@ -1,6 +1,8 @@
 import random
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from xlm_hf.tasks.tokenizers import (
@@ -9,6 +11,7 @@ from xlm_hf.tasks.tokenizers import (
     decode_text,
     joining_blank,
     number_tokenizer,
+    pretrained_tokenizer,
     ready_tokenizer,
     symbol_tokenizer,
     train_tokenizer,
@@ -137,3 +140,16 @@ def test_which_names_are_made_from_the_training_set():
     assert len(ready_tokenizer("byte")) == 262
     with pytest.raises(ValueError, match=r"the tokenizer 'wrod' cannot be loaded .*: choose 'byte', 'word', .*regex"):
         ready_tokenizer("wrod")
+
+
+def test_a_vocabulary_with_gaps_gets_its_special_tokens_beyond_the_largest_id(tmp_path):
+    words = {"a": 0, "b": 2, "c": 9, "<unk>": 12}
+    PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="<unk>")), unk_token="<unk>"
+    ).save_pretrained(tmp_path)
+    tokenizer = pretrained_tokenizer(str(tmp_path))
+    assert {name: number for name, number in tokenizer.get_vocab().items() if number <= 12 and name in words} == words
+    special = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.mask_token_id}
+    assert len(special) == 4
+    assert min(special) == 13
+    assert len(tokenizer) == max(tokenizer.get_vocab().values()) + 1

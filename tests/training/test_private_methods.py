@@ -15,6 +15,7 @@ from xlm_hf.training.trainer import XLMTrainer
 # name: its arguments, the methods of Trainer that call it
 OVERRIDDEN = {
     "_load_optimizer_and_scheduler": ("checkpoint", ["_prepare_for_training"]),
+    "_issue_warnings_after_load": ("load_result", ["_load_from_checkpoint", "_load_best_model"]),
     "_prepare_for_training": ("max_steps train_dataloader resume_from_checkpoint", ["_inner_training_loop"]),
     "_run_epoch": (
         "model epoch train_dataloader steps_in_epoch num_update_steps_per_epoch trial ignore_keys_for_eval start_time "

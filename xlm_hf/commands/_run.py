@@ -221,17 +221,15 @@ def _fresh_folder(experiment: str) -> str:
             time.sleep(0.1)
 
 
-def model_of_checkpoint(cfg: DictConfig, task: Task | None = None) -> PreTrainedModel:
-    """The model of `checkpoint=`, which must be of the config's family and, if a task is given, of its vocabulary.
+def model_of_checkpoint(cfg: DictConfig) -> PreTrainedModel:
+    """The model of `checkpoint=`, which must be of the config's family.
 
     Raises:
         ValueError: if no checkpoint is named, it cannot be loaded, or it does not fit.
     """
     if cfg.checkpoint is None:
         raise ValueError(f"job={cfg.job} needs a model: add checkpoint=DIR, a run, a checkpoint or a Hub id.")
-    return load_model(
-        cfg.checkpoint, cfg.model, cfg.generation, task, use_ema=cfg.ema, trust_remote_code=cfg.trust_remote_code
-    )
+    return load_model(cfg.checkpoint, cfg.model, cfg.generation, cfg.ema, cfg.trust_remote_code)
 
 
 def write_results(output_dir: Path, metrics: dict[str, float], predictions: dict[str, list[dict[str, Any]]]) -> None:

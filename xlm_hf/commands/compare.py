@@ -17,10 +17,11 @@ import pandas as pd
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from xlm_hf.building import compose, is_open, plain
+from xlm_hf.building import compose, plain
 from xlm_hf.commands._run import check_same_run, run_directory, say
 from xlm_hf.files import write_text
 from xlm_hf.modules.messages import check_options
+from xlm_hf.overrides import is_open, quoted
 from xlm_hf.reports.comparison import MOST_COLUMNS, NOT_IN_TABLE, markdown_table, plot, summarise, write_tables
 from xlm_hf.training.checkpoints import list_checkpoints
 from xlm_hf.training.signals import ENDS_WITH_INPUT
@@ -110,7 +111,7 @@ def plan(options: dict[str, Any], output_dir: Path) -> list[Cell]:
     size = options.get("size", HydraConfig.get().runtime.choices["size"])
     size = next((override.split("=")[1] for override in given if override.startswith("size=")), size)
     shared = [*_search_path(), f"size={size}", *options["overrides"]]
-    shared += [f"eval_model='{options['eval_model']}'"] if options["eval_model"] else []
+    shared += [f"eval_model={quoted(options['eval_model'])}"] if options["eval_model"] else []
     limit = [f"{name}={amount}" for name, amount in budget.items()]
     cells = []
     for task, family, seed in itertools.product(tasks, families, options["seeds"]):
@@ -166,7 +167,7 @@ def run_cell(cell: Cell, launcher: list[str]) -> list[str]:
     """Train a cell and evaluate the points of its sweep, all that is missing; the names of what failed."""
     if not _finish(cell.folder, [*cell.arguments, "job=train"], launcher):
         return [cell.folder.name]
-    trained = [*cell.arguments, "job=evaluate", f"checkpoint='{cell.folder / 'model'}'"]
+    trained = [*cell.arguments, "job=evaluate", f"checkpoint={quoted(str(cell.folder / 'model'))}"]
     return [
         f"{cell.folder.name}/{name}"
         for name, options in cell.sweep.items()
@@ -180,7 +181,7 @@ def _finish(folder: Path, arguments: list[str], launcher: list[str]) -> bool:
         return True
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "console.log"
-    command = [*launcher, sys.argv[0], *arguments, f"output_dir='{folder}'"]
+    command = [*launcher, sys.argv[0], *arguments, f"output_dir={quoted(str(folder))}"]
     streams: dict[str, Any] = {"stdin": _ALIVE, "stderr": subprocess.STDOUT}
     with log.open("w") as console:
         status = subprocess.run(command, env=os.environ | {ENDS_WITH_INPUT: "1"}, stdout=console, **streams).returncode

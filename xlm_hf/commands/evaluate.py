@@ -9,7 +9,7 @@ from xlm_hf.commands._run import model_of_checkpoint, next_command, run_director
 def run(cfg: DictConfig) -> dict[str, float]:
     """Evaluate `checkpoint` on every test set, write `metrics.json` and `predictions/`, and return the metrics."""
     task = build_task(cfg.task)
-    model = model_of_checkpoint(cfg, task)
+    model = model_of_checkpoint(cfg)
     output_dir = run_directory(cfg)
     trainer = build_trainer(cfg, task, model, output_dir)
     metrics = {**trainer.evaluate(metric_key_prefix="test"), "parameters": model.num_parameters()}

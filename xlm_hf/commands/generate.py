@@ -10,7 +10,7 @@ from transformers.utils import is_matplotlib_available, is_vision_available
 
 from xlm_hf.building import build_collator, build_task, load_tokenizer
 from xlm_hf.commands._run import model_of_checkpoint, next_command, run_directory, say, write_results
-from xlm_hf.evaluation import check_blanks, decode_records
+from xlm_hf.evaluation import check_blanks, check_tokenizer, decode_records
 from xlm_hf.files import write_text
 from xlm_hf.modules.checked_options import Interval, check_value
 from xlm_hf.modules.counter_random import random_bits
@@ -34,6 +34,7 @@ def run(cfg: DictConfig) -> list[dict[str, Any]]:
     """
     model: Any = model_of_checkpoint(cfg)
     tokenizer = load_tokenizer(cfg.checkpoint, cfg.trust_remote_code)
+    check_tokenizer(tokenizer, model.config)
     examples, kind = _examples_from_file(cfg, tokenizer) if cfg.prompts else _examples_from_task(cfg)
     max_length = model.config.max_position_embeddings
     collator = build_collator(cfg.collator, f"{kind}_prediction", tokenizer, max_length, cfg.seed)

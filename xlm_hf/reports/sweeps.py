@@ -1,5 +1,6 @@
 """Hydra's --multirun: a folder for each run, named from what is swept, and one table of all runs at the end."""
 
+import hashlib
 import json
 import re
 import sys
@@ -13,6 +14,7 @@ from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, read_write
 
+from xlm_hf.overrides import quoted
 from xlm_hf.reports.comparison import NOT_IN_TABLE, markdown_table, number, write_tables
 
 # Beside the metrics of a run that failed there are none: one sentence with its cause.
@@ -20,8 +22,15 @@ ERROR_FILE = "error.txt"
 
 
 def run_name(overrides: str) -> str:
-    """A folder's name from `++trainer.learning_rate=0.1,seed=0`: `trainer.learning_rate-0.1_seed-0`."""
-    return re.sub(r"[^\w.-]+", "_", overrides.replace("++", "").replace("=", "-")) or "run"
+    """A folder's name from `++trainer.learning_rate=0.1,seed=0`: `trainer.learning_rate-0.1_seed-0`.
+
+    A name that is long, or leaves characters out by which two runs may differ, ends in a hash of the overrides.
+    """
+    plain = overrides.replace("++", "").replace("=", "-")
+    name = re.sub(r"[^\w.-]+", "_", plain, flags=re.ASCII)
+    if len(name) > 100 or re.search(r"[^\w.,-]", plain, re.ASCII):
+        return f"{name[:100]}-{hashlib.sha256(overrides.encode()).hexdigest()[:8]}"
+    return name or "run"
 
 
 OmegaConf.register_new_resolver("run_name", run_name, replace=True)
@@ -45,7 +54,7 @@ class SweepSummary(Callback):
             config.hydra.sweep.dir = folder
             # The configs of the runs are composed anew, from these.
             config.hydra.overrides.hydra += [
-                f"hydra.sweep.dir='{folder}'",
+                f"hydra.sweep.dir={quoted(str(folder))}",
                 f"hydra.job.config.override_dirname.exclude_keys=[{constant}]",
             ]
 

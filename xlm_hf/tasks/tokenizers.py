@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -180,6 +181,15 @@ def pretrained_tokenizer(source: str) -> PreTrainedTokenizerFast:
         ) from error
     if not tokenizer.is_fast:
         raise ValueError(f"the tokenizer {source!r} has no tokenizer.json: choose a fast one.")
+    ids = {*tokenizer.get_vocab().values()}
+    if free := sorted({*range(max(ids))} - ids):
+        # A new token gets the number of tokens for its id, which would be in use.
+        content = json.loads(tokenizer.backend_tokenizer.to_str())
+        if not isinstance(content["model"]["vocab"], dict):
+            raise ValueError(f"the tokenizer {source!r} leaves the id {free[0]} out: choose one without gaps.")
+        content["model"]["vocab"].update({f"[unused {number}]": number for number in free})
+        names = tokenizer.special_tokens_map
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)), **names)
     taken: set[str] = set()
     missing: dict[str, str] = {}
     for role in ("eos_token", "bos_token", "pad_token", "cls_token", "mask_token"):

@@ -113,6 +113,8 @@ class XLMTrainingArguments(CheckedOptions, TrainingArguments):
         # Before the parent has reasons of its own, such as that this device has no such type.
         self._refuse_what_has_no_effect()
         super().__post_init__()
+        if self.fp16 and self.device.type == "cpu":
+            raise ValueError("fp16 needs an accelerator, and there is none: choose bf16, or leave both out.")
         if self.metric_for_best_model is not None:
             name = self.metric_for_best_model.removeprefix("eval_")
             self.metric_for_best_model = name if "/" in name else f"validation/{name}"

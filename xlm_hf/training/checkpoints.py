@@ -5,6 +5,7 @@ import logging
 import re
 import shutil
 import zipfile
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -47,6 +48,14 @@ def fault(checkpoint: Path) -> str | None:
     shards = [json.loads(index.read_text())["weight_map"] for index in checkpoint.glob("*.safetensors.index.json")]
     missing = {name for weight_map in shards for name in weight_map.values() if not (checkpoint / name).exists()}
     return f"its shard {min(missing)} is missing" if missing else None
+
+
+def check_weights(source: str | Path, missing: Collection[str], unexpected: Collection[str]) -> None:
+    """Raise ValueError for a checkpoint that lacks weights of its config, or has others."""
+    for names, what in ((missing, "lacks {} weights of its config"), (unexpected, "has {} weights beyond its config")):
+        if names:
+            found = f"{source} {what.format(len(names))}, such as {min(names)}"
+            raise ValueError(f"{found}: restore the config.json or the weights that it was saved with.")
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:

@@ -19,14 +19,14 @@ from transformers.utils import is_in_notebook
 
 from xlm_hf.data import as_dataset, keyed
 from xlm_hf.data.static_shapes import StaticShapes, collate_without_full_mask
-from xlm_hf.evaluation import EvaluationSet, check_evaluation_sets, reduce_sums
+from xlm_hf.evaluation import EvaluationSet, check_evaluation_sets, check_tokenizer, reduce_sums
 from xlm_hf.files import INCOMPLETE_SUFFIX, replaced_folder
 from xlm_hf.modules.devices import is_synchronous
 from xlm_hf.training.arguments import XLMTrainingArguments
 from xlm_hf.training.averages import EMA_FILE, ExponentialMovingAverage
 from xlm_hf.training.callbacks.progress import MetricsFile, ProgressBar, notebook_table
 from xlm_hf.training.callbacks.trackers import TensorBoardTracker, WandbTracker
-from xlm_hf.training.checkpoints import delete_old_checkpoints, last_sound_checkpoint, saved_state
+from xlm_hf.training.checkpoints import check_weights, delete_old_checkpoints, last_sound_checkpoint, saved_state
 from xlm_hf.training.evaluates_sets import EvaluatesSets
 from xlm_hf.training.finite_guard import FiniteGuard, NotFiniteError, Step, restore_random_states
 from xlm_hf.training.optimizers import MuonWithAdamW, layer_matrices
@@ -137,6 +137,8 @@ class XLMTrainer(EvaluatesSets):
             callbacks=callbacks,
             **options,
         )
+        if isinstance(processing_class, PreTrainedTokenizerBase):
+            check_tokenizer(processing_class, self.model.config)
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
         trackers = {WandbCallback: WandbTracker, TensorBoardCallback: TensorBoardTracker}
@@ -216,7 +218,13 @@ class XLMTrainer(EvaluatesSets):
         seed = args.seed if args.data_seed is None else args.data_seed
         by_length = args.train_sampling_strategy == "group_by_length"
         collate = StaticShapes(self.data_collator, length) if length else self.data_collator
-        self._sampler = self.train_dataset.order(seed, self._train_batch_size * args.world_size, by_length)
+        rows = self._train_batch_size * args.world_size
+        if args.dataloader_drop_last and isinstance(self.train_dataset, Sized) and len(self.train_dataset) < rows:
+            raise ValueError(
+                f"dataloader_drop_last leaves no batch: the {len(self.train_dataset)} examples are fewer than the "
+                f"{rows} of one; unset it, or lower per_device_train_batch_size."
+            )
+        self._sampler = self.train_dataset.order(seed, rows, by_length)
         loader = DataLoader(
             self.train_dataset,
             batch_size=self._train_batch_size,
@@ -283,6 +291,11 @@ class XLMTrainer(EvaluatesSets):
         if hasattr(scheduler, "base_lrs"):
             scheduler.base_lrs = [group["initial_lr"] for group in self.optimizer.param_groups]
             scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Refuse what the parent warns about."""
+        missing = {*load_result.missing_keys} - {*self.model.all_tied_weights_keys}
+        check_weights("The checkpoint", missing, load_result.unexpected_keys)
 
     def _update_auto_batch_size(self, batch_size: int) -> None:
         """Accumulate more where `auto_find_batch_size` found less memory, so that a step keeps its examples."""
