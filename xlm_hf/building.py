@@ -142,13 +142,11 @@ def build_model(
 
 def _check_memory(config: Any) -> None:
     """Raise ValueError for a model whose matrices alone, in float32, are more than the memory of the machine."""
-    width, inner = config.hidden_size, config.intermediate_size or 0
-    needed = 4 * width * (config.num_hidden_layers * (4 * width + 2 * inner) + config.vocab_size)
-    if needed > (memory := psutil.virtual_memory().total):
-        raise ValueError(
-            f"The model takes at least {needed / 2**30:,.0f} GiB and the machine has {memory / 2**30:,.0f}: choose a "
-            "smaller hidden_size, intermediate_size or num_hidden_layers."
-        )
+    layer = (4 * config.hidden_size + 2 * (config.intermediate_size or 0)) * config.hidden_size
+    needed = (config.num_hidden_layers * layer + config.vocab_size * config.hidden_size) * 4 / 2**30
+    if needed > (memory := psutil.virtual_memory().total / 2**30):
+        sizes = f"at least {needed:,.0f} GiB and the machine has {memory:,.0f}"
+        raise ValueError(f"The model takes {sizes}: lower hidden_size, intermediate_size or num_hidden_layers.")
 
 
 def load_model(

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import datasets
@@ -14,10 +15,12 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from datasets.fingerprint import Hasher
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from xlm_hf.data import KeyedExamples, Mixture
+from xlm_hf.files import JOURNAL_SUFFIX, Journal
 from xlm_hf.likelihoods import likelihood_metrics, text_counts
 from xlm_hf.modules.backbone_config import token_options
 from xlm_hf.modules.checked_options import Count, PositiveInt, checked
@@ -141,6 +144,7 @@ def run_evaluation_set(
     batch_size: int,
     seed: int,
     after_batch: Callable[[DataLoader], None] = lambda loader: None,
+    folder: Path | None = None,
     **loader_options: Any,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Measure one set, each example exactly once, spread over all ranks.
@@ -155,6 +159,7 @@ def run_evaluation_set(
         batch_size: of this rank.
         seed: of a decode.
         after_batch: is called with the data loader after every batch.
+        folder: of a `Journal` for the decodes of each rank, behind which the same call goes on; None keeps none.
         **loader_options: of the data loader.
 
     Returns:
@@ -168,7 +173,7 @@ def run_evaluation_set(
     if evaluation_set.loss is not None:
         metrics, records = _loss_metrics(model, evaluation_set, tokenizer, batches), []
     else:
-        records = _decode(model, evaluation_set, tokenizer, batches, seed)
+        records = _decode(model, evaluation_set, tokenizer, batches, seed, folder)
         metrics = _generation_metrics(records, evaluation_set, tokenizer)
         dropped = set(RECORD_FIELDS) - {"example_id", *(evaluation_set.prediction_fields or RECORD_FIELDS)}
         records = [{name: value for name, value in record.items() if name not in dropped} for record in records]
@@ -183,12 +188,12 @@ def _own_indices(evaluation_set: EvaluationSet) -> range:
 
 
 def _batches(
-    model, evaluation_set: EvaluationSet, options: dict[str, Any], after_batch: Callable, epoch: int = 0
+    model, evaluation_set: EvaluationSet, options: dict[str, Any], after_batch: Callable, epoch: int = 0, start: int = 0
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """This rank's batches, corrupted as in `epoch`, an example's index being its position."""
+    """This rank's batches from its example `start` on, corrupted as in `epoch`, an example's index its position."""
     loader = DataLoader(
         KeyedExamples(evaluation_set.dataset),
-        sampler=[(epoch, index, index) for index in _own_indices(evaluation_set)],
+        sampler=[(epoch, index, index) for index in _own_indices(evaluation_set)[start:]],
         collate_fn=evaluation_set.collator,
         # Of its own, so that evaluating leaves the training's random numbers alone.
         generator=torch.Generator(),
@@ -314,17 +319,23 @@ def check_blanks(examples: Sequence[dict[str, Any]], tokenizer: PreTrainedTokeni
             raise ValueError(f"Example {number} has no blank to fill in: put {mask} for each token to be written.")
 
 
-def _decode(model, evaluation_set: EvaluationSet, tokenizer, batches: Callable, seed: int) -> list[dict[str, Any]]:
+def _decode(
+    model, evaluation_set: EvaluationSet, tokenizer, batches: Callable, seed: int, folder: Path | None
+) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = []
     indices = _own_indices(evaluation_set)
-    for batch in batches():
+    if folder is not None:
+        work = (model.state_dict(), model.generation_config.to_dict(), evaluation_set.dataset._fingerprint)
+        key = Hasher.hash((*work, indices, seed))
+        records = Journal(folder / f"{evaluation_set.name}.{indices.start}{JOURNAL_SUFFIX}", key)
+    for batch in batches(start=len(records)):
         example_id = batch.pop("example_id")
         examples = [evaluation_set.dataset[i] for i in indices[len(records) : len(records) + len(example_id)]]
         if evaluation_set.kind == "infill":
             check_blanks(examples, tokenizer)
         output = model.generate(**batch, seed=random_bits(seed, example_id), return_history=True)
-        records += decode_records(output, batch, examples, evaluation_set.kind, tokenizer)
-    return sorted(gather_object(records), key=lambda record: record["example_id"])
+        records.extend(decode_records(output, batch, examples, evaluation_set.kind, tokenizer))
+    return sorted(gather_object(list(records)), key=lambda record: record["example_id"])
 
 
 def training_texts(data: Any, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:

@@ -2,14 +2,17 @@
 
 import contextlib
 import errno
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
 INCOMPLETE_SUFFIX = ".incomplete"
+JOURNAL_SUFFIX = ".journal"
 _PREVIOUS_SUFFIX = ".previous"
 
 
@@ -83,3 +86,36 @@ def write_text(file: Path, text: str) -> None:
     except OSError as error:
         staging.unlink(missing_ok=True)
         raise _failed_write(file, error) from error
+
+
+def append_lines(file: Path, lines: Iterable[str]) -> None:
+    """Add lines to a file; raises OSError, one sentence with the cause and the remedy, if writing failed."""
+    try:
+        with file.open("a", encoding="utf-8") as stream:
+            stream.writelines(f"{line}\n" for line in lines)
+    except OSError as error:
+        raise _failed_write(file, error, "; what was written before is kept") from error
+
+
+class Journal(list[Any]):
+    """Records that are written as they come, so that the same work goes on behind them after an interruption.
+
+    Args:
+        file: of the records, a line of JSON each behind the key.
+        key: of the work, a hash of all that decides the records: those of other work are dropped.
+    """
+
+    def __init__(self, file: Path, key: str):
+        # What a kill cut has no end of its line.
+        lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []
+        self.file, self._head = file, [key]
+        kept = lines if lines[:1] == self._head and lines[1:] else []
+        super().__init__(map(json.loads, kept[1:]))
+        if file.exists():
+            write_text(file, "".join(f"{line}\n" for line in kept))
+
+    def extend(self, records: Iterable[Any]) -> None:
+        """Add records, on file too."""
+        self.file.parent.mkdir(exist_ok=True)
+        append_lines(self.file, [*([] if self else self._head), *map(json.dumps, records := list(records))])
+        super().extend(records)

@@ -19,11 +19,9 @@ import atexit
 import copy
 import functools
 import json
-import os
 import subprocess
 import sys
 import tempfile
-from collections import Counter
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -422,34 +420,3 @@ CHECKS = [
     check_training_and_resume,
     check_remote_code,
 ]
-
-
-def _cpu_seconds() -> float:
-    """CPU seconds of this process and of those that it has waited for."""
-    return sum(os.times()[:4])
-
-
-# The hooks below print what the tests of a family cost: import them in a `conftest.py`.
-def pytest_runtest_setup(item: Any) -> None:
-    """Remember when a test begins."""
-    item.cpu_start = _cpu_seconds()
-
-
-def pytest_runtest_teardown(item: Any) -> None:
-    """Report the CPU seconds of a test that has a parameter or a fixture parameter `family`."""
-    family = getattr(getattr(item, "callspec", None), "params", {}).get("family")
-    if family is not None:
-        item.user_properties.append(("cpu_seconds", (str(family), _cpu_seconds() - item.cpu_start)))
-
-
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Print the CPU seconds of each family's tests."""
-    total: Counter[str] = Counter()
-    for report in terminalreporter.stats.get("", []):
-        if report.when == "teardown":
-            for name, value in report.user_properties:
-                if name == "cpu_seconds":
-                    total[value[0]] += value[1]
-    if total:
-        costs = ", ".join(f"{family} {seconds:.1f}" for family, seconds in sorted(total.items()))
-        terminalreporter.write_line(f"CPU seconds of each family's tests: {costs}")

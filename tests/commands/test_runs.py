@@ -17,16 +17,19 @@ import time
 
 import pytest
 import torch
+from datasets.fingerprint import Hasher
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from tests.commands.test_cli import SCRIPT, TINY
+from tests.commands.test_cli import SCRIPT, TINY, records
 from tests.processes import forked, settle
 from tests.training.test_trainer import make_trainer
+from xlm_hf import evaluation
 from xlm_hf.building import compose
 from xlm_hf.cli import main
 from xlm_hf.commands import _run
 from xlm_hf.commands._run import check_same_run, data_hash, next_command, run_directory
+from xlm_hf.files import Journal
 from xlm_hf.tasks import load_task
 from xlm_hf.training.checkpoints import last_sound_checkpoint, list_checkpoints, saved_state
 from xlm_hf.training.signals import ENDS_WITH_INPUT, end_with_parent
@@ -250,6 +253,73 @@ def test_a_damaged_state_falls_back_to_the_older_checkpoint_and_then_is_an_error
 class Hostile:
     def __reduce__(self):
         return os.system, ("exit 3",)
+
+
+@pytest.mark.parametrize("job", ["generate", "evaluate"])
+def test_decodes_are_kept_as_they_come_and_go_on(job, finished, tmp_path, monkeypatch, call):
+    options = [*SHORT, f"job={job}", f"checkpoint={finished}", "num_samples=12", "trainer.per_device_eval_batch_size=5"]
+    assert call(*options, "output_dir=whole", folder=tmp_path) is None
+    decoded, original = [], evaluation.decode_records
+
+    def decode(output, batch, examples, *others):
+        if len(decoded) == 2 and examples[0]["example_id"] == 10:
+            raise KeyboardInterrupt
+        decoded.append([example["example_id"] for example in examples])
+        return original(output, batch, examples, *others)
+
+    monkeypatch.setattr(evaluation, "decode_records", decode)
+    monkeypatch.setattr("xlm_hf.commands.generate.decode_records", decode)
+    ended = call(*options, "output_dir=run", folder=tmp_path)
+    assert ended == "Interrupted. The same command with the same output_dir goes on with what was saved."
+    (journal,) = (tmp_path / "run" / "predictions").glob("*.journal")
+    # As a kill would leave it.
+    journal.write_bytes(journal.read_bytes() + b'{"example_id": 1')
+    decoded.append("again")
+    assert call(*options, "output_dir=run", folder=tmp_path) is None
+    assert decoded == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], "again", [10, 11]]
+    name = "generate.jsonl" if job == "generate" else "test.jsonl"
+    whole, resumed = (tmp_path / folder / "predictions" for folder in ("whole", "run"))
+    assert records(resumed / name) == records(whole / name)
+    assert [file.name for file in resumed.iterdir()] == [name]
+    if job == "generate":
+        pages = [(tmp_path / folder / "decodes.html").read_text() for folder in ("whole", "run")]
+        assert pages[0] == pages[1]
+
+
+def test_a_journal_of_other_work_is_begun_anew(tmp_path):
+    file = tmp_path / "predictions" / "a.journal"
+    journal = Journal(file, "first")
+    assert not file.parent.exists(), "what makes nothing leaves nothing"
+    journal.extend([{"a": 1}])
+    journal.extend([{"b": "\u2028"}])
+    assert Journal(file, "first") == [{"a": 1}, {"b": "\u2028"}]
+    other = Journal(file, "second")
+    assert other == []
+    other.extend([3])
+    assert Journal(file, "second") == [3]
+    assert Journal(file, "first") == []
+    # A kill within the first line.
+    Journal(file, "first").extend([4])
+    head = file.read_text().splitlines()[0]
+    file.write_text(f'{head}\n{{"a"')
+    Journal(file, "first").extend([5])
+    assert Journal(file, "first") == [5]
+
+
+def test_what_decides_a_decode_decides_whether_its_journal_is_taken(tmp_path):
+    model = make_trainer(tmp_path).model
+    Journal(tmp_path / "j", Hasher.hash((model.state_dict(), 0))).extend([1])
+    assert Journal(tmp_path / "j", Hasher.hash((model.state_dict(), 0))) == [1]
+    next(model.parameters()).data[0, 0] += 1
+    assert Journal(tmp_path / "j", Hasher.hash((model.state_dict(), 0))) == []
+
+
+def test_a_journal_that_cannot_be_written_says_so(tmp_path):
+    (tmp_path / "a.journal").symlink_to("/dev/full")
+    journal = Journal(tmp_path / "b.journal", "key")
+    journal.file = tmp_path / "a.journal"
+    with pytest.raises(OSError, match=r"a.journal could not be written \(No space left on device\).* kept: free disk"):
+        journal.extend([1])
 
 
 def start(environment):

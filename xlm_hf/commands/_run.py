@@ -30,7 +30,7 @@ from xlm_hf.building import load_model, plain
 from xlm_hf.data import Mixture
 from xlm_hf.evaluation import default_evaluation
 from xlm_hf.families import families
-from xlm_hf.files import write_text
+from xlm_hf.files import JOURNAL_SUFFIX, write_text
 from xlm_hf.modules.counter_random import random_bits
 from xlm_hf.modules.messages import import_target
 from xlm_hf.reports.comparison import NOT_IN_TABLE, number
@@ -86,8 +86,8 @@ def check_same_run(folder: Path, cfg: DictConfig, whole: bool = False) -> dict[s
     for name in sorted(found.keys() | wanted.keys()):
         before, now = found.get(name), wanted.get(name)
         kind = next(kind for pattern, kind in _CHANGES.items() if re.fullmatch(pattern, name))
-        is_unknown = name.startswith("data_hash.") and None in (before, now)
-        if before == now or kind == "harmless" or is_unknown:
+        # A hash that is not there is not known.
+        if before == now or kind == "harmless" or (name.startswith("data_hash.") and None in (before, now)):
             continue
         if whole or kind == "another":
             raise ValueError(
@@ -233,9 +233,11 @@ def model_of_checkpoint(cfg: DictConfig) -> PreTrainedModel:
 
 
 def write_results(output_dir: Path, metrics: dict[str, float], predictions: dict[str, list[dict[str, Any]]]) -> None:
-    """Write `metrics.json` and `predictions/<set>.jsonl`, overwriting what an earlier call wrote."""
+    """Write `metrics.json` and `predictions/<set>.jsonl`, in place of journals and of what an earlier call wrote."""
     for name, records in predictions.items():
         write_predictions(output_dir, name, records)
+    for journal in (output_dir / "predictions").glob(f"*{JOURNAL_SUFFIX}"):
+        journal.unlink()
     write_text(output_dir / "metrics.json", json.dumps(metrics, indent=2, sort_keys=True, default=float) + "\n")
 
 

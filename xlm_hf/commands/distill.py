@@ -6,7 +6,7 @@ from omegaconf import DictConfig
 
 from xlm_hf.building import build_collator, build_task
 from xlm_hf.commands._run import model_of_checkpoint, run_directory, say, write_results
-from xlm_hf.evaluation import EvaluationSet, run_evaluation_set
+from xlm_hf.evaluation import EvaluationSet, check_tokenizer, run_evaluation_set
 
 
 def run(cfg: DictConfig) -> Path:
@@ -26,7 +26,8 @@ def run(cfg: DictConfig) -> Path:
     if task.kind != "seq2seq":
         raise ValueError(f"job=distill rewrites the targets of prompts, and {task.name} is a task of {task.kind}.")
     train = task.splits["train"]
-    model = model_of_checkpoint(cfg, task)
+    model = model_of_checkpoint(cfg)
+    check_tokenizer(task.tokenizer, model.config)
     output_dir = run_directory(cfg)
     first = {tuple(ids): index for index, ids in enumerate(train["prompt_ids"])}
     prompts = train.select(sorted(first.values()))
@@ -34,9 +35,10 @@ def run(cfg: DictConfig) -> Path:
     collator = build_collator(cfg.collator, "seq2seq_prediction", task.tokenizer, max_length, cfg.seed)
     wanted = EvaluationSet("distilled", prompts, collator, ("test",), generate=True)
     batch_size = cfg.trainer.per_device_eval_batch_size
-    metrics, records = run_evaluation_set(model, wanted, task.tokenizer, batch_size, cfg.seed)
+    folder = output_dir / "predictions"
+    metrics, records = run_evaluation_set(model, wanted, task.tokenizer, batch_size, cfg.seed, folder=folder)
     write_results(output_dir, metrics, {"distilled": records})
-    file = output_dir / "predictions" / "distilled.jsonl"
+    file = folder / "distilled.jsonl"
     say(f"The texts of {len(records):,} prompts, of {len(train):,} examples: {file}")
     say(f"Next: train another family on this task with task.distilled={file}")
     return file

@@ -12,6 +12,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
     model = model_of_checkpoint(cfg)
     output_dir = run_directory(cfg)
     trainer = build_trainer(cfg, task, model, output_dir)
+    trainer.journals = output_dir / "predictions"
     metrics = {**trainer.evaluate(metric_key_prefix="test"), "parameters": model.num_parameters()}
     if trainer.is_world_process_zero():
         say_results(output_dir, metrics, trainer.predictions)

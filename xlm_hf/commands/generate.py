@@ -1,9 +1,11 @@
 """job=generate: decode prompts with a checkpoint, showing the order in which the tokens were written."""
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
+from datasets.fingerprint import Hasher
 from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import is_matplotlib_available, is_vision_available
@@ -11,7 +13,7 @@ from transformers.utils import is_matplotlib_available, is_vision_available
 from xlm_hf.building import build_collator, build_task, load_tokenizer
 from xlm_hf.commands._run import model_of_checkpoint, next_command, run_directory, say, write_results
 from xlm_hf.evaluation import check_blanks, check_tokenizer, decode_records
-from xlm_hf.files import write_text
+from xlm_hf.files import JOURNAL_SUFFIX, Journal, write_text
 from xlm_hf.modules.checked_options import Interval, check_value
 from xlm_hf.modules.counter_random import random_bits
 from xlm_hf.reports.decode_page import history_html, save_gif
@@ -25,6 +27,8 @@ def run(cfg: DictConfig) -> list[dict[str, Any]]:
     A file whose prompts have mask tokens is filled in; a model of plain text goes on from its prompts. `source_ids`
     beside a prompt, a text to be corrected, go to the collator. Of a task with prompts or blanks the first test
     examples are decoded; of one without, samples are written from nothing.
+
+    What is decoded is kept at once: the same command with the same output_dir goes on where it was interrupted.
 
     In a terminal the decode is shown while it goes on. `decodes.html` in the run's folder plays it back, and so does
     `decode.gif`, of the first row, where Pillow and matplotlib are installed.
@@ -40,18 +44,21 @@ def run(cfg: DictConfig) -> list[dict[str, Any]]:
     collator = build_collator(cfg.collator, f"{kind}_prediction", tokenizer, max_length, cfg.seed)
     output_dir = run_directory(cfg)
     make_streamer = BatchDiffusionStreamer if sys.stdout.isatty() else DraftRecorder
-    records: list[dict[str, Any]] = []
-    decodes: list[Decode] = []
+    streamer = make_streamer(tokenizer)
     batch_size = cfg.trainer.per_device_eval_batch_size
-    for start in range(0, len(examples), batch_size):
+    key = Hasher.hash((model.state_dict(), model.generation_config.to_dict(), examples, kind, cfg.seed))
+    journal = Journal(output_dir / "predictions" / f"generate{JOURNAL_SUFFIX}", key)
+    for start in range(len(journal), len(examples), batch_size):
         batch = collator(examples[start : start + batch_size])
         seeds = random_bits(cfg.seed, batch.pop("example_id"))
         streamer = make_streamer(tokenizer)
         output = model.generate(**batch, seed=seeds, return_history=True, streamer=streamer)
-        decodes += streamer.decodes
-        records += decode_records(output, batch, examples[start : start + batch_size], kind, tokenizer)
-        for record, decode in zip(records[start:], streamer.decodes, strict=True):
+        made = decode_records(output, batch, examples[start : start + batch_size], kind, tokenizer)
+        journal.extend([record, asdict(decode)] for record, decode in zip(made, streamer.decodes, strict=True))
+        for record, decode in zip(made, streamer.decodes, strict=True):
             say(render(record, decode, tokenizer.pad_token) + "\n")
+    records = [record for record, _ in journal]
+    decodes = [Decode.from_dict(decode) for _, decode in journal]
     write_results(output_dir, {"samples": len(records)}, {"generate": records})
     write_text(output_dir / "decodes.html", history_html(decodes, streamer.separator, cfg.experiment))
     if is_vision_available() and is_matplotlib_available():

@@ -11,7 +11,7 @@ import shutil
 import sys
 import time
 from dataclasses import dataclass
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -57,6 +57,12 @@ class Decode:
 
     start: list[Token]
     steps: list[list[Edit]]
+
+    @classmethod
+    def from_dict(cls, saved: dict[str, Any]) -> "Decode":
+        """The decode whose `dataclasses.asdict` this is, from JSON too."""
+        steps = [[(position, Token(**token)) for position, token in edits] for edits in saved["steps"]]
+        return cls([Token(**token) for token in saved["start"]], steps)
 
     def frames(self) -> list[list[Token]]:
         """The sequence at the start and after every step."""

@@ -28,7 +28,7 @@ def run_name(overrides: str) -> str:
     """
     plain = overrides.replace("++", "").replace("=", "-")
     name = re.sub(r"[^\w.-]+", "_", plain, flags=re.ASCII)
-    if len(name) > 100 or re.search(r"[^\w.,-]", plain, re.ASCII):
+    if len(name) > 100 or re.search(r"[^\w.,'\[\]-]", plain, re.ASCII):
         return f"{name[:100]}-{hashlib.sha256(overrides.encode()).hexdigest()[:8]}"
     return name or "run"
 

@@ -38,6 +38,7 @@ class EvaluatesSets(PushesRepositories):
         evaluation_sets: what `evaluate` measures, by stage.
         loss_set: the loss of training, for data of any name.
         predictions: by set, the records of what was decoded last.
+        journals: a folder where decodes are written as they come; None keeps none (see `run_evaluation_set`).
     """
 
     model: Any
@@ -45,6 +46,7 @@ class EvaluatesSets(PushesRepositories):
     loss_set: EvaluationSet
     evaluation_sets: list[EvaluationSet]
     predictions: dict[str, list[dict[str, Any]]]
+    journals: Path | None = None
     averaged_weights: Any
 
     def evaluate(
@@ -73,7 +75,7 @@ class EvaluatesSets(PushesRepositories):
         elif metric_key_prefix not in stages:
             remedy = did_you_mean(metric_key_prefix, sorted(stages))
             raise ValueError(f"metric_key_prefix names a stage, and there is none {metric_key_prefix!r}: {remedy}")
-        options = {"num_workers": args.dataloader_num_workers}
+        options = {"num_workers": args.dataloader_num_workers, "folder": self.journals}
         for evaluation_set in sets:
             with self.averaged_weights():
                 results, records = run_evaluation_set(

@@ -220,10 +220,8 @@ class XLMTrainer(EvaluatesSets):
         collate = StaticShapes(self.data_collator, length) if length else self.data_collator
         rows = self._train_batch_size * args.world_size
         if args.dataloader_drop_last and isinstance(self.train_dataset, Sized) and len(self.train_dataset) < rows:
-            raise ValueError(
-                f"dataloader_drop_last leaves no batch: the {len(self.train_dataset)} examples are fewer than the "
-                f"{rows} of one; unset it, or lower per_device_train_batch_size."
-            )
+            cause = f"the {len(self.train_dataset)} examples are fewer than the {rows} of one"
+            raise ValueError(f"dataloader_drop_last leaves no batch, since {cause}: unset it, or lower the batch size.")
         self._sampler = self.train_dataset.order(seed, rows, by_length)
         loader = DataLoader(
             self.train_dataset,

@@ -8,6 +8,8 @@ from pathlib import Path
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
+from xlm_hf.files import append_lines, write_text
+
 logger = logging.getLogger(__name__)
 
 
@@ -25,16 +27,18 @@ class MetricsFile(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Begin with what was logged up to the checkpoint."""
-        self._write(args, state, state.log_history, "w")
+        self._write(args, state, state.log_history, is_first=True)
 
     def on_log(self, args, state, control, **kwargs):
         """Add what was logged last."""
-        self._write(args, state, state.log_history[-1:], "a")
+        self._write(args, state, state.log_history[-1:])
 
-    def _write(self, args, state, logs, mode):
+    def _write(self, args, state, logs, is_first=False):
         if state.is_world_process_zero:
-            with (Path(str(args.output_dir)) / "metrics.jsonl").open(mode) as file:
-                file.writelines(json.dumps(log, default=float) + "\n" for log in logs)
+            file = Path(str(args.output_dir)) / "metrics.jsonl"
+            if is_first:
+                write_text(file, "")
+            append_lines(file, (json.dumps(log, default=float) for log in logs))
 
 
 class ProgressBar(TrainerCallback):
