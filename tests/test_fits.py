@@ -12,6 +12,7 @@ from xlm_hf.families import families
 from xlm_hf.modeling.ilm import ILMCollator, ILMLoss
 from xlm_hf.overrides import open_override
 from xlm_hf.reports.sweeps import run_name
+from xlm_hf.saved_configs import load_config
 from xlm_hf.tasks.tokenizers import number_tokenizer
 from xlm_hf.training.arguments import XLMTrainingArguments
 from xlm_hf.training.trainer import XLMTrainer
@@ -83,6 +84,14 @@ def test_a_model_and_a_tokenizer_that_do_not_know_each_other(options, words, tmp
             train_dataset=dataset(),
             processing_class=tokenizer,
         )
+
+
+def test_a_config_that_expands_without_end_is_refused(tmp_path):
+    file = tmp_path / "config.yaml"
+    levels = [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9) if i else 'x'}]" for i in range(12)]
+    file.write_text("\n".join(levels))
+    with pytest.raises(ValueError, match="aliases of YAML"):
+        load_config(file)
 
 
 @pytest.mark.parametrize(

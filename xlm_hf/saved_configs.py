@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import yaml
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 # Options by node and old name.
@@ -20,6 +21,9 @@ _MODULES = {"xlm_hf.sweeps.": "xlm_hf.reports.sweeps."}
 
 def load_config(file: Path) -> DictConfig:
     """The config that a run saved, in today's terms."""
+    # A few of them make a file without end, and no run saves any.
+    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(file.read_text(encoding="utf-8"))):
+        raise ValueError(f"{file} holds aliases of YAML, which no run saves: restore it.")
     config = OmegaConf.load(file)
     assert isinstance(config, DictConfig)
     return translate_config(config)
