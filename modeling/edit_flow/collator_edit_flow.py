@@ -101,7 +101,7 @@ class EditFlowCollator(Collator):
         chosen, time_left, weights, even_weights = remaining_events(bits, num_edits, *draws, self.drop_beta)
         remains = np.zeros_like(differs)
         remains[differs] = chosen
-        now = np.where(remains, before, after)
+        now = after + remains * (before - after)
         is_there = now != BLANK
         there = np.flatnonzero(is_there)
         num_there = np.bincount(of_columns[there], minlength=len(lengths))
@@ -111,8 +111,9 @@ class EditFlowCollator(Collator):
         # A slot for [BOS] and for each token; that of a column is the last one up to it.
         num_slots = num_there + 1
         of_slots = is_there.cumsum() + of_columns
-        inserted = remains & (before == BLANK)
-        counts = np.bincount(of_slots[inserted], minlength=num_slots.sum())
+        inserted = np.flatnonzero(remains & (before == BLANK))
+        filled = of_slots[inserted]
+        counts = np.bincount(filled, minlength=num_slots.sum())
         is_filled = counts > 0
         skewed = {} if self.drop_beta == 1 else {"loss_weights": even_weights.astype(np.float32)}
         return rows.batch(
@@ -122,7 +123,7 @@ class EditFlowCollator(Collator):
             first_slots=num_slots.cumsum() - num_slots,
             insertion_counts=counts,
             filled_slots=np.flatnonzero(is_filled),
-            target_rows=is_filled.cumsum()[of_slots[inserted]] - 1,
+            target_rows=is_filled.cumsum()[filled] - 1,
             target_ids=after[inserted],
             weights=weights.astype(np.float32),
             sequence_tokens=documents.target_lengths + documents.ends,
@@ -155,7 +156,7 @@ class EditFlowCollator(Collator):
         if self.coupling == "empty":
             return {}
         is_deleted, token_edits = after == BLANK, np.full(num_slots, NONE)
-        token_edits[slots] = np.where(remains, np.where(is_deleted, DELETED, SUBSTITUTED), KEPT)
+        token_edits[slots] = remains * (SUBSTITUTED - is_deleted)
         substituted = np.flatnonzero(remains & ~is_deleted)
         changes = {"changed_slots": slots[substituted], "substitute_ids": after[substituted]}
         return {"token_edits": token_edits, **changes}

@@ -2,6 +2,8 @@
 
 import torch
 
+_LARGEST_BLOCK = 31 << 20  # bytes; glibc adapts to blocks of up to 32 MiB
+
 # Types of device that are the host itself.
 _HOST = ("cpu",)
 
@@ -13,6 +15,16 @@ def is_synchronous(device: torch.device) -> bool:
     then idles until the host queues something new. Nor can a graph be captured across such a read.
     """
     return device.type in _HOST
+
+
+def keep_freed_memory() -> None:
+    """Let a process keep the memory of the tensors that a CPU frees, up to 62 MiB, for the next ones.
+
+    The C library of Linux gives what is free at the end of its heap back to the system beyond 128 KiB. The system hands
+    it out again page by page, cleared, which took a sixth of the time of a forward pass of 16 x 128 tokens. The bound
+    becomes twice the size of the largest block of its own that was freed. So one is allocated, and never touched.
+    """
+    torch.empty(_LARGEST_BLOCK, dtype=torch.uint8)
 
 
 def rounded_up(size: int, most: int, device: torch.device) -> int:

@@ -13,6 +13,7 @@ from transformers.generation import GenerationConfig, LogitsProcessorList, Stopp
 
 from .checked_options import CheckedOptions, Count, Positive, PositiveInt, Share, annotations_of
 from .counter_random import random_bits
+from .devices import keep_freed_memory
 from .edits import EditLog
 from .generation_output import NonAutoregressiveGenerationOutput
 from .messages import check_options
@@ -399,6 +400,7 @@ class NonAutoregressiveGenerationMixin(GenerationOptionsMixin):
 
     def _run(self, call: GenerationCall, state: Any, streamer: Any, takes_edits: bool, criteria: Any) -> None:
         """Step until no row is open, and tell the streamer."""
+        keep_freed_memory()
         step, rows = 0, torch.arange(len(call.seeds), device=call.seeds.device)
         if streamer is not None:
             streamer.put(state.prompt.cpu())

@@ -210,16 +210,16 @@ class RotaryTransformerLayer(GradientCheckpointingLayer):
         normalised = self.input_layernorm(hidden_states)
         if self.modulation is not None:
             shift_1, scale_1, *of_output = self.modulation(conditioning)
-            normalised = normalised * (1 + scale_1) + shift_1
+            normalised = torch.addcmul(shift_1, normalised, 1 + scale_1)
         attended, _ = self.self_attn(normalised, attention_mask, cos_sin, output_index=output_index, **kwargs)
         if self.modulation is None:
             hidden_states = take(hidden_states, output_index) + self.dropout(attended)
             return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
         L, residual = hidden_states.shape[1], normalised if self.legacy_modulated_residual else hidden_states
         gate_1, shift_2, scale_2, gate_2 = (take_of_rows(x, L, output_index) for x in of_output)
-        hidden_states = take(residual, output_index) + gate_1 * self.dropout(attended)
-        modulated = self.post_attention_layernorm(hidden_states) * (1 + scale_2) + shift_2
-        return hidden_states + gate_2 * self.dropout(self.mlp(modulated))
+        hidden_states = torch.addcmul(take(residual, output_index), gate_1, self.dropout(attended))
+        modulated = torch.addcmul(shift_2, self.post_attention_layernorm(hidden_states), 1 + scale_2)
+        return torch.addcmul(hidden_states, gate_2, self.dropout(self.mlp(modulated)))
 
 
 class RotaryTransformerPreTrainedModel(PreTrainedModel):
