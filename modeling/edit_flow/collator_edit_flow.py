@@ -101,6 +101,7 @@ class EditFlowCollator(Collator):
         chosen, time_left, weights, even_weights = remaining_events(bits, num_edits, *draws, self.drop_beta)
         remains = np.zeros_like(differs)
         remains[differs] = chosen
+        # Whichever stands there now; np.where would take a branch that nothing foretells for each column.
         now = after + remains * (before - after)
         is_there = now != BLANK
         there = np.flatnonzero(is_there)

@@ -2,8 +2,6 @@
 
 import torch
 
-_LARGEST_BLOCK = 31 << 20  # bytes; glibc adapts to blocks of up to 32 MiB
-
 # Types of device that are the host itself.
 _HOST = ("cpu",)
 
@@ -22,9 +20,10 @@ def keep_freed_memory() -> None:
 
     The C library of Linux gives what is free at the end of its heap back to the system beyond 128 KiB. The system hands
     it out again page by page, cleared, which took a sixth of the time of a forward pass of 16 x 128 tokens. The bound
-    becomes twice the size of the largest block of its own that was freed. So one is allocated, and never touched.
+    becomes twice the size of the largest block of its own that was freed, of up to 32 MiB. So one is allocated, and
+    never touched.
     """
-    torch.empty(_LARGEST_BLOCK, dtype=torch.uint8)
+    torch.empty(31 << 20, dtype=torch.uint8)
 
 
 def rounded_up(size: int, most: int, device: torch.device) -> int:

@@ -6,7 +6,7 @@ all pairs, are independent of each other.
 
 import numpy as np
 
-from xlm_hf.objectives.collation import random_subset, segment_ranges, segment_starts, sorted_parts
+from xlm_hf.objectives.collation import random_subset, segment_ranges, segment_starts
 
 PAIR, DELETE, INSERT = range(3)  # what a column of an alignment holds: a token of both, of the source, of the target
 BLANK = -1
@@ -67,8 +67,7 @@ def random_columns(
         what `columns_of` does, (C,).
     """
     num_noise, num_columns = np.full_like(lengths, len(noise) // len(lengths)), lengths + deleted
-    ordered = sorted_parts(bits, num_columns)
-    is_deleted, has_noise = (random_subset(bits, num_columns, num, ordered)[0] for num in (deleted, num_noise))
+    is_deleted, has_noise = random_subset(bits, num_columns, np.stack((deleted, num_noise)))[0]
     of_noise, of_targets = np.full((2, len(bits)), BLANK)
     # Random masks are slower than their indices.
     of_targets[np.flatnonzero(~is_deleted)], of_noise[np.flatnonzero(has_noise)] = targets, noise

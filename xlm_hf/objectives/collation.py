@@ -46,36 +46,25 @@ def segment_ranges(first: np.ndarray | int, lengths: np.ndarray) -> np.ndarray:
     return np.repeat(first - segment_starts(lengths), lengths) + np.arange(lengths.sum())
 
 
-def sorted_parts(bits: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """The random `bits` of each part in ascending order: a row (D, longest + 1) for each, filled with the greatest key.
-
-    Rows sort many times faster than one long array.
-    """
-    exists = np.arange(lengths.max(initial=0) + 1) < lengths[:, None]
-    ordered = np.full(exists.shape, np.uint64(2**64 - 1))
-    ordered[exists] = bits
-    ordered.sort(axis=1)
-    return ordered
-
-
-def random_subset(
-    bits: np.ndarray, lengths: np.ndarray, num: np.ndarray, ordered: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+def random_subset(bits: np.ndarray, lengths: np.ndarray, num: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Choose the `num` smallest of the random `bits` of each part: uniformly random subsets of these sizes.
+
+    Each part is a row of its own, filled up with the greatest key: rows sort many times faster than one long array.
 
     Args:
         bits: (N,) uint64, of all parts one after the other.
         lengths: (D,) of the parts.
-        num: (D,), at most `lengths`.
-        ordered: `sorted_parts` of the same, where several subsets are chosen by the same bits.
+        num: (D,), at most `lengths`; or (K, D), of K subsets, of which a larger one holds a smaller.
 
     Returns:
-        (N,) bool, which are chosen; and (D,) uint64, the greatest chosen key of each part, meaningless if there is
-        none.
+        (N,) bool, which are chosen, or (K, N); and (D,) uint64, the greatest chosen key of each part, meaningless if
+        there is none, or (K, D).
     """
-    part = np.arange(len(lengths))
-    ordered = sorted_parts(bits, lengths) if ordered is None else ordered
-    return bits < np.repeat(ordered[part, num], lengths), ordered[part, num - 1]
+    exists = np.arange(lengths.max(initial=0) + 1) < lengths[:, None]
+    ordered, part = np.full(exists.shape, np.uint64(2**64 - 1)), np.arange(len(lengths))
+    ordered[exists] = bits
+    ordered.sort(axis=1)
+    return bits < np.repeat(ordered[part, num], lengths, axis=-1), ordered[part, num - 1]
 
 
 def tensors(**arrays: np.ndarray) -> dict[str, torch.Tensor]:
