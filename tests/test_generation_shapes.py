@@ -45,6 +45,9 @@ def options_of(model, name, num_tokens):
         options["num_steps"] = int(options["num_steps"] * num_tokens)
     if not all(hasattr(known, option) for option in options):
         options.setdefault("sampler", "confidence")
+    if hasattr(known, "max_rounds"):
+        # More tokens take no more rounds.
+        options["max_rounds"] = num_tokens // 4
     if hasattr(known, "stopping_threshold"):
         options["stopping_threshold"] = None
     return options

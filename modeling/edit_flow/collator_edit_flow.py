@@ -1,19 +1,82 @@
 """From examples to batches for edit flows: which edits have been made, and which remain."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 
 from xlm_hf.modules.checked_options import PartialShare, Positive, PositiveInt
-from xlm_hf.objectives.alignment import BLANK, aligned, columns_of, random_columns
-from xlm_hf.objectives.collation import Documents, Examples, ragged, segment_numbers
+from xlm_hf.modules.counter_random import unit_interval
+from xlm_hf.objectives.alignment import BLANK, DELETE, INSERT, aligned
+from xlm_hf.objectives.collation import Documents, Examples, random_subset, segment_numbers
 from xlm_hf.objectives.collators import Collator, Entry
-from xlm_hf.objectives.corruption import remaining_events
 from xlm_hf.objectives.head_operator import IGNORED_ID
 
 NONE, KEPT, DELETED, SUBSTITUTED = range(-1, 3)  # what remains to be done to the token of a slot
+
+
+def columns_of(moves: np.ndarray, sources: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens (C,) of the sources and of the targets in the columns of alignments, BLANK where there is none."""
+    of_sources, of_targets = np.full((2, len(moves)), BLANK)
+    of_sources[moves != INSERT], of_targets[moves != DELETE] = sources, targets
+    return of_sources, of_targets
+
+
+def random_columns(
+    targets: np.ndarray, lengths: np.ndarray, noise: np.ndarray, deleted: np.ndarray, bits: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Columns of random tokens and each target: some are deleted, tokens of the target substitute the others.
+
+    The order of the columns is drawn, and which of its tokens substitute others. The columns with the smallest bits are
+    deletions, and those with the next smallest substitutions: one order gives both.
+
+    Args:
+        targets: tokens of the targets, one after the other.
+        lengths: (D,) how many each has.
+        noise: random tokens, as many for each target.
+        deleted: (D,) how many of them are deleted.
+        bits: (C,) uint64, for each column.
+
+    Returns:
+        what `columns_of` does, (C,).
+    """
+    num_noise, num_columns = np.full_like(lengths, len(noise) // len(lengths)), lengths + deleted
+    is_deleted, has_noise = random_subset(bits, num_columns, np.stack((deleted, num_noise)))[0]
+    of_noise, of_targets = np.full((2, len(bits)), BLANK)
+    # Random masks are slower than their indices.
+    of_targets[np.flatnonzero(~is_deleted)], of_noise[np.flatnonzero(has_noise)] = targets, noise
+    return of_noise, of_targets
+
+
+def remaining_events(
+    bits: np.ndarray, lengths: np.ndarray, draws: np.ndarray, rest_draws: np.ndarray, beta: float = 1.0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Which n of the K events of each document remain, n uniform in 0..K, and how much of the time is left then.
+
+    Each event takes place at its own time, uniform in (0, 1). A bound integrates f(remaining events) / s over the time
+    s that is left. Given n, s is the n-th smallest of K uniform draws. So f counts (K + 1) / n, and its variance is
+    finite. With n = 0, s is 1 - u^(1 / (K + 1)), and s^-1 f counts 1.
+
+    Args:
+        bits: (N,) uint64 of the events, of all documents one after the other.
+        lengths: (D,) K.
+        draws: (D,) uniform in [0, 1), of n.
+        rest_draws: (D,) uniform in [0, 1), of the time with n = 0.
+        beta: n / (K + 1) is drawn from Beta(beta, 1), rounded down.
+
+    Returns:
+        (N,) bool, which events remain; (D,) s; (D,) the weight of f in the bound; (D,) that weight with beta = 1.
+    """
+    slots = lengths + 1
+    n = (draws ** (1 / beta) * slots).astype(np.int64)
+    remains, greatest = random_subset(bits, lengths, n)
+    with np.errstate(divide="ignore"):
+        rest = -np.expm1(np.log(rest_draws) / slots)
+    time_left = np.where(n > 0, unit_interval(greatest), rest)
+    even_weights = np.where(n > 0, slots / np.maximum(n, 1), 1 / rest)
+    probabilities = ((n + 1) / slots) ** beta - (n / slots) ** beta
+    return remains, time_left, even_weights / (probabilities * slots), even_weights
 
 
 @dataclass(eq=False)
@@ -162,24 +225,7 @@ class EditFlowCollator(Collator):
         changes = {"changed_slots": slots[substituted], "substitute_ids": after[substituted]}
         return {"token_edits": token_edits, **changes}
 
-    def sources(self, examples: Examples) -> tuple[np.ndarray, np.ndarray]:
-        """The sources of examples one after the other, and the length of each."""
-        if any("source_ids" not in example for example in examples):
-            raise ValueError(
-                "coupling='source' needs a column source_ids: choose a task that has it, such as star_correction."
-            )
-        ids, lengths = ragged([example["source_ids"] for example in examples])
-        self.check_ids(ids)
-        self.check_content(ids)
-        return ids, lengths
-
     def prediction_batch(self, examples: Examples) -> dict[str, torch.Tensor]:
         """The prompts for `generate` and, if the flow begins with given texts, these, padded on the right."""
-        batch: dict[str, Any] = super().prediction_batch(examples)
-        if self.coupling == "source":
-            ids, lengths = self.sources(examples)
-            mask = np.arange(max(lengths.max(), 1)) < lengths[:, None]
-            padded = np.full(mask.shape, self.pad_token_id)
-            padded[mask] = ids
-            batch.update(source_ids=torch.from_numpy(padded), source_mask=torch.from_numpy(mask))
-        return batch
+        batch = super().prediction_batch(examples)
+        return batch | self.padded_sources(examples) if self.coupling == "source" else batch

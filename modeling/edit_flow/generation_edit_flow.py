@@ -163,11 +163,6 @@ class EditFlowGenerationMixin(NonAutoregressiveGenerationMixin):
         prompt, mask = self.completed_prompts(input_ids, attention_mask, *special)
         capacity = self.capacity_after(call, mask.sum(dim=-1))
         start, lengths = self._start(call, len(prompt), **inputs)
-        if start is not None and bool((lengths > capacity).any()):
-            raise ValueError(
-                f"The flow begins with {int(lengths.max())} tokens and has {int(capacity.min())} positions for them: "
-                "raise max_new_tokens, or max_position_embeddings of the model."
-            )
         state = EditFlowState(prompt, mask, capacity, self.config.pad_token_id, call.log, start, lengths)
         state.sampler = call.config.make_sampler()
         num_steps = state.sampler.num_steps
@@ -190,21 +185,8 @@ class EditFlowGenerationMixin(NonAutoregressiveGenerationMixin):
             draws = uniform(call.seeds[:, None], 0, numbers, _NOISE) * len(writable)
             start = torch.tensor(writable, device=self.device)[draws.long()]
             return start, torch.full_like(call.seeds, len(numbers))
-        shapes = {tuple(x.shape) for x in (source_ids, source_mask) if x is not None}
-        if source_ids is None or len(source_ids) != B or source_ids.ndim != 2 or len(shapes) > 1:
-            raise ValueError(
-                f"This model edits given texts: pass source_ids ({B}, N), a text for each prompt, and if anything a "
-                f"source_mask of the same shape; what came has {shapes or 'no shape'}."
-            )
-        self.check_token_ids(source_ids)
-        mask = source_ids != config.pad_token_id if source_mask is None else source_mask.bool()
-        special = torch.tensor([config.cls_token_id, config.bos_token_id], device=source_ids.device)
-        if bool((torch.isin(source_ids, special) & mask).any()):
-            raise ValueError("A source text holds [CLS] or [BOS], but no text does: tokenize without special tokens.")
-        order = mask.logical_not().int().argsort(dim=-1, stable=True)
-        order = order[:, : int(mask.sum(dim=-1).max())]
-        kept = mask.gather(1, order)
-        return source_ids.gather(1, order).masked_fill(~kept, config.pad_token_id), mask.sum(dim=-1)
+        special_ids = [config.cls_token_id, config.bos_token_id]
+        return self.source_tensors(B, special_ids, source_ids, source_mask)
 
     def generation_step(self: Any, call: GenerationCall, state: EditFlowState, step: int) -> bool:
         """One forward pass over the open rows, and the edits that it leads to; False if none is open."""

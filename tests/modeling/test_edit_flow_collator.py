@@ -190,7 +190,7 @@ def test_prompts_and_what_is_to_be_edited(coupling):
         ({"source_ids": [BOS]}, {"coupling": "source"}, f"A text holds the special token {BOS}"),
         ({"prompt_ids": [8] * 40}, {}, "has 48 tokens with .* the model has 40 positions"),
         ({}, {"coupling": "uniform", "noise_length": 50}, "has 5[0-9] tokens with .* the model has 40 positions"),
-        ({}, {"coupling": "source"}, "coupling='source' needs a column source_ids"),
+        ({}, {"coupling": "source"}, "Edits of given texts need a column source_ids"),
         ({}, {"coupling": "noise"}, "coupling must be one of empty, uniform, source and is 'noise'"),
         ({}, {"drop_beta": 0}, "drop_beta must be greater than 0 and is 0"),
         ({}, {"condition_dropout": 1.0}, r"condition_dropout must be in \[0, 1\) and is 1.0"),

@@ -200,7 +200,7 @@ def test_without_sampling_the_likeliest_edit_is_made_when_it_is_as_likely_as_not
         ({"source_ids": [[8, 9]], "source_mask": [[1, 1, 1]]}, r"a source_mask of the same shape; what came has"),
         ({"source_ids": [8]}, r"pass source_ids \(1, N\)"),
         ({}, r"pass source_ids \(1, N\), a text for each prompt"),
-        ({"source_ids": [[8, BOS]]}, r"A source text holds \[CLS\] or \[BOS\], but no text does"),
+        ({"source_ids": [[8, BOS]]}, f"A source text holds the special token {BOS}, but no text does"),
     ],
 )
 def test_sources_that_cannot_be_edited_are_refused(options, message):

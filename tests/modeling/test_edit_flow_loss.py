@@ -23,8 +23,9 @@ from tests.modeling.naive_edit_flow import (
     random_law,
 )
 from xlm_hf.modeling.edit_flow import EditFlowCollator, EditFlowForEditLM, EditFlowLoss
+from xlm_hf.modeling.edit_flow.collator_edit_flow import columns_of
 from xlm_hf.modeling.ilm import ILMCollator
-from xlm_hf.objectives.alignment import aligned, columns_of
+from xlm_hf.objectives.alignment import aligned
 from xlm_hf.testing import (
     FamilyCase,
     check_batch_composition,

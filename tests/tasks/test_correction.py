@@ -4,8 +4,9 @@ from datasets import Dataset
 from scipy.stats import chisquare
 
 from xlm_hf.metrics.edit_distance.edit_distance import distance
+from xlm_hf.modeling.edit_flow.collator_edit_flow import columns_of
 from xlm_hf.modules.counter_random import random_bits, stream_seed
-from xlm_hf.objectives.alignment import BLANK, columns_of
+from xlm_hf.objectives.alignment import BLANK
 from xlm_hf.tasks import Task, load_task
 from xlm_hf.tasks.correction import corrupted, with_sources
 from xlm_hf.tasks.tokenizers import number_tokenizer

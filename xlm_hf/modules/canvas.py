@@ -111,9 +111,8 @@ class MaskedCanvas:
         behind_eos = self._behind_eos()
         kept = self.attention_mask & ~behind_eos
         # Columns of padding alone are left out at the end.
-        width = max(
-            self.prompt_width, int((kept.any(dim=0) * torch.arange(1, kept.shape[1] + 1).to(kept.device)).max())
-        )
+        numbers = torch.arange(1, kept.shape[1] + 1, device=kept.device)
+        width = max(self.prompt_width, int((kept.any(dim=0) * numbers).max()))
         history = self._steps.masked_fill(~kept, -1)[:, :width]
         nfe = self.nfe * self.passes_per_call
         stopped = self._is_eos().any(dim=-1) | self.stopped

@@ -93,6 +93,9 @@ class EditBuffer:
         start_lengths: (B,) how many of them.
         mask_token_id: a mask, whose substitution the log calls "unmask"; None where there is none.
 
+    Raises:
+        ValueError: if what stands there at first exceeds the capacity.
+
     Attributes:
         tokens: (B, W) int64, what stands after the prompts.
         steps: (B, W) int64, the step that wrote each token; -1 for those of `start` and for padding.
@@ -123,6 +126,11 @@ class EditBuffer:
         self.extra: dict[str, torch.Tensor] = {}
         self.lengths = torch.zeros(B, dtype=torch.int64, device=device)
         if start is not None and start_lengths is not None:
+            if bool((start_lengths > capacity).any()):
+                raise ValueError(
+                    f"A text begins with {int(start_lengths.max())} tokens and has {int(capacity.min())} positions for "
+                    "them: raise max_new_tokens, or max_position_embeddings of the model."
+                )
             self.tokens[:, : start.shape[1]], self.lengths = start, start_lengths
         self.nfe = torch.zeros(B, dtype=torch.int64, device=device)
         self.finished, self.stopped = (torch.zeros(B, dtype=torch.bool, device=device) for _ in range(2))

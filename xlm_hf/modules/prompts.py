@@ -132,6 +132,35 @@ class PromptsMixin:
         input_ids, mask = left_align_padding(input_ids, torch.cat((*added[:-1], mask, added[-1]), dim=1))
         return input_ids.masked_fill(~mask, self.config.pad_token_id), mask
 
+    def source_tensors(self, num_rows, special_ids, source_ids=None, source_mask=None) -> tuple[torch.Tensor, Any]:
+        """The texts that `generate` is to edit, (B, N) padded on the right, and how long each is (B,).
+
+        Args:
+            num_rows: B.
+            special_ids: ids that no text holds.
+            source_ids: (B, N), padded on either side.
+            source_mask: (B, N), 1 for tokens; by default everything but `pad_token_id`.
+
+        Raises:
+            ValueError: for other shapes, one of the `special_ids`, or an id outside the vocabulary.
+        """
+        shapes = {tuple(x.shape) for x in (source_ids, source_mask) if x is not None}
+        if source_ids is None or len(source_ids) != num_rows or source_ids.ndim != 2 or len(shapes) > 1:
+            raise ValueError(
+                f"This model edits given texts: pass source_ids ({num_rows}, N), a text for each prompt, and if "
+                f"anything a source_mask of the same shape; what came has {shapes or 'no shape'}."
+            )
+        self.check_token_ids(source_ids)
+        mask = source_ids != self.config.pad_token_id if source_mask is None else source_mask.bool()
+        special = source_ids[torch.isin(source_ids, torch.tensor(special_ids, device=mask.device)) & mask]
+        if special.numel():
+            raise ValueError(
+                f"A source text holds the special token {int(special[0])}, but no text does: tokenize without special "
+                "tokens."
+            )
+        ids, mask = (x.flip(-1) for x in left_align_padding(source_ids.flip(-1), mask.flip(-1)))
+        return ids.masked_fill(~mask, self.config.pad_token_id), mask.sum(dim=-1)
+
     def check_token_ids(self, input_ids: torch.Tensor, what: str = "Token id") -> None:
         """Raise ValueError, which says `what` they are, if an id lies outside the model's vocabulary."""
         vocab_size = self.config.vocab_size

@@ -143,16 +143,9 @@ class RotaryAttention(nn.Module):
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        attended, weights = attention(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            scaling=self.scaling,
-            dropout=self.config.attention_dropout if self.training else 0.0,
-            **kwargs,
-        )
+        dropout = self.config.attention_dropout if self.training else 0.0
+        options = {"scaling": self.scaling, "dropout": dropout, **kwargs}
+        attended, weights = attention(self, query, key, value, attention_mask, **options)
         return self.o_proj(take(attended.reshape(B, L, -1), output_index)), weights
 
 
@@ -300,14 +293,8 @@ class RotaryTransformer(RotaryTransformerPreTrainedModel):
         make_mask = create_causal_mask if self.is_causal else create_bidirectional_mask
         skip = "allow_is_causal_skip" if self.is_causal else "allow_is_bidirectional_skip"
         # A mask of ones may be left out, but whether it is one must be read.
-        return make_mask(
-            config=self.config,
-            inputs_embeds=embeddings,
-            attention_mask=attention_mask,
-            cache=cache,
-            and_mask_function=pattern,
-            **{skip: attention_mask is None or is_synchronous(embeddings.device)},
-        )
+        options = {skip: attention_mask is None or is_synchronous(embeddings.device), "and_mask_function": pattern}
+        return make_mask(self.config, embeddings, attention_mask=attention_mask, cache=cache, **options)
 
     def _neighbors(self, embeddings, attention_mask: Any, pattern, past, position_ids, segment_ids, is_noisy):
         """`allowed` and `source` of the short convolutions, the same in all layers."""

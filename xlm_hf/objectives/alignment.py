@@ -6,14 +6,18 @@ all pairs, are independent of each other.
 
 import numpy as np
 
-from xlm_hf.objectives.collation import random_subset, segment_ranges, segment_starts
+from xlm_hf.objectives.collation import segment_ranges
 
 PAIR, DELETE, INSERT = range(3)  # what a column of an alignment holds: a token of both, of the source, of the target
 BLANK = -1
 
 
 def aligned(
-    sources: np.ndarray, source_lengths: np.ndarray, targets: np.ndarray, target_lengths: np.ndarray
+    sources: np.ndarray,
+    source_lengths: np.ndarray,
+    targets: np.ndarray,
+    target_lengths: np.ndarray,
+    substitutions: bool = True,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Alignments in which an insertion, a deletion and a pair of different tokens cost 1 each.
 
@@ -22,13 +26,16 @@ def aligned(
         source_lengths: (D,) how many each has.
         targets: tokens of the targets, likewise.
         target_lengths: (D,).
+        substitutions: whether there are pairs of different tokens; without them all pairs of an alignment are a longest
+            common subsequence.
 
     Returns:
         columns (C,) uint8, PAIR, DELETE or INSERT, of all pairs one after the other, and how many each has (D,). Of
-        alignments that cost the same it is the one whose last columns are pairs, or else deletions.
+        alignments that cost the same it is the one whose last columns are pairs, or else deletions; without
+        substitutions the one whose last columns are insertions, or else deletions.
     """
     D, n, m = len(source_lengths), int(source_lengths.max(initial=0)), int(target_lengths.max(initial=0))
-    moves = _moves(_padded(sources, source_lengths, n), _padded(targets, target_lengths, m))
+    moves = _moves(_padded(sources, source_lengths, n), _padded(targets, target_lengths, m), substitutions)
     i, j, row = source_lengths.copy(), target_lengths.copy(), np.arange(D)
     found = np.full((D, n + m), 255, dtype=np.uint8)
     for column in range(n + m - 1, -1, -1):
@@ -41,63 +48,21 @@ def aligned(
     return found[exists], exists.sum(axis=1)
 
 
-def columns_of(moves: np.ndarray, sources: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens (C,) of the sources and of the targets in the columns of alignments, BLANK where there is none."""
-    of_sources, of_targets = np.full((2, len(moves)), BLANK)
-    of_sources[moves != INSERT], of_targets[moves != DELETE] = sources, targets
-    return of_sources, of_targets
-
-
-def random_columns(
-    targets: np.ndarray, lengths: np.ndarray, noise: np.ndarray, deleted: np.ndarray, bits: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Columns of random tokens and each target: some are deleted, tokens of the target substitute the others.
-
-    The order of the columns is drawn, and which of its tokens substitute others. The columns with the smallest bits are
-    deletions, and those with the next smallest substitutions: one order gives both.
-
-    Args:
-        targets: tokens of the targets, one after the other.
-        lengths: (D,) how many each has.
-        noise: random tokens, as many for each target.
-        deleted: (D,) how many of them are deleted.
-        bits: (C,) uint64, for each column.
-
-    Returns:
-        what `columns_of` does, (C,).
-    """
-    num_noise, num_columns = np.full_like(lengths, len(noise) // len(lengths)), lengths + deleted
-    is_deleted, has_noise = random_subset(bits, num_columns, np.stack((deleted, num_noise)))[0]
-    of_noise, of_targets = np.full((2, len(bits)), BLANK)
-    # Random masks are slower than their indices.
-    of_targets[np.flatnonzero(~is_deleted)], of_noise[np.flatnonzero(has_noise)] = targets, noise
-    return of_noise, of_targets
-
-
-def edit_distances(
-    sources: np.ndarray, source_lengths: np.ndarray, targets: np.ndarray, target_lengths: np.ndarray
-) -> np.ndarray:
-    """Levenshtein distances (D,): the fewest insertions, deletions and substitutions from each source to its target."""
-    moves, lengths = aligned(sources, source_lengths, targets, target_lengths)
-    of_sources, of_targets = columns_of(moves, sources, targets)
-    ends = np.append(0, np.cumsum(of_sources != of_targets))
-    first = segment_starts(lengths)
-    return ends[first + lengths] - ends[first]
-
-
 def _padded(ids: np.ndarray, lengths: np.ndarray, width: int) -> np.ndarray:
     rows = np.full(len(lengths) * width, BLANK)
     rows[segment_ranges(np.arange(len(lengths)) * width, lengths)] = ids
     return rows.reshape(len(lengths), width)
 
 
-def _moves(sources: np.ndarray, targets: np.ndarray) -> np.ndarray:
+def _moves(sources: np.ndarray, targets: np.ndarray, substitutions: bool) -> np.ndarray:
     """(n + m + 1, D, n + 1): how the cell (i, j), at [i + j, :, i], of the tables of sources (D, n), targets (D, m)."""
     (D, n), m = sources.shape, targets.shape[1]
     moves = np.zeros((n + m + 1, D, n + 1), dtype=np.uint8)
     # On the diagonal d, source token i - 1 meets target token d - i - 1: a window of the targets, read backwards.
     backwards = np.pad(targets[:, ::-1], ((0, 0), (n, n)), constant_values=BLANK)
     before, last, costs = np.zeros((3, D, n + 1), dtype=np.int32)
+    # A pair of different tokens that costs as much as both of its tokens alone loses every tie, as all pairs then do.
+    tie = int(not substitutions)
     for d in range(1, n + m + 1):
         # Where no token of one side is left there is one way; elsewhere three, of which the first that is cheapest.
         if d <= m:
@@ -107,9 +72,13 @@ def _moves(sources: np.ndarray, targets: np.ndarray) -> np.ndarray:
         a, b = max(1, d - m), min(n, d - 1)
         if a <= b:
             differs = sources[:, a - 1 : b] != backwards[:, n + m - d + a : n + m - d + b + 1]
-            pair, delete, insert = before[:, a - 1 : b] + differs, last[:, a - 1 : b] + 1, last[:, a : b + 1] + 1
+            pair, delete, insert = (
+                before[:, a - 1 : b] + differs * (1 + tie),
+                last[:, a - 1 : b] + 1,
+                last[:, a : b + 1] + 1,
+            )
             other = np.minimum(delete, insert)
             np.minimum(pair, other, out=costs[:, a : b + 1])
-            moves[d, :, a : b + 1] = (pair > other) * (1 + (delete > insert).astype(np.uint8))
+            moves[d, :, a : b + 1] = (pair + tie > other) * (1 + (delete + tie > insert).astype(np.uint8))
         before, last, costs = last, costs, before
     return moves

@@ -166,6 +166,29 @@ class Collator(CheckedOptions):
         prompts = [e["prompt_ids"] if self.kind == "seq2seq" else e.get("prompt_ids", []) for e in examples]
         return self.left_padded(examples, [[*self.head, *prompt, *self.tail] for prompt in prompts])
 
+    def sources(self, examples: Examples) -> tuple[np.ndarray, np.ndarray]:
+        """The texts that are to be edited, one after the other, and the length of each: the column `source_ids`.
+
+        Raises:
+            ValueError: if there is no such column, or for an id that belongs into no text.
+        """
+        if any("source_ids" not in example for example in examples):
+            raise ValueError(
+                "Edits of given texts need a column source_ids: choose a task that has it, such as star_correction."
+            )
+        ids, lengths = ragged([example["source_ids"] for example in examples])
+        self.check_ids(ids)
+        self.check_content(ids)
+        return ids, lengths
+
+    def padded_sources(self, examples: Examples) -> dict[str, torch.Tensor]:
+        """`sources` for `generate`, padded on the right: `source_ids`, `source_mask`."""
+        ids, lengths = self.sources(examples)
+        mask = np.arange(max(lengths.max(), 1)) < lengths[:, None]
+        padded = np.full(mask.shape, self.pad_token_id)
+        padded[mask] = ids
+        return tensors(source_ids=padded, source_mask=mask)
+
     def documents(self, examples: Examples) -> Documents:
         """The documents of examples, their ids checked, some prompts left out."""
         prompts = [e["prompt_ids"] for e in examples] if self.kind == "seq2seq" else [[] for _ in examples]

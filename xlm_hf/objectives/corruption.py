@@ -120,33 +120,3 @@ def mixed_noise(
     if mask_token_id is not None:
         noisy[events < share] = mask_token_id
     return noisy, is_noise
-
-
-def remaining_events(
-    bits: np.ndarray, lengths: np.ndarray, draws: np.ndarray, rest_draws: np.ndarray, beta: float = 1.0
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Which n of the K events of each document remain, n uniform in 0..K, and how much of the time is left then.
-
-    Each event takes place at its own time, uniform in (0, 1). A bound integrates f(remaining events) / s over the time
-    s that is left. Given n, s is the n-th smallest of K uniform draws. So f counts (K + 1) / n, and its variance is
-    finite. With n = 0, s is 1 - u^(1 / (K + 1)), and s^-1 f counts 1.
-
-    Args:
-        bits: (N,) uint64 of the events, of all documents one after the other.
-        lengths: (D,) K.
-        draws: (D,) uniform in [0, 1), of n.
-        rest_draws: (D,) uniform in [0, 1), of the time with n = 0.
-        beta: n / (K + 1) is drawn from Beta(beta, 1), rounded down.
-
-    Returns:
-        (N,) bool, which events remain; (D,) s; (D,) the weight of f in the bound; (D,) that weight with beta = 1.
-    """
-    slots = lengths + 1
-    n = (draws ** (1 / beta) * slots).astype(np.int64)
-    remains, greatest = random_subset(bits, lengths, n)
-    with np.errstate(divide="ignore"):
-        rest = -np.expm1(np.log(rest_draws) / slots)
-    time_left = np.where(n > 0, unit_interval(greatest), rest)
-    even_weights = np.where(n > 0, slots / np.maximum(n, 1), 1 / rest)
-    probabilities = ((n + 1) / slots) ** beta - (n / slots) ** beta
-    return remains, time_left, even_weights / (probabilities * slots), even_weights
