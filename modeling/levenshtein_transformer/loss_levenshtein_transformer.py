@@ -39,7 +39,7 @@ class LevenshteinTransformerLoss:
         Returns:
             `LossOutput` whose items are tokens. Its metrics are of each head, per gap, placeholder and token:
                 placeholder_cross_entropy, placeholder_accuracy: of the number of missing tokens.
-                token_cross_entropy, token_accuracy: of the missing tokens.
+                fill_cross_entropy, fill_accuracy: of the missing tokens.
                 deletion_cross_entropy, deletion_accuracy: of what is to be deleted.
         """
         fills, insertions = self._insertions(model, batch)
@@ -78,13 +78,10 @@ class LevenshteinTransformerLoss:
         (tokens, fills), logits = output.head_output, output.placeholder_logits
         counts = batch["gap_counts"].clamp(max=logits.shape[-1] - 1)
         losses = cross_entropy(logits, counts, ignore_index=IGNORED_ID, reduction="none")
-        return fills, {
-            "placeholder": _head_sums(losses, logits.argmax(dim=-1) == counts, counts != IGNORED_ID),
-            "token": (
-                tokens.loss_sum,
-                *_head_sums(tokens.losses, tokens.correct, batch["target_ids"] != IGNORED_ID)[1:],
-            ),
-        }
+        placeholder = _head_sums(losses, logits.argmax(dim=-1) == counts, counts != IGNORED_ID)
+        fill = _head_sums(tokens.losses, tokens.correct, batch["target_ids"] != IGNORED_ID)
+        # Of a head that is computed in chunks, the sum alone has a gradient.
+        return fills, {"placeholder": placeholder, "fill": (tokens.loss_sum, *fill[1:])}
 
 
 def _head_sums(losses: Tensor, correct: Tensor, exists: Tensor) -> tuple[Tensor, Tensor, Tensor]:

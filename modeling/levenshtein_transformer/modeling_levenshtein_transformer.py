@@ -42,8 +42,8 @@ class LevenshteinTransformerForEditLM(PreTrainedLanguageModel, LevenshteinTransf
 
     def __init__(self, config: LevenshteinTransformerConfig):
         super().__init__(config)
-        self.deletion_head = nn.Linear(config.hidden_size, 1)
         self.placeholder_head = nn.Linear(config.hidden_size, config.max_placeholders + 1)
+        self.deletion_head = nn.Linear(config.hidden_size, 1)
         self.post_init()
 
     @can_return_tuple

@@ -35,7 +35,7 @@ def test_loss_and_gradients_equal_those_of_the_slow_twin(initial_text):
     gradients, slow = (torch.autograd.grad(x, list(model.parameters())) for x in (output.loss_sum, expected))
     for gradient, other in zip(gradients, slow, strict=True):
         torch.testing.assert_close(gradient, other, rtol=1e-9, atol=1e-9)
-    total = sum(float(output.metrics[f"{name}_cross_entropy"][0]) for name in ("placeholder", "token", "deletion"))
+    total = sum(float(output.metrics[f"{name}_cross_entropy"][0]) for name in ("placeholder", "fill", "deletion"))
     assert total == pytest.approx(float(expected.detach()))
     # In half precision the model is rounded, the loss is not.
     assert LevenshteinTransformerLoss()(model.bfloat16(), batch).loss_sum.dtype == torch.float32
@@ -67,7 +67,7 @@ def test_losses_and_accuracies_of_scores_that_are_known():
     batch = next(batch for batch in batches if len(batch["target_ids"]) == 3)
     output = LevenshteinTransformerLoss()(model, batch)
     assert model.edited.tolist() == [[BOS, 9, 9, 9]]
-    nats = {"placeholder": [4], "token": [1.5, 1.5, 3], "deletion": [4 / 3, 4 / 3, 4]}
+    nats = {"placeholder": [4], "fill": [1.5, 1.5, 3], "deletion": [4 / 3, 4 / 3, 4]}
     for name, values in nats.items():
         loss, num = output.metrics[f"{name}_cross_entropy"]
         assert float(loss) == pytest.approx(sum(map(math.log, values)), abs=1e-5)
@@ -76,7 +76,7 @@ def test_losses_and_accuracies_of_scores_that_are_known():
         sum(math.log(x) for values in nats.values() for x in values)
     )
     # A gap of three missing tokens counts as one of two, the most that the model knows.
-    right = {"placeholder": 0, "token": 2, "deletion": 2}
+    right = {"placeholder": 0, "fill": 2, "deletion": 2}
     assert {name: int(output.metrics[f"{name}_accuracy"][0]) for name in right} == right
 
 
