@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from xlm_hf.modules.vocabulary_head import LogitsOnDemand
-from xlm_hf.objectives.head_operator import IGNORED_ID, linear_cross_entropy, rows_per_chunk
+from xlm_hf.objectives.head_operator import IGNORED_ID, HeadLosses, linear_cross_entropy, rows_per_chunk
 from xlm_hf.objectives.loss_output import LossOutput, model_inputs
 
 from .collator_levenshtein_transformer import common_tokens
@@ -69,12 +69,13 @@ class LevenshteinTransformerLoss:
         views = {name: torch.cat((x, x)) for name, x in inputs.items()}
         views["input_ids"] = torch.cat((batch["kept_ids"], batch["input_ids"]))
         views["attention_mask"] = torch.cat((kept_mask, mask))
-        output = model(
-            **views,
-            gap_index=batch["gap_index"],
-            logits_index=batch["logits_index"] + kept_mask.numel(),
-            head_function=lambda *head: (linear_cross_entropy(*head, batch["target_ids"]), likeliest_tokens(*head)),
-        )
+
+        def tokens_and_fills(hidden_states, head, suppressed_ids) -> tuple[HeadLosses, Tensor]:
+            losses = linear_cross_entropy(hidden_states, head, suppressed_ids, batch["target_ids"])
+            return losses, likeliest_tokens(hidden_states, head, suppressed_ids)
+
+        index = batch["logits_index"] + kept_mask.numel()
+        output = model(**views, gap_index=batch["gap_index"], logits_index=index, head_function=tokens_and_fills)
         (tokens, fills), logits = output.head_output, output.placeholder_logits
         counts = batch["gap_counts"].clamp(max=logits.shape[-1] - 1)
         losses = cross_entropy(logits, counts, ignore_index=IGNORED_ID, reduction="none")
@@ -92,7 +93,7 @@ def _head_sums(losses: Tensor, correct: Tensor, exists: Tensor) -> tuple[Tensor,
 @torch.no_grad()
 def likeliest_tokens(hidden_states: Tensor, head: nn.Module, suppressed_ids: Any) -> Tensor:
     """The most probable tokens (S,) of hidden states (S, H), from some rows of the logits at a time."""
-    logits = LogitsOnDemand(hidden_states, head, suppressed_ids)
+    logits = LogitsOnDemand(hidden_states.detach(), head, suppressed_ids)
     size = rows_per_chunk(logits[:1].shape[-1], hidden_states.device)
     parts = torch.arange(len(hidden_states), device=hidden_states.device).split(size)
     return torch.cat([logits[part].argmax(dim=-1) for part in parts])
