@@ -12,11 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 import xlm_hf.objectives.head_operator  # noqa: F401  (registers its operator)
 
 
-def _chunked_head(hidden_states, weight, suppressed, row_function, tensors, dtype, wanted, **_) -> int:
+def _chunked_head(hidden_states, weight, query, table, suppressed, function, tensors, dtype, wanted, **_) -> int:
     """The logits, and a product of the same size for each gradient; not those that an accelerator makes once more."""
     if weight is None:
         return 0
-    return 2 * hidden_states[0] * hidden_states[1] * weight[0] * (1 + sum(wanted))
+    return 2 * hidden_states[0] * hidden_states[1] * weight[0] * (1 + sum(wanted[:2]))
 
 
 def _attention_on_cpu(query, key, value, *_, **__) -> int:

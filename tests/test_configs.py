@@ -174,6 +174,7 @@ NOISES = {
     "paper/bd3lm_owt": "1000000 512 0.0003 constant_with_warmup 2500 0.0",
     "paper/udlm_lm1b": "1000000 512 0.0003 constant_with_warmup 2500 0.0",
     "paper/sedd_owt": "1300000 512 0.0003 constant_with_warmup 2500 0.0",
+    "paper/plaid_owt": "92000 256 0.0014 linear 2500 4e-05",
     "paper/gidd_owt": "500000 512 0.0005 cosine 10000 0.02",
 }
 
@@ -183,7 +184,7 @@ def test_numbers_of_the_papers_of_diffusion_are_not_lost_either(experiment):
     cfg = composed(experiment)
     names = ("max_steps", "global_batch_size", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay")
     assert " ".join(str(cfg.trainer[name]) for name in names) == NOISES[experiment]
-    assert (cfg.model.hidden_size, cfg.model.hidden_act) == (768, "gelu_pytorch_tanh")
+    assert (cfg.model.hidden_size, cfg.model.hidden_act) == (384 if "plaid" in experiment else 768, "gelu_pytorch_tanh")
     assert cfg.generation.do_sample
 
 
@@ -195,6 +196,7 @@ def test_the_tables_of_the_paper_are_complete():
     }
     cells |= {f"paper/{family}_lm1b" for family in ("arlm", "mdlm", "ilm")}
     cells |= {f"paper/{family}_{task}" for family in ("bd3lm", "udlm", "sedd", "gidd") for task in ("lm1b", "owt")}
+    cells.add("paper/plaid_owt")
     assert cells <= set(EXPERIMENTS)
 
 

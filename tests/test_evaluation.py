@@ -34,7 +34,7 @@ def text_set(case, model, with_characters=True, **options):
     )
 
 
-LIKELIHOODS = {"arlm", "bd3lm", "edit_flow", "flexmdm", "gidd", "ilm", "mdlm", "sedd", "udlm"}
+LIKELIHOODS = {"arlm", "bd3lm", "edit_flow", "flexmdm", "gidd", "ilm", "mdlm", "plaid", "sedd", "udlm"}
 
 
 @pytest.mark.parametrize("family", sorted(LIKELIHOODS))

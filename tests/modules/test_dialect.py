@@ -5,7 +5,7 @@ from dataclasses import fields
 import pytest
 import torch
 
-from tests.modeling import naive_bd3lm, naive_gidd, naive_mdlm, naive_sedd, naive_udlm
+from tests.modeling import naive_bd3lm, naive_gidd, naive_mdlm, naive_plaid, naive_sedd, naive_udlm
 from tests.modeling.naive import BOS, MASK, PAD, batch_of
 
 MODELS = {
@@ -15,6 +15,7 @@ MODELS = {
     "udlm, denoiser": lambda: naive_udlm.make_model(prediction_type="denoiser"),
     "gidd": naive_gidd.make_model,
     "sedd, masks": naive_sedd.make_model,
+    "plaid": naive_plaid.make_model,
     "sedd, noise": lambda: naive_sedd.make_model(kernel="uniform"),
 }
 PROMPTS, SEEDS = [[8, 9, 10], [11], [12, 13, 14, 15]], [3, 1, 4]

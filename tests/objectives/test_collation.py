@@ -178,8 +178,8 @@ def moved_to(collator, batch, row: torch.Tensor, position: torch.Tensor) -> dict
             index = torch.zeros(real.numel(), dtype=torch.int64)
             index[real.flatten()] = row * shape[1] + position
             moved[name] = index[tensor]
-        elif tensor.shape == real.shape:
-            moved[name] = torch.zeros(shape, dtype=tensor.dtype)
+        elif tensor.shape[:2] == real.shape:
+            moved[name] = torch.zeros((*shape, *tensor.shape[2:]), dtype=tensor.dtype)
             moved[name][row, position] = tensor[real]
     return moved
 

@@ -125,16 +125,15 @@ class MaskedGenerationMixin(NonAutoregressiveGenerationMixin):
             logits = LogitsOnDemand(guided(hidden_states, scale), head, suppressed_ids)
             return function(logits.processed(call.config.suppress_tokens, call.logits_processor, ids, index, step))
 
-        mask, seen, of_seen = canvas.attention_mask[rows] if canvas.is_padded else None, ids, index
+        mask, of_seen = canvas.attention_mask[rows] if canvas.is_padded or scale is not None else None, index
+        inputs = {"input_ids": ids, "attention_mask": mask, **self.time_inputs(alpha)}
         if scale is not None:
             # Once as they are, and once without their prompts.
-            mask = canvas.attention_mask[rows]
-            is_prompt = torch.arange(mask.shape[1], device=mask.device) < canvas.prompt_width
-            is_prompt = is_prompt & (ids != self.config.bos_token_id)
-            mask, alpha, seen = (torch.cat(x) for x in ((mask, mask & ~is_prompt), (alpha, alpha), (ids, ids)))
+            is_prompt = torch.arange(ids.shape[1], device=ids.device) < canvas.prompt_width
+            inputs = {name: torch.cat((x, x)) for name, x in inputs.items()}
+            inputs["attention_mask"][len(ids) :] &= ~is_prompt | (ids == self.config.bos_token_id)
             of_seen = torch.cat((index, index + ids.numel()))
-        inputs = {"attention_mask": mask, "logits_index": of_seen, **self.time_inputs(alpha)}
-        return self(seen, head_function=head_function, **inputs).head_output
+        return self(logits_index=of_seen, head_function=head_function, **inputs).head_output
 
 
 def guided(hidden_states: torch.Tensor, scale: float | None) -> torch.Tensor:

@@ -8,7 +8,7 @@ models", arXiv 2411.09009; Hsu et al., "Liger kernel", arXiv 2410.10989).
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +53,8 @@ def head_losses(
     """Sum of weight x loss over the targets of a row function, with its gradients by hidden states and head.
 
     With its last argument bound this is a `head_function` (see `vocabulary_logits`). The losses are computed at least
-    in float32, whatever the autocast. Nothing but `hidden_states` and the head has a gradient, and a gradient has none.
+    in float32, whatever the autocast. Nothing but `hidden_states`, the head and `of_table` of the row function has a
+    gradient, and a gradient has none.
 
     Args:
         hidden_states: (S, H).
@@ -69,9 +70,10 @@ def head_losses(
     is_autocast = torch.is_autocast_enabled(device) and weight is not None
     product_dtype = torch.get_autocast_dtype(device) if is_autocast else hidden_states.dtype
     tensors = [x.to(dtype) if x.is_floating_point() else x for x in row_function.tensors()]
-    wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden_states, weight)]
-    name, suppressed = type(row_function).__name__, list(suppressed_ids or ())
-    output = _chunked_head(hidden_states, weight, suppressed, name, tensors, product_dtype, wanted)
+    inputs = (hidden_states, weight, *(row_function.of_table or (None, None)))
+    wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
+    suppressed, name = [*(suppressed_ids or ())], type(row_function).__name__
+    output = _chunked_head(*inputs, suppressed, name, tensors, product_dtype, wanted)
     return HeadLosses(output[0], output[1].detach(), output[2])
 
 
@@ -96,9 +98,8 @@ def linear_cross_entropy(
     """
     weights = torch.ones_like(target_ids, dtype=torch.float32) if target_weights is None else target_weights
     if groups is None or target_rows is None:
-        row_function: RowFunction = CrossEntropy(target_ids, weights)
-    else:
-        row_function = JointCrossEntropy(target_ids, weights, target_rows, groups)
+        return head_losses(hidden_states, head, suppressed_ids, CrossEntropy(target_ids, weights))
+    row_function = JointCrossEntropy(target_ids, weights, target_rows, groups)
     return head_losses(hidden_states, head, suppressed_ids, row_function)
 
 
@@ -128,13 +129,15 @@ def _chunks(num_rows: int, most_rows: int, groups: Tensor | None) -> list[slice]
 def _chunked_head(
     hidden_states: Tensor,
     weight: Tensor | None,
+    query: Tensor | None,
+    table: Tensor | None,
     suppressed_ids: list[int],
     row_function: str,
     tensors: list[Tensor],
     product_dtype: torch.dtype,
     wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`HeadLosses`, and the gradients of the sum by hidden states and weight where they are wanted.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`HeadLosses`, and the gradients of the sum by the first four arguments where they are wanted.
 
     Without a weight the hidden states are the logits. If chunks cut through groups (see `_chunks`), a first pass makes
     all logits once for the normalisers. This costs one more product with the head. In return the device never waits for
@@ -144,14 +147,15 @@ def _chunked_head(
     hidden, matrix = hidden_states.to(product_dtype), None if weight is None else weight.to(product_dtype)
     num_ids, dtype = hidden.shape[-1] if matrix is None else len(matrix), function.weights.dtype
     losses, correct = torch.zeros_like(function.weights), torch.zeros_like(function.weights, dtype=torch.bool)
-    hidden_grad, weight_grad = _gradients(hidden_states, weight, wanted, dtype)
+    hidden_grad, weight_grad, query_grad, table_grad = _gradients((hidden_states, weight, query, table), wanted, dtype)
+    function.of_table = (table, table_grad)[: 1 + wanted[3]]  # type: ignore[assignment]
     groups = function.row_groups()
     chunks = _chunks(num_rows, rows_per_chunk(num_ids, hidden.device), groups)
 
     def logits_of(rows: slice) -> Tensor:
-        if matrix is None:
-            return hidden[rows].to(dtype, copy=True)
-        return suppress_((hidden[rows] @ matrix.T).to(dtype), suppressed_ids)
+        logits = hidden[rows].to(dtype, copy=True) if matrix is None else (hidden[rows] @ matrix.T).to(dtype)
+        logits = logits if matrix is None else suppress_(logits, suppressed_ids)
+        return logits if query is None or table is None else logits.addmm_(query[rows], table.T)
 
     log_normalisers = None
     if groups is not None and len(chunks) > 1 and not is_synchronous(hidden.device):
@@ -165,18 +169,18 @@ def _chunked_head(
             hidden_grad[rows] = gradient if matrix is None else gradient @ matrix
         if wanted[1]:
             _add_product_(weight_grad, gradient, hidden[rows])
+        if wanted[3] and query is not None and table is not None:
+            query_grad[rows] = logits @ table
+            table_grad.addmm_(logits.T, query[rows])
     loss_sum = (function.weights * losses).where(function.target_ids != IGNORED_ID, 0.0).sum()
-    return loss_sum, losses, correct, hidden_grad, weight_grad if weight is None else weight_grad.to(weight.dtype)
+    weight_grad = weight_grad if weight is None else weight_grad.to(weight.dtype)
+    return loss_sum, losses, correct, hidden_grad, weight_grad, query_grad, table_grad
 
 
-def _gradients(
-    hidden_states: Tensor, weight: Tensor | None, wanted: list[bool], dtype: torch.dtype | None
-) -> tuple[Tensor, Tensor]:
-    """Memory for the gradients by hidden states and weight, empty where they are not wanted."""
-    of_hidden = torch.empty_like(hidden_states) if wanted[0] else hidden_states.new_empty(0)
-    if weight is None or not wanted[1]:
-        return of_hidden, hidden_states.new_empty(0)
-    return of_hidden, torch.zeros_like(weight, dtype=dtype)
+def _gradients(inputs: Sequence[Any], wanted: list[bool], dtype: torch.dtype | None) -> list[Tensor]:
+    """Memory for the gradients by hidden states, weight (of `dtype`), query, table; empty where not wanted."""
+    given = zip(inputs, (None, dtype, None, None), wanted, strict=True)
+    return [torch.zeros_like(x, dtype=of) if is_wanted else inputs[0].new_empty(0) for x, of, is_wanted in given]
 
 
 def _add_product_(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
@@ -190,16 +194,16 @@ def _add_product_(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
 
 
 @_chunked_head.register_fake
-def _(hidden_states, weight, suppressed_ids, row_function, tensors, product_dtype, wanted):
+def _(hidden_states, weight, query, table, suppressed_ids, row_function, tensors, product_dtype, wanted):
     losses = torch.empty_like(tensors[1])
-    gradients = _gradients(hidden_states, weight, wanted, None if weight is None else weight.dtype)
+    gradients = _gradients((hidden_states, weight, query, table), wanted, None)
     return losses.new_empty(()), losses, torch.empty_like(losses, dtype=torch.bool), *gradients
 
 
 def _save_gradients(ctx, inputs, output) -> None:
     # What stands for an argument without a gradient: an empty list has nothing in it to be None.
-    ctx.wanted, ctx.num_tensors, ctx.of_suppressed = inputs[-1], len(inputs[4]), None if inputs[2] else []
-    ctx.save_for_backward(*output[-2:])
+    ctx.wanted, ctx.num_tensors, ctx.of_suppressed = inputs[-1], len(inputs[6]), None if inputs[4] else []
+    ctx.save_for_backward(*output[-4:])
 
 
 def _scale_gradients(ctx, by_sum, *_):

@@ -37,6 +37,11 @@ class RowFunction:
     target_ids: Tensor
     weights: Tensor
 
+    # What is not of a row. For `head_losses`: q (S, D), which adds q table^T to the logits, and table (V, D), the
+    # vectors of the ids. For `losses_and_gradient_`: table and, if it is wanted, memory (V, D) for a gradient, to which
+    # that of the weighted losses by the vectors themselves is added. Without an annotation it is no field.
+    of_table = ()  # type: tuple[Tensor, ...]
+
     def __init_subclass__(cls) -> None:
         ROW_FUNCTIONS[cls.__name__] = cls
 
@@ -75,6 +80,7 @@ class RowFunction:
         for start in range(0, len(logits), num_rows):
             block = slice(start, start + num_rows)
             of_block = type(self)(*(x[block] for x in (ids, weights, *others)))
+            of_block.of_table = self.of_table
             losses[rows][block], correct[rows][block] = of_block.losses_and_gradient_(logits[block], num_ids)
         losses[rows].masked_fill_(~is_target, 0.0)
         correct[rows].logical_and_(is_target)
