@@ -129,9 +129,10 @@ class MaskedGenerationMixin(NonAutoregressiveGenerationMixin):
         inputs = {"input_ids": ids, "attention_mask": mask, **self.time_inputs(alpha)}
         if scale is not None:
             # Once as they are, and once without their prompts.
-            is_prompt = torch.arange(ids.shape[1], device=ids.device) < canvas.prompt_width
             inputs = {name: torch.cat((x, x)) for name, x in inputs.items()}
-            inputs["attention_mask"][len(ids) :] &= ~is_prompt | (ids == self.config.bos_token_id)
+            inputs["attention_mask"][len(ids) :, : canvas.prompt_width] &= (
+                canvas.prompt[rows] == self.config.bos_token_id
+            )
             of_seen = torch.cat((index, index + ids.numel()))
         return self(logits_index=of_seen, head_function=head_function, **inputs).head_output
 

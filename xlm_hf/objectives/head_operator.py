@@ -15,14 +15,7 @@ from torch import Tensor, nn
 
 from xlm_hf.modules.devices import is_synchronous
 from xlm_hf.modules.vocabulary_head import is_linear, suppress_, vocabulary_logits
-from xlm_hf.objectives.row_functions import (
-    IGNORED_ID,
-    ROW_FUNCTIONS,
-    CrossEntropy,
-    JointCrossEntropy,
-    RowFunction,
-    group_logsumexp,
-)
+from xlm_hf.objectives.row_functions import IGNORED_ID, ROW_FUNCTIONS, CrossEntropy, JointCrossEntropy, RowFunction
 
 __all__ = ["IGNORED_ID", "HeadLosses", "head_losses", "linear_cross_entropy"]
 
@@ -160,7 +153,7 @@ def _chunked_head(
     log_normalisers = None
     if groups is not None and len(chunks) > 1 and not is_synchronous(hidden.device):
         of_rows = torch.cat([logits_of(rows).logsumexp(dim=-1) for rows in chunks])
-        log_normalisers = group_logsumexp(of_rows, groups)
+        log_normalisers = JointCrossEntropy.logsumexp_of_groups(of_rows, groups)
     for rows in chunks:
         logits = logits_of(rows)
         function.fill_(logits, rows, num_ids - len(set(suppressed_ids)), losses, correct, log_normalisers)

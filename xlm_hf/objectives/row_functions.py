@@ -134,6 +134,13 @@ class JointCrossEntropy(RowFunction):
         """See `RowFunction`."""
         return self.groups
 
+    @staticmethod
+    def logsumexp_of_groups(of_rows: Tensor, groups: Tensor) -> Tensor:
+        """For each row, the logsumexp of `of_rows` over its group; `groups` ascend."""
+        groups = numbered(groups)
+        largest = torch.full_like(of_rows, -torch.inf).scatter_reduce(0, groups, of_rows, "amax")[groups]
+        return largest + torch.zeros_like(of_rows).index_add(0, groups, (of_rows - largest).exp())[groups].log()
+
     def fill_(self, logits, rows, num_ids, losses, correct, log_normalisers=None) -> None:
         """See `RowFunction`."""
         is_target, within, num_rows = self.target_ids != IGNORED_ID, self.target_rows - rows.start, len(logits)
@@ -143,20 +150,14 @@ class JointCrossEntropy(RowFunction):
         correct |= (scores >= largest[at[0]]) & inside
         torch.softmax(logits, dim=-1, out=logits)
         of_rows, groups = largest - logits.amax(dim=-1).log(), numbered(self.groups)
-        of_groups = group_logsumexp(of_rows, groups[rows]) if log_normalisers is None else log_normalisers[rows]
+        own = self.logsumexp_of_groups
+        of_groups = own(of_rows, groups[rows]) if log_normalisers is None else log_normalisers[rows]
         losses += (of_groups[at[0]] - scores).where(inside, 0.0)
         # By the logsumexp of a row: the weights of its group times its share of the group's probability.
         weights = self.weights.where(is_target, 0.0).to(logits.dtype)
         totals = weights.new_zeros(len(groups)).index_add(0, groups[self.target_rows], weights)
         by_rows = totals[groups[rows]] * (of_rows - of_groups).exp()
         logits.mul_(by_rows[:, None]).index_put_(at, -weights.where(inside, 0.0), accumulate=True)
-
-
-def group_logsumexp(of_rows: Tensor, groups: Tensor) -> Tensor:
-    """For each row, the logsumexp of `of_rows` over its group; `groups` ascend."""
-    groups = numbered(groups)
-    largest = torch.full_like(of_rows, -torch.inf).scatter_reduce(0, groups, of_rows, "amax")[groups]
-    return largest + torch.zeros_like(of_rows).index_add(0, groups, (of_rows - largest).exp())[groups].log()
 
 
 def numbered(groups: Tensor) -> Tensor:
