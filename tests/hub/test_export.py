@@ -73,6 +73,8 @@ CARD_VARIABLES = {
         "test/exact_match": 0.98765,
         "test/exact_match_standard_error": 0.00123,
         "test/perplexity": float("inf"),
+        "test/stop_accuracy": 0.5,
+        "test/sequence_nll": 1.5,
         "test/samples": 5000,
         "test/seconds": 3.5,
         "parameters": 31264,

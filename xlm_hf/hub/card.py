@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import re
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ _CARD_VARIABLES = {
     *("model_id", "parameters", "experiment", "task", "dataset", "steps"),
     *("seed", "config", "metrics", "protocol", "samples", "base_model", "explanation"),
 }
-# Of the results, what other models are not compared by.
-_COSTS = {"seconds", "nfe", "tokens_per_forward", "loss"}
+# Of the results, what other models are not compared by: costs, and parts of a family's own loss.
+_NOT_COMPARED = re.compile(r"seconds|nfe|tokens_per_forward|loss|.*_(loss|nelbo|nll|cross_entropy)")
 
 
 def render_card(family: Family, variables: dict[str, Any]) -> str:
@@ -49,7 +50,7 @@ def render_card(family: Family, variables: dict[str, Any]) -> str:
         raise ValueError(f"A model card has no variable {unknown[0]!r}: {did_you_mean(unknown[0], _CARD_VARIABLES)}")
     model_type = family.config_class.model_type
     results = _eval_results(variables.get("task", model_type), variables.get("metrics", {}))
-    compared = [r for r in results if r.metric_type not in _COSTS and not r.metric_type.endswith(("_loss", "_nelbo"))]
+    compared = [r for r in results if not _NOT_COMPARED.fullmatch(r.metric_type) and not _is_part_of_loss(r)]
     origin = variables.get("base_model")
     if is_folder := origin is not None and Path(origin).exists():
         variables = {**variables, "base_model": Path(origin).name}
@@ -79,6 +80,11 @@ def render_card(family: Family, variables: dict[str, Any]) -> str:
         sample=next(iter(variables.get("samples", [])), {}),
         **variables,
     )
+
+
+def _is_part_of_loss(result: EvalResult) -> bool:
+    """Whether an accuracy is that of a loss, at states that its collator made: one of texts has a standard error."""
+    return result.metric_type.endswith("_accuracy") and "standard_error" not in (result.metric_args or {})
 
 
 def _title(model_type: str, variables: dict[str, Any]) -> str:
