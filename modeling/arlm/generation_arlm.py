@@ -220,7 +220,8 @@ class ARLMGenerationMixin(GenerationOptionsMixin, GenerationMixin):  # type: ign
                 Ragged prompts are padded on either side, or lists. None writes one sequence from an empty prompt.
             generation_config: options; what it leaves open is the model's own.
             seed: of sampling; one integer, or one for each row (see `row_seeds`).
-            inputs, num_samples: prompts by another name, or texts to write from nothing (see `prompt_tensors`).
+            inputs: prompts by another name.
+            num_samples: texts to write from nothing (see `prompt_tensors`).
 
         Returns:
             the sequences, or `ARLMGenerationOutput` with `return_dict_in_generate=True` or `return_history=True`.

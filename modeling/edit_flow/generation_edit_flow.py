@@ -66,7 +66,8 @@ class TauLeapingSampler(Sampler):
 
         Args:
             edits: (R, W + 1, 3) expected edits of each slot, and of the token left of it.
-            now, then: (R,) the time that is left before the step and after it.
+            now: (R,) the time that is left before the step.
+            then: (R,) the time that is left after it.
             waited: (R,) how many edits have been expected since the last one, without any.
             seeds: (R,) of the rows.
             step: its number.

@@ -76,8 +76,10 @@ class Documents:
     """The documents of a batch of examples.
 
     Attributes:
-        prompt_ids, prompt_lengths: the prompts one after the other, and the length of each (D,).
-        target_ids, target_lengths: likewise what is modelled.
+        prompt_ids: the prompts one after the other.
+        prompt_lengths: (D,) the length of each.
+        target_ids: likewise what is modelled.
+        target_lengths: (D,) the length of each.
         example: (D,) index of each document's example in the batch.
         number: (D,) number of each document within its example.
         example_id: (examples,) as given.

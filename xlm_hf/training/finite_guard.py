@@ -19,7 +19,8 @@ class Step:
 
     Attributes:
         number: of the step, from 1.
-        batches, losses: micro-batches and their losses, on the device.
+        batches: micro-batches, on the device.
+        losses: of each of them.
         random_states: states of torch's generators before each micro-batch, by device.
     """
 
