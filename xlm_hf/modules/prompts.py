@@ -136,10 +136,10 @@ class PromptsMixin:
         """The texts that `generate` is to edit, (B, N) padded on the right, and how long each is (B,).
 
         Args:
-            num_rows: B.
-            special_ids: ids that no text holds.
-            source_ids: (B, N), padded on either side.
-            source_mask: (B, N), 1 for tokens; by default everything but `pad_token_id`.
+            num_rows (int): B.
+            special_ids (list[int]): ids that no text holds.
+            source_ids (torch.Tensor): (B, N), padded on either side.
+            source_mask (torch.Tensor): (B, N), 1 for tokens; by default everything but `pad_token_id`.
 
         Raises:
             ValueError: for other shapes, one of the `special_ids`, or an id outside the vocabulary.
