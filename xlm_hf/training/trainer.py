@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback, WandbCallback
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
-from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
+from transformers.trainer_callback import ExportableState, PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput
 from transformers.utils import is_in_notebook
 
@@ -139,15 +139,13 @@ class XLMTrainer(EvaluatesSets):
         )
         if isinstance(processing_class, PreTrainedTokenizerBase):
             check_tokenizer(processing_class, self.model.config)
-        for callback in (PrinterCallback, ProgressCallback):
+        for callback in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):
             self.remove_callback(callback)
         trackers = {WandbCallback: WandbTracker, TensorBoardCallback: TensorBoardTracker}
         for parent, tracker in trackers.items():
             if self.pop_callback(parent) is not None:
                 self.add_callback(tracker())
         is_shown_as_table = is_in_notebook() and not self.args.disable_tqdm
-        if is_shown_as_table:
-            self.remove_callback(DEFAULT_PROGRESS_CALLBACK)
         self.add_callback(notebook_table() if is_shown_as_table else ProgressBar())
         self.add_callback(MetricsFile())
         self.callback_handler.callbacks.insert(0, _StepHooks(self))
