@@ -32,8 +32,8 @@ def test_embeddings_go_in_place_of_ids(model, batch):
     expected = model(**batch).logits
     embeddings = model.get_input_embeddings()(batch["input_ids"])
     given = {**batch, "input_ids": None, "inputs_embeds": embeddings}
-    if model.config.conditioning == "token":
-        # Which positions are told the time is seen in the ids.
+    if model.config.conditioning == "token" or model.config.model_type == "plaid":
+        # Which positions are told the time is seen in the ids, and so are the vectors of Plaid.
         with pytest.raises(ValueError, match=r"pass input_ids beside inputs_embeds"):
             model(**given)
         given["input_ids"] = batch["input_ids"]

@@ -117,6 +117,13 @@ class GaussianProcess(CanvasProcess):
         """Forward passes (B,): those of the steps, and one to draw the tokens."""
         return super().num_steps() + 1
 
+    def written(self) -> torch.Tensor:
+        """What stands after the prompts; once all rows are done, without what stands behind the end of a text."""
+        written = super().written()
+        if self.is_open().any():
+            return written
+        return self.output(False).sequences[:, self.canvas.ids.shape[1] - written.shape[1] :]
+
     def _normal(self, rows: torch.Tensor, number: int) -> torch.Tensor:
         """Normal numbers (R, L, size), float64, for a step of `rows` (R,)."""
         clock, positions = self.clock[rows, None, None], self.canvas.positions[rows][..., None]

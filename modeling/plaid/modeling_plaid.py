@@ -140,15 +140,16 @@ class PlaidForGaussianDiffusion(PlaidPreTrainedModel, PlaidGenerationMixin):
             `LanguageModelOutput` with `logits` (B, L, V), or (S, V) with `logits_index`. Those of the ids that are
             never written are -inf. Those of tokens that are not on the canvas mean nothing.
         """
-        tokens: Any = input_ids if inputs_embeds is None else inputs_embeds
         if times is None:
             raise ValueError("The model is told the noise: pass times, one for each row.")
+        if input_ids is None:
+            raise ValueError("The model sees vectors of the ids too: pass input_ids beside inputs_embeds.")
         if is_canvas is None:
             is_noisy = noise is not None or latents is not None
-            is_canvas = torch.full(tokens.shape[:2], is_noisy, device=tokens.device)
+            is_canvas = torch.full_like(input_ids, is_noisy, dtype=torch.bool)
         of_rows = {"attention_mask": attention_mask, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
         of_rows |= {"input_ids": input_ids, "is_canvas": is_canvas, "noise": noise, "latents": latents}
-        every = torch.arange(len(tokens), device=tokens.device)
+        every = torch.arange(len(input_ids), device=input_ids.device)
         of_rows |= {"time_index": every if time_index is None else time_index, **kwargs}
         if self_conditioned is not None and self.expected_proj is not None:
             expected = self._expected_before(self_conditioned, logits_index, times, of_rows)
@@ -199,14 +200,17 @@ class PlaidForGaussianDiffusion(PlaidPreTrainedModel, PlaidGenerationMixin):
         if noise is not None:
             latents = signal * embedding(input_ids, table) + scale * noise.to(table.dtype)
         z = table.new_zeros(B, L, size) if latents is None else latents.to(table.dtype) * is_canvas[..., None]
-        if input_ids is not None:
-            # The backbone sees one id all over the canvas, and not that to which a time may be added.
-            input_ids = input_ids.masked_fill(is_canvas, int(self.config.bos_token_id == 0))
+        # The backbone sees one id all over the canvas, and not that to which a time may be added.
+        input_ids, is_given = (
+            input_ids.masked_fill(is_canvas, int(self.config.bos_token_id == 0)),
+            ~is_canvas[..., None],
+        )
         given = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         shown = z * (signal.square() / size + scale.square()).rsqrt()
+        shown = shown + size**0.5 * embedding(input_ids, table) * is_given
         outputs = self.model(
             input_ids,
-            inputs_embeds=given * ~is_canvas[..., None] + self._of_vectors(shown, expected),
+            inputs_embeds=given * is_given + self._of_vectors(shown, expected),
             output_index=logits_index,
             timesteps=gamma if gamma.shape[1] == L else gamma[:, 0],
             **kwargs,

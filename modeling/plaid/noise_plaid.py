@@ -85,7 +85,9 @@ class NoiseSchedule(nn.Module):
 
     def forward(self, times: torch.Tensor) -> Level:
         """The noise at `times` (D,) in [0, 1], in their type."""
-        low, high = self.ends.to(times.dtype) if self.is_learnt else times.new_tensor(self.first_ends)
+        ends = self.ends.to(times.dtype) if self.is_learnt else times.new_tensor(self.first_ends)
+        # No views of the parameter, which hooks of modules would take for parts of a graph even where there is none.
+        low, high = ends[0].clone(), ends[1].clone()
         share, slope, bend = self._shape(times) if self.is_learnt else (times, torch.ones_like(times), 0 * times)
         score = slope / slope.detach() - (bend / slope.square()).detach() * share
         share, slope = share.detach(), slope.detach()
