@@ -69,7 +69,8 @@ class GaussianSampler(Sampler):
             config=process.config,
         )
         tokens, expected, gammas = predict(draw, rows, wanted, num, process.told(rows, t, s))
-        canvas.rewrite(rows, canvas.ids[rows].masked_scatter(wanted, tokens), process.clock[rows, None])
+        ids = canvas.ids[rows].masked_scatter(wanted, tokens)
+        canvas.rewrite(rows, process.ended(ids, is_last), process.clock[rows, None])
         process.advance(rows, wanted, expected, *gammas.view(-1, len(rows))[:2], self.score_temperature)
         return True
 
@@ -117,12 +118,11 @@ class GaussianProcess(CanvasProcess):
         """Forward passes (B,): those of the steps, and one to draw the tokens."""
         return super().num_steps() + 1
 
-    def written(self) -> torch.Tensor:
-        """What stands after the prompts; once all rows are done, without what stands behind the end of a text."""
-        written = super().written()
-        if self.is_open().any():
-            return written
-        return self.output(False).sequences[:, self.canvas.ids.shape[1] - written.shape[1] :]
+    def ended(self, ids: torch.Tensor, is_last: torch.Tensor) -> torch.Tensor:
+        """Rows `ids` (R, L), and where they are read for the last time (R,) with padding behind the end of the text."""
+        is_end = (ids == (-1 if self.eos_token_id is None else self.eos_token_id)) & is_last[:, None]
+        is_end[:, : self.canvas.prompt_width] = False
+        return ids.masked_fill(is_end.cumsum(dim=-1) > is_end, self.canvas.pad_token_id)
 
     def _normal(self, rows: torch.Tensor, number: int) -> torch.Tensor:
         """Normal numbers (R, L, size), float64, for a step of `rows` (R,)."""
