@@ -206,7 +206,9 @@ def test_a_streamer_of_transformers_goes_on_working(decoding, capsys):
         **first, seed=3, streamer=TextDiffusionStreamer(tokenizer, skip_prompt=True), max_new_tokens=6
     )
     result = tokenizer.decode(output.sequences[0, first["input_ids"].shape[1] :])
-    assert capsys.readouterr().out.rstrip().endswith(result.split(tokenizer.pad_token)[0].rstrip())
+    # A canvas that is written whole may show the padding behind the end of its text.
+    printed = capsys.readouterr().out.replace(tokenizer.pad_token, "").rstrip()
+    assert printed.endswith(result.split(tokenizer.pad_token)[0].rstrip())
 
 
 def plain(text):
