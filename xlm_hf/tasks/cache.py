@@ -73,12 +73,27 @@ def _write(folder: Path, key: Mapping[str, Any], build: Callable[[Path], Prepare
         scratch = temporary / "scratch"
         scratch.mkdir()
         splits, tokenizer = build(scratch)
-        splits.save_to_disk(temporary)
+        _save(splits, temporary, scratch)
         tokenizer.save_pretrained(temporary)
         shutil.rmtree(scratch)
         # A damaged Arrow file may read as another, or a shorter one, without an error.
         digests = {str(p.relative_to(temporary)): _digest(p) for p in sorted(temporary.rglob("*")) if p.is_file()}
         (temporary / _MANIFEST).write_text(json.dumps({"key": key, "digests": digests}, indent=2))
+
+
+def _save(splits: DatasetDict, folder: Path, scratch: Path) -> None:
+    """`save_to_disk`, which moves a split that is one file of the scratch folder instead of copying it."""
+    whole: dict[str, Path] = {}
+    for name, data in splits.items():
+        files = [Path(file["filename"]) for file in data.cache_files]
+        if data._indices is None and [file.parent for file in files] == [scratch]:
+            whole[name] = files[0]
+    # One row of it, for the files beside it.
+    short = {name: data.select(range(1)) if name in whole else data for name, data in splits.items()}
+    DatasetDict(short).save_to_disk(folder)
+    for name, file in whole.items():
+        (written,) = (folder / name).glob("*.arrow")
+        file.replace(written)
 
 
 def _digest(file: Path) -> str:

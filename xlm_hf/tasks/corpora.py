@@ -17,7 +17,7 @@ from datasets.fingerprint import Hasher
 
 from xlm_hf.modules.counter_random import uniform
 from xlm_hf.modules.messages import did_you_mean, import_target
-from xlm_hf.tasks.readers import KINDS, kind_of, read_files
+from xlm_hf.tasks.readers import KINDS, buffers_of, kind_of, read_files, release
 
 logger = logging.getLogger(__name__)
 
@@ -197,9 +197,10 @@ def note_shared(split: str, data: Dataset, hashes: Sequence[int], known: np.ndar
         split: its name.
         data: its examples.
         hashes: of its documents.
-        known: the hashes of the training documents.
+        known: the hashes of the training documents, sorted.
     """
-    if num_shared := int(np.isin(hashes, known).sum()):
+    found = np.searchsorted(known, hashes).clip(max=len(known) - 1)
+    if num_shared := int((known[found] == hashes).sum()):
         data.info.description = f"{num_shared:,} of its {len(hashes):,} documents are in the training set too."
         logger.warning("%s: %s", split, data.info.description)
 
@@ -216,7 +217,7 @@ def _check_texts(found: DatasetDict, columns: Mapping[str, bool], path: str) -> 
                 )
 
 
-def _with_text(documents: Dataset, columns: Iterable[str]) -> torch.Tensor:
+def _with_text(documents: Dataset, columns: Iterable[str]) -> np.ndarray:
     """The rows that have a text in each of the columns."""
     masks = []
     for table in documents.select_columns([*columns]).with_format("arrow").iter(_ROWS_AT_ONCE):
@@ -226,7 +227,8 @@ def _with_text(documents: Dataset, columns: Iterable[str]) -> torch.Tensor:
             has = pc.greater(pc.list_value_length(column), 0) if is_list else pc.match_substring_regex(column, r"\S")
             mask &= pc.fill_null(has, False).to_numpy()
         masks.append(mask)
-    return torch.from_numpy(np.concatenate(masks)).nonzero().squeeze(-1)
+        release(buffers_of(table))
+    return np.concatenate(masks).nonzero()[0]
 
 
 def _with_drawn_splits(
@@ -242,16 +244,17 @@ def _with_drawn_splits(
         )
     if not sizes:
         return found
-    draws = [uniform(seed, block) for block in torch.arange(len(rows)).split(_ROWS_AT_ONCE)]
-    order, start = torch.cat(draws).argsort(), 0
-    drawn = {}
-    for name, size in sizes.items():
-        drawn[name], start = order[start : start + size], start + size
-    drawn["train"] = order[start:]
-    selected = {
-        name: documents.select(rows[chosen.sort().values].numpy(), keep_in_memory=True)
-        for name, chosen in drawn.items()
-    }
+    # In place: there may be tens of millions of rows.
+    draws = np.empty(len(rows))
+    for block in torch.arange(len(rows)).split(_ROWS_AT_ONCE):
+        draws[block[0] : block[0] + len(block)] = uniform(seed, block)
+    order, start = draws.argsort(), 0
+    del draws
+    selected = {}
+    for name, size in {**sizes, "train": len(rows) - sum(sizes.values())}.items():
+        drawn, start = order[start : start + size], start + size
+        drawn.sort()
+        selected[name] = documents.select(rows[drawn], keep_in_memory=True)
     return DatasetDict({**found, **selected})
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset, DatasetDict, Features, List, Value
 from datasets.arrow_writer import ArrowWriter
+from tokenizers import Encoding
 from transformers import PreTrainedTokenizerFast
 
 from xlm_hf.data import Mixture
@@ -36,13 +37,16 @@ from xlm_hf.tasks.cache import Prepared, cached
 from xlm_hf.tasks.corpora import check_columns, content_key, local_files, locate, note_shared, read
 from xlm_hf.tasks.detokenizers import DETOKENIZERS
 from xlm_hf.tasks.parallel import in_order
+from xlm_hf.tasks.readers import buffers_of, release
 from xlm_hf.tasks.tokenizers import ready_tokenizer, tokenizer_key, train_tokenizer
 
 # Part of the cache key: raise it with every change that makes other examples from the same texts and settings.
-PREPARATION_VERSION = 5
+PREPARATION_VERSION = 6
 
 # Documents, and bytes of text, that are tokenised at a time: the library needs some 250 bytes for each token.
-BATCH_SIZE, BATCH_BYTES = 1000, 2**18
+BATCH_SIZE, BATCH_BYTES = 10_000, 2**18
+# Bytes of examples that are written at a time.
+_BYTES_AT_ONCE = 2**22
 # Characters on either side of a cut through a long document whose tokens must be the same without it.
 _WINDOW = 128
 
@@ -50,6 +54,8 @@ _WINDOW = 128
 _NOT_OF_A_CORPUS = ("name", "mixture", "streaming", "num_proc", "cache_dir")
 # Parts of a streamed training set whose order is shuffled.
 _NUM_SHARDS = 1024
+# Rows of a record batch: those of the table that is written.
+_ALL = 2**31
 
 
 @for_families("canvas_length", "canvas_lengths")
@@ -143,8 +149,10 @@ def _corpus(
             data = _prepare(make(made, hashes), made, options, num_proc, scratch / f"{split}.arrow")
             if not len(data):
                 raise ValueError(f"the split {split!r} of {options['path']} has no token: give it documents with text.")
-            known = np.unique(hashes) if split == "train" else known
-            if split != "train":
+            if split == "train":
+                known = np.frombuffer(hashes, np.int64)
+                known.sort()
+            else:
                 note_shared(split, data, hashes, known)
             prepared[split] = data
         return DatasetDict(prepared), made
@@ -182,7 +190,8 @@ def _pieces(
     for table in documents.select_columns([column]).with_format("arrow").iter(BATCH_SIZE):
         for scalar in table[column]:
             # A view, since the document may be large.
-            document = memoryview(scalar.as_buffer() or b"")
+            buffer = scalar.as_buffer()
+            document = memoryview(buffer or b"")
             if detokenize is not None:
                 document = memoryview(detokenize(str(document, "utf-8")).encode())
             fingerprint = 0
@@ -193,9 +202,11 @@ def _pieces(
                 if len(batch) == BATCH_SIZE or size >= BATCH_BYTES:
                     yield batch
                     batch, size = [], 0
+                    release([buffer])
             if document:
                 hashes.append(fingerprint)
             number += 1
+        release(buffers_of(table))
     if batch:
         yield batch
 
@@ -222,17 +233,19 @@ def _cut(text: str, tokenizer: PreTrainedTokenizerFast | None) -> int:
         return cuts[0] if cuts else last * (len(text) > 16 * BATCH_BYTES)
     for cut in [*cuts, *range(last, last - 64, -1)]:
         before, after = text[cut - _WINDOW : cut], text[cut : cut + _WINDOW]
-        whole, left, right = _encode(tokenizer, [before + after, before, after])["input_ids"]
+        whole, left, right = (encoding.ids for encoding in _encode(tokenizer, [before + after, before, after]))
         if whole == left + right:
             return cut
     return 0
 
 
-def _encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Any:
+def _encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[Encoding]:
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
     # A special token's name in a text is text.
-    return tokenizer(
-        texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
-    )
+    backend.encode_special_tokens = True
+    return backend.encode_batch(texts, add_special_tokens=False)
 
 
 def _prepare(
@@ -244,17 +257,22 @@ def _prepare(
     tokenize = partial(_tokenized, tokenizer, end_of_text, 0 if is_packed else options["max_length"])
     features = {
         "example_id": Value("int64"),
-        "input_ids": List(Value("int32")),
+        "input_ids": List(Value("uint16" if len(tokenizer) <= 2**16 else "int32")),
         "continues": Value("bool"),
         "num_characters": Value("int64"),
     }
     if is_packed and masks:
-        features["segment_ids"] = List(Value("int32"))
+        features["segment_ids"] = List(Value("uint16" if options["max_length"] <= 2**16 else "int32"))
     examples = _Examples(options)
-    with ArrowWriter(features=Features(features), path=str(file)) as writer:
+    with ArrowWriter(features=Features(features), path=str(file), writer_batch_size=_ALL) as writer:
+        waiting: list[pa.Table] = []
         for tokens in in_order(tokenize, batches, num_proc):
-            writer.write_table(examples(*tokens))
-        writer.write_table(examples.rest())
+            waiting.append(examples(*tokens))
+            # Many small record batches would take long to be looked up, and be mapped as a whole.
+            if sum(table.nbytes for table in waiting) > _BYTES_AT_ONCE:
+                writer.write_table(pa.concat_tables(waiting))
+                waiting = []
+        writer.write_table(pa.concat_tables([*waiting, examples.rest()]))
         writer.finalize()
     return Dataset.from_file(str(file))
 
@@ -272,18 +290,21 @@ def _tokenized(
     """
     encoded = _encode(tokenizer, [piece.text for piece in pieces])
     ids = [
-        [*ids, *(end_of_text if piece.ends else [])] for ids, piece in zip(encoded["input_ids"], pieces, strict=True)
+        [*encoding.ids, *(end_of_text if piece.ends else [])] for encoding, piece in zip(encoded, pieces, strict=True)
     ]
-    characters = []
-    for piece, tokens, encoding in zip(pieces, ids, encoded.encodings, strict=True):
+    ends: list[int] = []
+    for piece, tokens, encoding in zip(pieces, ids, encoded, strict=True):
         # Of a document that stays whole reading the offsets of its tokens takes time.
         is_whole = piece.ends and len(tokens) <= whole
-        ends = [0] * (len(tokens) - 1) if is_whole else [end for _, end in encoding.offsets[: len(tokens) - 1]]
-        # The characters of a token are those since the end of the token before it; the last one takes what is left.
-        characters.append(np.diff(np.array([*ends, len(piece.text)][: len(tokens)], np.int64), prepend=0))
-    lengths = [len(tokens) for tokens in ids]
+        ends += [0] * (len(tokens) - 1) if is_whole else [end for _, end in encoding.offsets[: len(tokens) - 1]]
+        ends += [len(piece.text)] * bool(tokens)
+    lengths = np.array([len(tokens) for tokens in ids])
+    # The characters of a token are those since the end of the token before it; the last one takes what is left.
+    characters = np.diff(np.array(ends, np.int64), prepend=0)
+    first = (np.cumsum(lengths) - lengths)[lengths > 0]
+    characters[first] = np.array(ends, np.int64)[first]
     document = np.repeat([piece.document for piece in pieces], lengths)
-    return np.fromiter(chain(*ids), np.int32), document, np.concatenate(characters)
+    return np.fromiter(chain(*ids), np.int32), document, characters
 
 
 class _Examples:

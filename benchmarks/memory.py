@@ -1,0 +1,72 @@
+"""Peak memory of preparing large texts: bounded by bytes, whatever a line holds.
+
+OMP_NUM_THREADS=1 python -m benchmarks.memory [NAME ...] [--share 0.01] [--options tokenizer=byte max_length=128]
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.measure import memory, run_child
+
+# Bytes, and words of a line; None for one line of all.
+TEXTS = {
+    "one line of 500 MB": (500_000_000, None),
+    "one line of 100 MB": (100_000_000, None),
+    "10,000,000 short lines": (200_000_000, 4),
+}
+
+
+def write_text(file: Path, size: int, words_of_a_line: int | None) -> None:
+    """Write words of lower-case letters, as many as Zipf's law says of each, and about `size` bytes of them."""
+    chance = np.random.default_rng(0)
+    vocabulary = ["".join(chance.choice([*"etaoinshrdlu"], chance.integers(2, 7))) for _ in range(20_000)]
+    with file.open("w") as stream:
+        while (left := size - stream.tell()) > 0:
+            words = [vocabulary[rank % len(vocabulary)] for rank in chance.zipf(1.2, 100_000).tolist()]
+            step = words_of_a_line or len(words)
+            lines = [" ".join(words[start : start + step]) for start in range(0, len(words), step)]
+            stream.write(((" " if words_of_a_line is None else "\n").join([*lines, ""]))[:left])
+
+
+def prepare(file: str, cache: str, options: dict) -> str:
+    """Prepare a text in this process: its CPU seconds, and the largest resident set before and after."""
+    from xlm_hf import load_task
+
+    before, start = memory(), time.process_time()
+    task = load_task("text", path=file, cache_dir=cache, **{"tokenizer": "byte", **options})
+    return f"{time.process_time() - start} {before} {memory()} {sum(map(len, task.splits.values()))}"
+
+
+def main() -> None:
+    """Measure and print a line for each text."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(TEXTS))
+    parser.add_argument("--share", type=float, default=1.0, help="of the bytes")
+    parser.add_argument("--options", nargs="*", default=[], help="of the task")
+    given = parser.parse_args()
+    pairs = (option.split("=") for option in given.options)
+    options = {name: int(value) if value.isdecimal() else value for name, value in pairs}
+    for name in given.names or TEXTS:
+        size, words = TEXTS[name]
+        size = int(size * given.share)
+        with tempfile.TemporaryDirectory() as folder:
+            file, cache = Path(folder, "text.txt"), Path(folder, "cache")
+            write_text(file, size, words)
+            if words is None:
+                options = {"validation_fraction": 0, "test_fraction": 0, **options}
+            program = f"from benchmarks.memory import prepare; print(prepare({str(file)!r}, {str(cache)!r}, {options}))"
+            seconds, before, peak, examples = map(float, run_child("-c", program).stdout.split())
+            kept = sum(it.stat().st_size for it in cache.rglob("*") if it.is_file())
+        print(
+            f"{name} ({size / 1e6:,.0f} MB): {size / seconds / 1e6:.2f} MB a second, peak {peak / 2**20:,.0f} MiB of which "
+            f"{before / 2**20:,.0f} before, {examples:,.0f} examples, the cache {kept / size:.2f} times the text",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
