@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import inspect
 import logging
 import os
 import pkgutil
@@ -9,7 +10,7 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,10 +33,11 @@ from xlm_hf.commands._run import remove_if_empty
 from xlm_hf.families import families
 from xlm_hf.files import write_text
 from xlm_hf.modules.checked_options import Count, Interval, PositiveInt, check_value
-from xlm_hf.modules.messages import did_you_mean
+from xlm_hf.modules.messages import did_you_mean, import_target
 from xlm_hf.overrides import open_override
 from xlm_hf.reports.sweeps import ERROR_FILE
 from xlm_hf.saved_configs import load_config, translate_config
+from xlm_hf.tasks import Task
 from xlm_hf.training.debugging import apply_debug_options
 from xlm_hf.training.finite_guard import NotFiniteError
 from xlm_hf.training.signals import TrainingStopped, end_with_parent
@@ -132,7 +134,7 @@ def saved_config(arguments: list[str]) -> DictConfig | None:
     packages = {"xlm_hf", *(family.config_class.__module__.split(".")[0] for family in families().values())}
     for found in _CODE.finditer(OmegaConf.to_yaml(config)):
         name = found[found.lastindex or 0]
-        if name.split(".")[0] not in packages:
+        if not _is_installed(name, packages):
             raise ValueError(
                 f"{file} names {name}, code of no installed family: add --config-name, or family= and task=."
             )
@@ -140,6 +142,16 @@ def saved_config(arguments: list[str]) -> DictConfig | None:
     for name, override in given.items():
         OmegaConf.update(config, name, override.value(), force_add=override.is_force_add() or override.is_add())
     return config
+
+
+def _is_installed(name: str, packages: Collection[str]) -> bool:
+    """Whether a name is that of a class, or of a function that makes a task, which a package defines itself."""
+    if name.split(".")[0] not in packages or ":" in name:
+        return False
+    # What a package imports has a name in it too.
+    found = import_target("code", name)
+    makes_tasks = inspect.isfunction(found) and inspect.signature(found).return_annotation in (Task, "Task")
+    return (inspect.isclass(found) or makes_tasks) and found.__module__.split(".")[0] in packages
 
 
 def run_job(cfg: DictConfig) -> None:

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from xlm_hf.data import KeyedExamples, Mixture
-from xlm_hf.files import JOURNAL_SUFFIX, Journal
+from xlm_hf.files import JOURNAL_SUFFIX, Journal, check_file_name
 from xlm_hf.likelihoods import likelihood_metrics, text_counts
 from xlm_hf.modules.backbone_config import token_options
 from xlm_hf.modules.checked_options import Count, PositiveInt, checked
@@ -58,6 +58,9 @@ class EvaluationSet:
         prediction_fields: the fields of a record to keep, from `RECORD_FIELDS`; None keeps all. `example_id` and the
             metrics of the example are always kept.
         training_set: of the task, for a metric whose `_compute` takes `training_texts`: the whole texts in it.
+
+    Raises:
+        ValueError: for a name that no file can have.
     """
 
     name: str
@@ -71,6 +74,9 @@ class EvaluationSet:
     num_draws: int = 1
     prediction_fields: Sequence[str] | None = None
     training_set: Any = None
+
+    def __post_init__(self):
+        check_file_name("The name of an evaluation set", self.name)
 
 
 @dataclass(kw_only=True)

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -72,6 +73,12 @@ def _is_failed_write(error: Exception) -> bool:
     is_read = isinstance(error, (FileNotFoundError, ConnectionError))
     is_own = isinstance(error, (OSError, SafetensorError)) and not is_read
     return is_own or any(sign in str(error) for sign in signs)
+
+
+def check_file_name(what: str, name: str) -> None:
+    """Raise ValueError if a name, which files are called by, would lead to another folder or is none."""
+    if name in ("", ".", "..") or re.search(r"[/\\\0]", name):
+        raise ValueError(f"{what} must be a name that a file can have, without a path, and is {name!r}.")
 
 
 def write_text(file: Path, text: str) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import yaml
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
 # Options by node and old name.
 _OPTIONS = {("model", "unrestricted_softmax"): "softmax_over_suppressed"}
@@ -20,12 +21,21 @@ _MODULES = {"xlm_hf.sweeps.": "xlm_hf.reports.sweeps."}
 
 
 def load_config(file: Path) -> DictConfig:
-    """The config that a run saved, in today's terms."""
-    # A few of them make a file without end, and no run saves any.
-    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(file.read_text(encoding="utf-8"))):
-        raise ValueError(f"{file} holds aliases of YAML, which no run saves: restore it.")
-    config = OmegaConf.load(file)
-    assert isinstance(config, DictConfig)
+    """The config that a run saved, in today's terms.
+
+    Raises:
+        ValueError: if it is none, or holds an interpolation, by which a config from elsewhere could read what is here.
+    """
+    try:
+        # A few aliases make a file without end, and no run saves any.
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(file.read_text(encoding="utf-8"))):
+            raise yaml.YAMLError("it holds aliases of YAML, which no run saves")
+        config = OmegaConf.load(file)
+        text = OmegaConf.to_yaml(config)
+    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException, RecursionError) as error:
+        raise ValueError(f"{file} cannot be read ({' '.join(str(error).split())}): restore it.") from None
+    if not isinstance(config, DictConfig) or not config or "${" in text:
+        raise ValueError(f"{file} is no config that a run saved: it has interpolations, or no options. Restore it.")
     return translate_config(config)
 
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from xlm_hf.families import Family, families
 from xlm_hf.modules.messages import did_you_mean
+from xlm_hf.training.checkpoints import fault
 
 _PREFIXES = re.compile(r"^(model|backbone)\.(_orig_mod\.)?")
 
@@ -113,6 +114,8 @@ def read_checkpoint(source: str, ema: bool = True) -> tuple[dict[str, torch.Tens
             f"There is no checkpoint at {source}: name a Lightning .ckpt file, or a folder or Hub id with a "
             "model.safetensors. Consolidate the shards of a distributed run first."
         )
+    if weights.suffix == ".safetensors" and (reason := fault(folder)):
+        raise ValueError(f"{folder} cannot be loaded: {reason}. Choose another checkpoint.")
     file = folder / "config.json"
     config = json.loads(file.read_text()) if file.exists() else {}
     return load_file(weights) if weights.suffix == ".safetensors" else _read_lightning(weights, ema), config

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from huggingface_hub.constants import HF_HOME
 from transformers import PreTrainedTokenizerFast
 
-from xlm_hf.files import INCOMPLETE_SUFFIX, replaced_folder
+from xlm_hf.files import INCOMPLETE_SUFFIX, check_file_name, replaced_folder
 
 Prepared = tuple[DatasetDict, PreTrainedTokenizerFast]
 
@@ -44,7 +44,9 @@ def cached(
 
     Raises:
         OSError: in one sentence, if the disk is full.
+        ValueError: for a name that no folder can have.
     """
+    check_file_name("The name of a task", name)
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     root = Path(cache_dir or os.environ.get("XLM_HF_CACHE") or Path(HF_HOME, "xlm_hf"))
     folder = root / f"{name}-{digest}"

@@ -19,10 +19,14 @@ logger = logging.getLogger(__name__)
 
 _DELETED_SUFFIX = ".deleted"
 _FSDP_SHARDS = "pytorch_model_fsdp_*"
+_READ = (".safetensors", ".json", ".pt", ".pth")
 
 
 def fault(checkpoint: Path) -> str | None:
     """What is wrong with the files of a checkpoint or model folder, in a few words; None if it is sound."""
+    # A pipe would be waited for.
+    if others := [file.name for file in checkpoint.glob("*.*") if not file.is_file() and file.suffix in _READ]:
+        return f"{min(others)} is no file"
     weights = sorted(checkpoint.glob("*.safetensors"))
     if not weights and not list(checkpoint.glob(_FSDP_SHARDS)):
         return "it holds no weights (*.safetensors)"
@@ -40,13 +44,21 @@ def fault(checkpoint: Path) -> str | None:
                 torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except Exception:  # of many kinds; a file that would run code is refused so
             return f"{file.name} is truncated or damaged, or refused"
-    for file in checkpoint.glob("*.json"):
-        try:
-            json.loads(file.read_text())
-        except ValueError:
-            return f"{file.name} is truncated or damaged"
-    shards = [json.loads(index.read_text())["weight_map"] for index in checkpoint.glob("*.safetensors.index.json")]
-    missing = {name for weight_map in shards for name in weight_map.values() if not (checkpoint / name).exists()}
+    faults = (_fault_of_json(file) for file in checkpoint.glob("*.json"))
+    return next(filter(None, faults), None)
+
+
+def _fault_of_json(file: Path) -> str | None:
+    try:
+        found = json.loads(file.read_text())
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        return f"{file.name} is truncated or damaged"
+    shards = found.get("weight_map", {}).values() if file.name.endswith(".safetensors.index.json") else ()
+    if elsewhere := [shard for shard in shards if Path(shard).name != shard]:
+        return f"{file.name} names a file elsewhere, {elsewhere[0]}"
+    missing = {shard for shard in shards if not file.with_name(shard).exists()}
     return f"its shard {min(missing)} is missing" if missing else None
 
 
