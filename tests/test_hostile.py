@@ -152,7 +152,7 @@ MODELS = {
         changed(config={"auto_map": {"AutoModel": "evil/repo--evil.Evil"}, "model_type": "evil"}),
         "",
     ),
-    "an unknown type": (changed(config={"model_type": "../evil"}), "evil"),
+    "an unknown type": (changed(config={"model_type": "../evil", "auto_map": {}}), ""),
     "code of a tokenizer": (
         changed(tokenizer_config={"auto_map": {"AutoTokenizer": ["evil.Evil", None]}, "tokenizer_class": "Evil"}),
         None,
@@ -222,6 +222,10 @@ CONFIGS = {
     ),
     "a function for data": ({"task": {"path": "os:abort"}}, "names os:abort, code"),
     "a function that the package imports": ({"task": {"path": "xlm_hf.cli:os.abort"}}, "xlm_hf.cli:os.abort, code"),
+    "a function with a line's end": ({"task": {"path": "os:abort\n"}}, "os:abort"),
+    "a function of a mixture": ({"task": {"mixture": [{"path": "os:abort"}]}}, "names os:abort, code"),
+    "a metric in this folder": ({"task": {"metrics": ["exact_match", "evil"]}}, "names evil, code"),
+    "a metric in a folder with a blank": ({"task": {"metrics": [{"name": "an evil/one"}]}}, "names an evil/one, code"),
     "a secret": ({"experiment": "${oc.env:HF_TOKEN}"}, "has interpolations"),
     "a file by interpolation": ({"experiment": "${oc.decode:'1'}"}, "has interpolations"),
     "a set of another folder": (
@@ -253,7 +257,7 @@ def test_configs_of_runs(name, config, folder, monkeypatch, capfd):
     assert not Path(MARKER).exists()
     assert SECRET not in said
     assert (status, words in said) == (2, True), said
-    assert set(folder.parent.parent.rglob("*")) <= before
+    assert {path for path in folder.parent.parent.rglob("*") if "cache" not in str(path)} <= before
 
 
 TEXTS = [

@@ -29,9 +29,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import xlm_hf.commands
+from xlm_hf.building import plain
 from xlm_hf.commands._run import remove_if_empty
 from xlm_hf.families import families
 from xlm_hf.files import write_text
+from xlm_hf.metrics import shipped_metrics
 from xlm_hf.modules.checked_options import Count, Interval, PositiveInt, check_value
 from xlm_hf.modules.messages import did_you_mean, import_target
 from xlm_hf.overrides import open_override
@@ -44,8 +46,6 @@ from xlm_hf.training.signals import TrainingStopped, end_with_parent
 
 # Commands with arguments of their own, `xlm-hf NAME ...`, beside the jobs of a config.
 _TOOLS = ("scaffold", "convert")
-# What a config makes objects of, or calls: classes, files and folders of metrics, functions that read a corpus.
-_CODE = re.compile(r"_target_: (\S+)|(\S+\.py)$|(?:- |name: )([^\s\d]\S*/\S*)$|: (\w[\w.]*:\w+)$", re.MULTILINE)
 _USAGE = (ValueError, HydraException, OmegaConfBaseException, StrictDataclassError)
 _FAILURES = (OSError, NotFiniteError)
 # Options of the config itself, where it has them; those of its nodes are checked by the objects that they make.
@@ -132,8 +132,7 @@ def saved_config(arguments: list[str]) -> DictConfig | None:
     del base["hydra"], base["defaults"]
     config: Any = OmegaConf.merge(base, load_config(file), here)
     packages = {"xlm_hf", *(family.config_class.__module__.split(".")[0] for family in families().values())}
-    for found in _CODE.finditer(OmegaConf.to_yaml(config)):
-        name = found[found.lastindex or 0]
+    for name in _code_named(plain(config)):
         if not _is_installed(name, packages):
             raise ValueError(
                 f"{file} names {name}, code of no installed family: add --config-name, or family= and task=."
@@ -142,6 +141,20 @@ def saved_config(arguments: list[str]) -> DictConfig | None:
     for name, override in given.items():
         OmegaConf.update(config, name, override.value(), force_add=override.is_force_add() or override.is_add())
     return config
+
+
+def _code_named(node: Any, key: str = "") -> Iterator[str]:
+    """What a config makes objects of, or calls: each `_target_`, metrics that are not shipped, functions for data."""
+    if isinstance(node, dict):
+        for name, value in node.items():
+            yield from _code_named(value, key if (key, name) == ("metrics", "name") else name)
+    elif isinstance(node, list):
+        for value in node:
+            yield from _code_named(value, key)
+    elif isinstance(node, str):
+        is_function = key == "path" and ":" in node and not Path(node).expanduser().exists()
+        if key == "_target_" or is_function or (key == "metrics" and node not in shipped_metrics()):
+            yield node
 
 
 def _is_installed(name: str, packages: Collection[str]) -> bool:

@@ -218,6 +218,8 @@ def test_a_folder_is_one_process_s_until_it_dies(tmp_path, monkeypatch):
     cfg = OmegaConf.create({"output_dir": str(tmp_path), "experiment": "e"})
     with pytest.raises(ValueError, match=rf"is in use by process {process.pid} on \S+: wait for its end"):
         run_directory(cfg)
+    _run.remove_if_empty(str(tmp_path))
+    assert (tmp_path / "train.log").exists(), "who is refused takes nothing from who holds it"
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     assert run_directory(cfg) == tmp_path

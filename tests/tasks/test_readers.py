@@ -7,7 +7,7 @@ import re
 import pytest
 from datasets import Dataset, Features, List, Value
 
-from xlm_hf.tasks import load_task, text
+from xlm_hf.tasks import load_task, pieces
 from xlm_hf.tasks.readers import read_files
 from xlm_hf.tasks.tokenizers import decode_text
 
@@ -143,9 +143,9 @@ def test_a_long_document_in_pieces_has_the_tokens_of_the_whole(tokenizer, option
         return task.splits["train"][:]
 
     whole = examples("whole")
-    monkeypatch.setattr(text, "BATCH_BYTES", 1000)
-    pieces = []
-    make = text._Piece
-    monkeypatch.setattr(text, "_Piece", lambda *args: pieces.append(args) or make(*args))
+    monkeypatch.setattr(pieces, "BATCH_BYTES", 1000)
+    made = []
+    make = pieces.Piece
+    monkeypatch.setattr(pieces, "Piece", lambda *args: made.append(args) or make(*args))
     assert examples("pieces") == whole
-    assert sum(not ends for _, _, ends in pieces) > 5
+    assert sum(not ends for _, _, ends in made) > 5

@@ -4,12 +4,14 @@ import itertools
 import json
 import logging
 import os
+import re
 import subprocess
 import warnings
 from collections import Counter
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import load_from_disk
 from filelock import FileLock
@@ -272,6 +274,7 @@ def test_every_parameter_is_in_the_cache_key(tmp_path, monkeypatch):
         "cache_dir",
         "blank_rate",
         "edit_rate",
+        "path",
     }
 
     def folders():
@@ -494,3 +497,61 @@ def test_blanks_are_a_share_of_the_path_and_at_least_one(tmp_path):
         assert {0.3: len(set(shares)) > 2, 1e-9: max(shares) <= 1 / 2, 1.0: min(shares) == 1}[rate]
     with pytest.raises(ValueError, match="blank_rate must be in"):
         star.star_graphs(**SMALL, blank_rate=0.0, cache_dir=tmp_path)
+
+
+def published(dataset, path_format):
+    """Rows as the data set of the paper has them."""
+    for prompt, target in zip(dataset["prompt_ids"][:], dataset["target_ids"][:], strict=True):
+        edges, source, goal = read_prompt(prompt)
+        nodes = [token - 7 for token in target]
+        path = [*nodes[::2], nodes[-1]] if path_format == "edges" else nodes
+        yield {"edge_list": [list(edge) for edge in edges], "source": source, "goal": goal, "path": path}
+
+
+@pytest.mark.parametrize("path_format", ["edges", "nodes"])
+def test_published_graphs_are_read(path_format, tmp_path):
+    options = {**SMALL, "path_format": path_format, "cache_dir": tmp_path / "cache"}
+    made = star.star_graphs(**options)
+    folder = tmp_path / "published"
+    folder.mkdir()
+    for split, data in made.splits.items():
+        rows = [*published(data, path_format)]
+        if split == "test":
+            (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        else:
+            pq.write_table(pa.Table.from_pylist(rows), folder / f"{split}.parquet")
+    task = star.star_graphs(**options, path=str(folder))
+    for split, data in made.splits.items():
+        for column in ("example_id", "prompt_ids", "target_ids"):
+            assert task.splits[split][column][:] == data[column][:]
+    assert task.files["train"] == [folder / "train.parquet"]
+    # Of a single file, each is in one set.
+    drawn = star.star_graphs(**options, path=str(folder / "train.parquet"))
+    assert {split: len(data) for split, data in drawn.splits.items()} == {"train": 36, "validation": 2, "test": 2}
+    found = [row for data in drawn.splits.values() for row in data["prompt_ids"][:]]
+    assert sorted(found) == sorted(made.splits["train"]["prompt_ids"][:])
+
+
+GRAPH = {"edge_list": [[0, 1], [1, 2]], "source": 0, "goal": 2, "path": [0, 1, 2]}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"edge_list": None}, "line 1: edge_list must be a list of list of integers"),
+        ({"edge_list": "0-1"}, "line 1: edge_list must be a list of"),
+        ({"source": 1.5}, "line 1: source must be an integer and is 1.5"),
+        ({"path": [0, "1", 2]}, "line 1: path must be a list of integers"),
+        ({"path": [0, 2]}, "line 1: path [0, 2] does not lead along the edges from 0 to 2"),
+        ({"path": []}, "line 1: path [] does not lead along the edges"),
+        ({"goal": 1}, "does not lead along the edges from 0 to 1"),
+        ({"edge_list": [[0, 1], [1, 2], [3, 12]]}, "line 1: a label must be in [0, 12) and is"),
+        ({"edge_list": [[0, 1], [1, 2], [3, 4, 5]]}, "does not lead along the edges"),
+        ({}, "There are too few star graphs for a split"),
+    ],
+)
+def test_what_is_no_published_graph_is_said_with_its_line(change, words, tmp_path):
+    (tmp_path / "graphs.jsonl").write_text(json.dumps({**GRAPH, **change}) + "\n")
+    with pytest.raises(ValueError, match=re.escape(words)) as error:
+        star.star_graphs(**SMALL, cache_dir=tmp_path, path=str(tmp_path / "graphs.jsonl"))
+    assert "\n" not in str(error.value)

@@ -201,9 +201,13 @@ def run_directory(cfg: DictConfig) -> Path:
 
 
 def remove_if_empty(output_dir: str) -> None:
-    """Remove the folder of a run that has left nothing but a log, and the folders that were made for it."""
+    """Remove the folder of a run that has left nothing but a log, and the folders that were made for it.
+
+    One that another process holds stays: it may be preparing its data.
+    """
     folder, left = Path(output_dir).expanduser(), {"train.log", ".lock", ".holder"}
-    if folder.is_dir() and {file.name for file in folder.iterdir()} <= left:
+    is_ours = any(lock.is_locked and Path(lock.lock_file).parent == folder.absolute() for lock in _lock)
+    if is_ours and {file.name for file in folder.iterdir()} <= left:
         shutil.rmtree(folder)
         if not folder.is_absolute():
             with contextlib.suppress(OSError):

@@ -18,7 +18,7 @@ from xlm_hf.modules.checked_options import Interval, check_value
 from xlm_hf.modules.counter_random import random_bits
 from xlm_hf.reports.decode_page import history_html, save_gif
 from xlm_hf.reports.streamers import MARKS, MASK, BatchDiffusionStreamer, Decode, DraftRecorder, Token
-from xlm_hf.tasks.readers import json_rows
+from xlm_hf.tasks.readers import encoded, json_rows
 
 
 def run(cfg: DictConfig) -> list[dict[str, Any]]:
@@ -113,6 +113,10 @@ def _examples_from_file(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> 
             raise ValueError(f"{where} has no `prompt`, `prompt_ids` or `input_ids`: add one of them.")
         for name in (*known, *({"source_ids"} & row.keys())):
             check_value(f"{where}: {name}", row[name], str if name == "prompt" else ids)
+        try:
+            encoded(row.get("prompt", ""))
+        except ValueError as error:
+            raise ValueError(f"{where}: prompt {error}.") from None
         given = row[known[0]]
         rows.append(tokenizer.encode(given, add_special_tokens=False) if known[0] == "prompt" else given)
         sources.append({name: row[name] for name in ("source_ids",) if name in row})

@@ -51,11 +51,15 @@ def load_metric(metric: str | Mapping[str, Any], /, **options: Any) -> Evaluatio
     return module
 
 
+def shipped_metrics() -> list[str]:
+    """The names of the shipped metrics."""
+    return [folder.name for folder in Path(__file__).parent.iterdir() if (folder / f"{folder.name}.py").is_file()]
+
+
 def _load_by_name(name: str) -> EvaluationModule:
     import evaluate  # slow to import
 
-    shipped = [folder.name for folder in Path(__file__).parent.iterdir() if (folder / f"{folder.name}.py").is_file()]
-    if name in shipped:
+    if name in (shipped := shipped_metrics()):
         values = vars(importlib.import_module(f"{__name__}.{name}.{name}")).values()
         metric_class: Any = next(v for v in values if inspect.isclass(v) and issubclass(v, evaluate.EvaluationModule))
         return metric_class(keep_in_memory=True)

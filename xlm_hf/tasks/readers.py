@@ -102,13 +102,20 @@ def _value(row: Mapping[str, Any], name: str) -> Any:
 def _encoded(value: Any) -> bytes | bytearray:
     if value is None:
         return b""
-    if isinstance(value, (bytes, bytearray)):
+    if isinstance(value, bytes):
+        return _encoded(value.decode())
+    if isinstance(value, bytearray):
         return value
     if not isinstance(value, str):
         kind = {"list": "a list", "dict": "an object", "int": "an integer"}.get(type(value).__name__)
         raise TypeError(f"holds {kind or f'a {type(value).__name__}'} ({str(value)[:40]}) and not a text: convert it")
+    return encoded(value)
+
+
+def encoded(text: str) -> bytes:
+    """A text in UTF-8; raises ValueError if it is none, as JSON may have it."""
     try:
-        return value.encode()
+        return text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"holds half of a surrogate pair ({error.object[error.start]!a}): repair it") from None
 
@@ -139,6 +146,11 @@ def buffers_of(table: pa.Table) -> Iterator[pa.Buffer | None]:
 def json_rows(file: Path) -> Iterator[_Row]:
     """The objects of a file of JSON lines, each with its line; what is wrong is said with the file and the line."""
     return _rows(file, (), "line", ".jsonl")
+
+
+def rows(file: Path, columns: Collection[str]) -> Iterator[_Row]:
+    """The rows of a file of any kind, each with its number; of Parquet the values of these columns alone."""
+    return _rows(file, columns, "line")
 
 
 def _rows(file: Path, columns: Collection[str], sample_by: str, kind: str | None = None) -> Iterator[_Row]:
@@ -195,6 +207,10 @@ def _json_rows(file: Path) -> Iterator[_Row]:
             except json.JSONDecodeError as error:
                 where = f"line {number + error.lineno - 1}, column {error.colno}"
                 raise ValueError(f"{file}, {where}, is no JSON: {error.msg}.") from None
+            except UnicodeDecodeError:
+                raise
+            except ValueError as error:  # a number of too many digits
+                raise ValueError(f"{file}, line {number}: {str(error).split(';')[0]}.") from None
             for row in found if isinstance(found, list) else [found]:
                 if not isinstance(row, dict):
                     raise ValueError(f"{file}, line {number}: {str(row)[:40]!r} is not an object with columns.")

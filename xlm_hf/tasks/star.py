@@ -6,18 +6,24 @@ So the source need not be the centre, and only the far end of an arm shows wheth
 """
 
 import os
-from typing import Annotated, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, pairwise
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset, DatasetDict
-from transformers import PreTrainedTokenizerFast
+import torch
+from datasets import Dataset, DatasetDict, Features, List, Value
 
-from xlm_hf.modules.checked_options import Count, Interval, PositiveInt, Share, checked
+from xlm_hf.modules.checked_options import Count, Interval, PositiveInt, Share, check_value, checked
+from xlm_hf.modules.counter_random import uniform
 from xlm_hf.tasks import Task
 from xlm_hf.tasks.blanks import with_blanks
-from xlm_hf.tasks.cache import cached
+from xlm_hf.tasks.cache import Prepared, cached
+from xlm_hf.tasks.corpora import UNUSED, content_key, local_files, locate
 from xlm_hf.tasks.correction import with_sources
+from xlm_hf.tasks.readers import rows
 from xlm_hf.tasks.tokenizers import NUMBER_TOKENS, number_tokenizer
 
 # Part of the cache key: raise it with every change that makes other graphs or other columns from the same settings.
@@ -43,6 +49,7 @@ def star_graphs(
     num_train: PositiveInt = 50_000,
     num_validation: PositiveInt = 100,
     num_test: PositiveInt = 5_000,
+    path: str | None = None,
     seed: Count = 42,
     cache_dir: str | os.PathLike | None = None,
 ) -> Task:
@@ -63,34 +70,41 @@ def star_graphs(
         min_arm_length: the fewest nodes of an arm, the centre included.
         max_arm_length: the most nodes of an arm, the centre included.
         min_plan_length: the fewest edges of an arm after the centre.
-        num_labels: nodes are labelled 0 .. num_labels - 1.
+        num_labels: of the nodes, 0 .. num_labels - 1.
         path_format: "edges" writes the path a-b-c as `a b b c`, "nodes" as `a b c`.
         blank_rate: makes it an infill task, see `with_blanks`; None leaves the whole path to be written.
         edit_rate: makes it a correction task, see `xlm_hf.tasks.correction.with_sources`.
-        num_train: examples of the train split.
-        num_validation: examples of the validation split.
-        num_test: examples of the test split.
+        num_train: examples of the train split; `num_validation` and `num_test` are those of the others.
+        path: a file or folder of graphs as they were published, in place of the generator: columns `edge_list`,
+            `source`, `goal` and `path`. Of the settings only `num_labels` and those after it count. Sets that a source
+            lacks are drawn from its training graphs, of each at most a twentieth.
         seed: of the generator; the same seed gives the same graphs on every machine.
         cache_dir: see `xlm_hf.tasks.cache.cached`.
 
     Raises:
-        ValueError: for settings that no graph, or not enough distinct graphs, can meet.
+        ValueError: for settings that no graph, or not enough distinct graphs, can meet, and for a file that holds none.
     """
+    files: Mapping[str, Sequence[Path]] = {}
     settings = {"degree": degree, "min_arm_length": min_arm_length, "max_arm_length": max_arm_length}
     settings |= {"min_plan_length": min_plan_length, "num_labels": num_labels, "seed": seed}
     sizes = {"test": num_test, "validation": num_validation, "train": num_train}
-    _check(settings)
-
     key = {"generator": GENERATOR_VERSION, **settings, "sizes": sizes, "path_format": path_format}
-    splits, tokenizer = cached(name, key, lambda _: _build(settings, sizes, path_format), cache_dir)
-    task = Task(name=name, kind="seq2seq", splits=splits, tokenizer=tokenizer)
+    if path is None:
+        _check(settings)
+    else:
+        files = local_files(source := locate(path, "path"))
+        key["path"] = content_key(source)
+
+    def build(_) -> Prepared:
+        return _build(settings, sizes, path_format) if path is None else _read(files, settings, sizes, path_format)
+
+    splits, tokenizer = cached(name, key, build, cache_dir)
+    task = Task(name=name, kind="seq2seq", splits=splits, tokenizer=tokenizer, files=files)
     task = task if edit_rate is None else with_sources(task, edit_rate, seed)
     return task if blank_rate is None else with_blanks(task, blank_rate, seed)
 
 
-def _build(
-    settings: dict[str, int], sizes: dict[str, int], path_format: str
-) -> tuple[DatasetDict, PreTrainedTokenizerFast]:
+def _build(settings: dict[str, int], sizes: dict[str, int], path_format: str) -> Prepared:
     edges, path = _distinct_graphs(sum(sizes.values()), **settings)
     ends = np.cumsum(list(sizes.values()))
     splits = {
@@ -98,6 +112,62 @@ def _build(
         for (split, size), end in zip(sizes.items(), ends, strict=True)
     }
     return DatasetDict(splits), number_tokenizer(settings["num_labels"])
+
+
+def _read(
+    files: Mapping[str, Sequence[Path]], settings: dict[str, int], sizes: dict[str, int], path_format: str
+) -> Prepared:
+    """The splits of published graphs."""
+    if not files:
+        raise ValueError("Star graphs are read from a file or folder: download the data set, and name it as path.")
+    graphs = {
+        split: [
+            _graph(where, row, settings["num_labels"], path_format) for file in named for where, row in _rows_of(file)
+        ]
+        for split, named in files.items()
+        if split != UNUSED
+    }
+    train = graphs.get("train", [])
+    order = uniform(settings["seed"], torch.arange(len(train))).argsort().tolist()
+    for split in ("test", "validation"):
+        if split not in graphs:
+            drawn = max(1, min(sizes[split], len(train) // 20))
+            graphs[split], order = [train[i] for i in sorted(order[:drawn])], order[drawn:]
+    graphs["train"] = [train[i] for i in sorted(order)]
+    if empty := [split for split, found in graphs.items() if not found]:
+        raise ValueError(f"There are too few star graphs for a split {empty[0]!r}: provide it, or more graphs.")
+    ids = List(Value("int32"))
+    kinds = Features({"example_id": Value("int64"), "prompt_ids": ids, "target_ids": ids})
+    columns = {
+        split: {
+            "example_id": range(len(found)),
+            "prompt_ids": [p for p, _ in found],
+            "target_ids": [t for _, t in found],
+        }
+        for split, found in graphs.items()
+    }
+    splits = {split: Dataset.from_dict(columns[split], kinds) for split in ("train", "validation", "test")}
+    return DatasetDict(splits), number_tokenizer(settings["num_labels"])
+
+
+def _rows_of(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for number, row in rows(file, ("edge_list", "source", "goal", "path")):
+        yield f"{file}, line {number}", row
+
+
+def _graph(where: str, row: Mapping[str, Any], num_labels: int, path_format: str) -> tuple[list[int], list[int]]:
+    """Token ids of the prompt and of the path."""
+    for name, kind in {"edge_list": list[list[int]], "source": int, "goal": int, "path": list[int]}.items():
+        check_value(f"{where}: {name}", row.get(name), kind)
+    edges, path = [tuple(edge) for edge in row["edge_list"]], row["path"]
+    steps = [*pairwise(path)]
+    is_path = [*path[:1], *path[-1:]] == [row["source"], row["goal"]] and {*steps} <= {*edges}
+    if not is_path or any(len(edge) != 2 for edge in edges):
+        raise ValueError(f"{where}: path {path} does not lead along the edges from {row['source']} to {row['goal']}.")
+    prompt = [*chain(*edges), row["source"], row["goal"]]
+    check_value(f"{where}: a label", prompt, Annotated[list[int], Interval(f"[0, {num_labels})")])
+    target = [*chain(*steps)] if path_format == "edges" else path
+    return [len(NUMBER_TOKENS) + node for node in prompt], [len(NUMBER_TOKENS) + node for node in target]
 
 
 def _check(settings: dict[str, int]) -> None:

@@ -6,19 +6,17 @@ another and are cut into chunks ("packed").
 """
 
 import os
-import re
 from array import array
-from collections.abc import Callable, Iterator, Mapping, MutableSequence
+from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset, DatasetDict, Features, List, Value
 from datasets.arrow_writer import ArrowWriter
-from tokenizers import Encoding
 from transformers import PreTrainedTokenizerFast
 
 from xlm_hf.data import Mixture
@@ -37,19 +35,14 @@ from xlm_hf.tasks.cache import Prepared, cached
 from xlm_hf.tasks.corpora import check_columns, content_key, local_files, locate, note_shared, read
 from xlm_hf.tasks.detokenizers import DETOKENIZERS
 from xlm_hf.tasks.parallel import in_order
-from xlm_hf.tasks.readers import buffers_of, release
+from xlm_hf.tasks.pieces import Piece, encode, pieces_of
 from xlm_hf.tasks.tokenizers import ready_tokenizer, tokenizer_key, train_tokenizer
 
 # Part of the cache key: raise it with every change that makes other examples from the same texts and settings.
 PREPARATION_VERSION = 6
 
-# Documents, and bytes of text, that are tokenised at a time: the library needs some 250 bytes for each token.
-BATCH_SIZE, BATCH_BYTES = 10_000, 2**18
 # Bytes of examples that are written at a time.
 _BYTES_AT_ONCE = 2**22
-# Characters on either side of a cut through a long document whose tokens must be the same without it.
-_WINDOW = 128
-
 # What is not an option of the preparation of one corpus.
 _NOT_OF_A_CORPUS = ("name", "mixture", "streaming", "num_proc", "cache_dir")
 # Parts of a streamed training set whose order is shuffled.
@@ -134,7 +127,7 @@ def _corpus(
         check_columns(raw, [options["text_column"]])
         detokenize = DETOKENIZERS.get(options["detokenizer"])
         pieces = {
-            split: partial(_pieces, raw[split], options["text_column"], detokenize)
+            split: partial(pieces_of, raw[split], options["text_column"], detokenize)
             for split in ("train", "validation", "test")
             if split in raw
         }
@@ -160,96 +153,8 @@ def _corpus(
     return cached(name, key, build, cache_dir)
 
 
-class _Piece(NamedTuple):
-    """Text of a document, or a piece of a long one.
-
-    Attributes:
-        document: its number.
-        text: the piece, detokenised.
-        ends: whether the document ends with it.
-    """
-
-    document: int
-    text: str
-    ends: bool
-
-
-def _pieces(
-    documents: Dataset,
-    column: str,
-    detokenize: Callable[[str], str] | None,
-    tokenizer: PreTrainedTokenizerFast | None,
-    hashes: MutableSequence[int],
-) -> Iterator[list[_Piece]]:
-    """The documents in batches of at most `BATCH_SIZE` and some `BATCH_BYTES`, long ones in pieces.
-
-    Without a tokenizer the pieces are for training one. The hashes of the documents with text are appended to `hashes`.
-    """
-    batch: list[_Piece] = []
-    size, number = 0, 0
-    for table in documents.select_columns([column]).with_format("arrow").iter(BATCH_SIZE):
-        for scalar in table[column]:
-            # A view, since the document may be large.
-            buffer = scalar.as_buffer()
-            document = memoryview(buffer or b"")
-            if detokenize is not None:
-                document = memoryview(detokenize(str(document, "utf-8")).encode())
-            fingerprint = 0
-            for text, ends in _cut_up(document, tokenizer):
-                fingerprint = hash((fingerprint, text))
-                batch.append(_Piece(number, text, ends))
-                size += len(text)
-                if len(batch) == BATCH_SIZE or size >= BATCH_BYTES:
-                    yield batch
-                    batch, size = [], 0
-                    release([buffer])
-            if document:
-                hashes.append(fingerprint)
-            number += 1
-        release(buffers_of(table))
-    if batch:
-        yield batch
-
-
-def _cut_up(document: memoryview, tokenizer: PreTrainedTokenizerFast | None) -> Iterator[tuple[str, bool]]:
-    """Pieces of a document, and whether each is the last."""
-    start, length = 0, BATCH_BYTES
-    while start + length < len(document):
-        text = str(document[start : start + length], "utf-8", "ignore")
-        if cut := _cut(text, tokenizer):
-            yield text[:cut], False
-            start, length = start + len(text[:cut].encode()), BATCH_BYTES
-        else:
-            length *= 2
-    yield str(document[start:], "utf-8"), True
-
-
-def _cut(text: str, tokenizer: PreTrainedTokenizerFast | None) -> int:
-    """Where a text can be cut so that its pieces have the tokens of the whole, near its end; 0 if nowhere."""
-    last = len(text) - _WINDOW
-    blanks = [match.start() for match in re.finditer(r"(?<=\S) (?=\S)", text[:last][-4096:])]
-    cuts = [max(last - 4096, 0) + start for start in blanks[:-17:-1]]
-    if tokenizer is None:
-        return cuts[0] if cuts else last * (len(text) > 16 * BATCH_BYTES)
-    for cut in [*cuts, *range(last, last - 64, -1)]:
-        before, after = text[cut - _WINDOW : cut], text[cut : cut + _WINDOW]
-        whole, left, right = (encoding.ids for encoding in _encode(tokenizer, [before + after, before, after]))
-        if whole == left + right:
-            return cut
-    return 0
-
-
-def _encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[Encoding]:
-    backend = tokenizer.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
-    # A special token's name in a text is text.
-    backend.encode_special_tokens = True
-    return backend.encode_batch(texts, add_special_tokens=False)
-
-
 def _prepare(
-    batches: Iterator[list[_Piece]], tokenizer: PreTrainedTokenizerFast, options: dict, num_proc: int | None, file: Path
+    batches: Iterator[list[Piece]], tokenizer: PreTrainedTokenizerFast, options: dict, num_proc: int | None, file: Path
 ) -> Dataset:
     """Tokenise the documents of a split and make examples of them, in an Arrow file."""
     is_packed, masks = options["protocol"] == "packed", options["document_masks"]
@@ -278,7 +183,7 @@ def _prepare(
 
 
 def _tokenized(
-    tokenizer: PreTrainedTokenizerFast, end_of_text: list[int], whole: int, pieces: list[_Piece]
+    tokenizer: PreTrainedTokenizerFast, end_of_text: list[int], whole: int, pieces: list[Piece]
 ) -> tuple[np.ndarray, ...]:
     """Of a batch of pieces (ids, document, characters): each token, its document's number, and its characters.
 
@@ -288,7 +193,7 @@ def _tokenized(
         whole: most tokens of a document that stays whole, of which only the sum of characters counts.
         pieces: of the documents.
     """
-    encoded = _encode(tokenizer, [piece.text for piece in pieces])
+    encoded = encode(tokenizer, [piece.text for piece in pieces])
     ids = [
         [*encoding.ids, *(end_of_text if piece.ends else [])] for encoding, piece in zip(encoded, pieces, strict=True)
     ]

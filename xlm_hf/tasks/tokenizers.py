@@ -174,7 +174,7 @@ def pretrained_tokenizer(source: str) -> PreTrainedTokenizerFast:
     """
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of many kinds, if a file holds something else
         raise ValueError(
             f"the tokenizer {source!r} cannot be loaded ({str(error).splitlines()[0]}): choose 'byte', "
             f"{', '.join(map(repr, TRAINED))}, 'regex:PATTERN', a folder or a Hub id."
