@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
 from xlm_hf.building import compose, plain
-from xlm_hf.cli import main
+from xlm_hf.cli import _one_sentence, main
+from xlm_hf.commands import generate
 from xlm_hf.families import families
 from xlm_hf.hub.card import render_card
 from xlm_hf.modules.backbone_config import token_options
@@ -57,11 +59,23 @@ def folder(sound, tmp_path, monkeypatch):
     return tmp_path / "run"
 
 
+@pytest.fixture(scope="module")
+def composed():
+    options = ["job=generate", "prompts=prompts.jsonl", "output_dir=out", "generation.max_new_tokens=2"]
+    return compose("ilm_star", ["experiment=hostile", *TINY[2:], *options])
+
+
 def command(monkeypatch, capfd, *arguments):
     monkeypatch.setattr(sys, "argv", ["run_xlm.py", *arguments])
+    return ended(capfd, main)
+
+
+def ended(capfd, job):
+    """Exit status, and what was said."""
     status = 0
     try:
-        main()
+        with _one_sentence():
+            job()
     except SystemExit as stopped:
         status = stopped.code
     said = capfd.readouterr()
@@ -177,12 +191,13 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_folders_of_models(name, folder, monkeypatch, capfd):
+def test_folders_of_models(name, composed, folder, capfd):
     change, words = MODELS[name]
     change(folder / "model")
     (folder.parent / "prompts.jsonl").write_text('{"prompt": "1 2"}\n')
-    arguments = [*TINY, "job=generate", f"checkpoint={folder}/model", "prompts=prompts.jsonl", "output_dir=out"]
-    status, said = command(monkeypatch, capfd, *arguments, "generation.max_new_tokens=2")
+    # The job without its command line, which takes longer than all of this.
+    cfg = OmegaConf.merge(composed, {"checkpoint": f"{folder}/model"})
+    status, said = ended(capfd, lambda: generate.run(cfg))
     assert not Path(MARKER).exists()
     assert SECRET not in said
     # Without words it may be loaded as if what is hostile were not there.

@@ -11,9 +11,11 @@ import sys
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from omegaconf import OmegaConf
 
-from xlm_hf.cli import main
+from xlm_hf.building import compose
+from xlm_hf.cli import _one_sentence, main
+from xlm_hf.commands import generate, prepare_data
 from xlm_hf.families import families
 from xlm_hf.modules.backbone_config import token_options
 from xlm_hf.tasks.tokenizers import byte_tokenizer
@@ -117,6 +119,19 @@ def call(monkeypatch, capsys, folder, *arguments):
     return status, said.out, said.err
 
 
+def ended(capsys, folder, monkeypatch, job):
+    """The same of a job whose config was composed before, which a command line takes longer to do than all the rest."""
+    monkeypatch.chdir(folder)
+    status = 0
+    try:
+        with _one_sentence():
+            job()
+    except SystemExit as stopped:
+        status = stopped.code
+    said = capsys.readouterr()
+    return status, said.out, said.err
+
+
 @pytest.fixture
 def prepared(monkeypatch, tmp_path):
     monkeypatch.setenv("XLM_HF_CACHE", str(tmp_path / "cache"))
@@ -134,6 +149,13 @@ def test_files_that_cannot_be_read(name, content, words, prepared, monkeypatch, 
     assert err.startswith("Error: ")
     assert err.count("\n") == 1
     assert not list(prepared.glob("cache/*.incomplete"))
+
+
+@pytest.fixture(scope="module")
+def composed():
+    return compose(
+        "config", [*PREPARE, "experiment=files", "task.path=none", "task.validation_fraction=0", "task.test_fraction=0"]
+    )
 
 
 READABLE = [
@@ -160,20 +182,13 @@ READABLE = [
 
 
 @pytest.mark.parametrize(("name", "files", "text"), READABLE)
-def test_files_of_odd_kinds_are_read(name, files, text, prepared, monkeypatch, capsys):
+def test_files_of_odd_kinds_are_read(name, files, text, composed, prepared, monkeypatch, capsys):
     for file, content in files.items():
         put(prepared / file, content)
-    options = ["task.validation_fraction=0", "task.test_fraction=0"]
-    status, out, err = call(monkeypatch, capsys, prepared, *PREPARE, f"task.path='{name}'", *options)
+    cfg = OmegaConf.merge(composed, {"task": {"path": name}})
+    status, out, err = ended(capsys, prepared, monkeypatch, lambda: prepare_data.run(cfg))
     assert status == 0, err
     assert f"\n  input: {text}" in out
-
-
-def unknowing_tokenizer():
-    """Of a few letters, without one for what is not among them."""
-    model = Tokenizer(models.BPE({letter: number for number, letter in enumerate("row 0123456789")}, []))
-    model.pre_tokenizer = pre_tokenizers.Split(" ", "isolated")
-    return model.to_str().encode()
 
 
 TOKENIZERS = [
@@ -232,11 +247,11 @@ def model(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("content", "status", "words"), PROMPTS)
-def test_prompts(content, status, words, model, prepared, monkeypatch, capsys):
+def test_prompts(content, status, words, model, composed, prepared, monkeypatch, capsys):
     put(prepared / "prompts.jsonl", content)
-    job = ["family=mlm", "task=text", "size=tiny", "job=generate", f"checkpoint={model}", "output_dir=out"]
-    decode = ["prompts=prompts.jsonl", "generation.max_new_tokens=2"]
-    found, _, err = call(monkeypatch, capsys, prepared, *job, *decode)
+    job = {"job": "generate", "checkpoint": str(model), "output_dir": "out", "prompts": "prompts.jsonl"}
+    cfg = OmegaConf.merge(composed, job, {"generation": {"max_new_tokens": 2}})
+    found, _, err = ended(capsys, prepared, monkeypatch, lambda: generate.run(cfg))
     assert (found, words is None or words in err) == (status, True), err
     if status:
         assert err.splitlines()[-1].startswith("Error: ")

@@ -8,7 +8,7 @@ from datasets import Dataset, DatasetDict, IterableDataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from xlm_hf.tasks import load_task, text
+from xlm_hf.tasks import load_task, pieces, text
 from xlm_hf.tasks.corpora import UNUSED, locate
 from xlm_hf.tasks.detokenizers import lm1b
 from xlm_hf.tasks.tokenizers import byte_tokenizer, decode_text, pretrained_tokenizer
@@ -173,7 +173,7 @@ def test_a_folder_is_prepared_again_if_a_file_that_is_used_changes(tmp_path):
 @pytest.mark.parametrize("batch", [7, 1000])
 @pytest.mark.parametrize("document_masks", [True, False])
 def test_packed_chunks_are_those_of_the_whole_stream(batch, document_masks, corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(text, "BATCH_SIZE", batch)
+    monkeypatch.setattr(pieces, "BATCH_SIZE", batch)
     whole = load(corpus, tmp_path, validation_fraction=0, test_fraction=0, max_length=10**6)
     ids = whole.splits["train"]["input_ids"][:]
     if not document_masks:
@@ -203,7 +203,7 @@ def test_packed_chunks_are_those_of_the_whole_stream(batch, document_masks, corp
 
 @pytest.mark.parametrize("batch", [7, 1000])
 def test_long_documents_are_split_or_truncated(batch, corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(text, "BATCH_SIZE", batch)
+    monkeypatch.setattr(pieces, "BATCH_SIZE", batch)
     options = {"validation_fraction": 0, "test_fraction": 0}
     whole = load(corpus, tmp_path, **options, max_length=10**6).splits["train"]["input_ids"][:]
     split = load(corpus, tmp_path, **options, max_length=8).splits["train"]
@@ -232,9 +232,9 @@ def characters_by_a_loop(tokenizer, texts, has_end=False):
 @pytest.mark.parametrize("tokenizer", ["word", "byte"])
 def test_characters_are_those_of_the_original_text(tokenizer, tmp_path, monkeypatch):
     """Spaces, unknown words, letters of several bytes and the ends of lines count as what they are in the text."""
-    monkeypatch.setattr(text, "BATCH_SIZE", 7)
-    rng, pieces = random.Random(0), ["the", "of ", " the  ", "Zürich", "漢字", ",", " unseen-word "]
-    texts = ["".join(rng.choices(pieces, k=rng.randint(1, 9))) for _ in range(40)]
+    monkeypatch.setattr(pieces, "BATCH_SIZE", 7)
+    rng, words = random.Random(0), ["the", "of ", " the  ", "Zürich", "漢字", ",", " unseen-word "]
+    texts = ["".join(rng.choices(words, k=rng.randint(1, 9))) for _ in range(40)]
     data = DatasetDict(train=Dataset.from_dict({"text": texts}))
     data["train"].to_parquet(tmp_path / "texts.parquet")
     options = {"tokenizer": tokenizer, "validation_fraction": 0, "test_fraction": 0, "vocab_size": 10}

@@ -84,24 +84,26 @@ def star_graphs(
     Raises:
         ValueError: for settings that no graph, or not enough distinct graphs, can meet, and for a file that holds none.
     """
-    files: Mapping[str, Sequence[Path]] = {}
     settings = {"degree": degree, "min_arm_length": min_arm_length, "max_arm_length": max_arm_length}
     settings |= {"min_plan_length": min_plan_length, "num_labels": num_labels, "seed": seed}
     sizes = {"test": num_test, "validation": num_validation, "train": num_train}
-    key = {"generator": GENERATOR_VERSION, **settings, "sizes": sizes, "path_format": path_format}
-    if path is None:
-        _check(settings)
-    else:
-        files = local_files(source := locate(path, "path"))
-        key["path"] = content_key(source)
-
-    def build(_) -> Prepared:
-        return _build(settings, sizes, path_format) if path is None else _read(files, settings, sizes, path_format)
-
-    splits, tokenizer = cached(name, key, build, cache_dir)
+    (splits, tokenizer), files = _prepared(name, settings, sizes, path_format, path, cache_dir)
     task = Task(name=name, kind="seq2seq", splits=splits, tokenizer=tokenizer, files=files)
     task = task if edit_rate is None else with_sources(task, edit_rate, seed)
     return task if blank_rate is None else with_blanks(task, blank_rate, seed)
+
+
+def _prepared(
+    name: str, settings: dict[str, int], sizes: dict[str, int], path_format: str, path: str | None, cache_dir: Any
+) -> tuple[Prepared, Mapping[str, Sequence[Path]]]:
+    """The splits, drawn or read, and the files that they were read from."""
+    key = {"generator": GENERATOR_VERSION, **settings, "sizes": sizes, "path_format": path_format}
+    if path is None:
+        _check(settings)
+        return cached(name, key, lambda _: _build(settings, sizes, path_format), cache_dir), {}
+    files = local_files(source := locate(path, "path"))
+    key["path"] = content_key(source)
+    return cached(name, key, lambda _: _read(files, settings, sizes, path_format), cache_dir), files
 
 
 def _build(settings: dict[str, int], sizes: dict[str, int], path_format: str) -> Prepared:
