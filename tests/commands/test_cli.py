@@ -327,7 +327,7 @@ def test_a_job_on_a_run_reads_its_config(trained, capsys, monkeypatch, tmp_path)
         (r"_target_: xlm_hf\.tasks\.\S+", "_target_: os.system", "os.system"),
         (r"- exact_match", "- ./evil.py", "./evil.py"),
         (r"- exact_match", "- name: folder/evil", "folder/evil"),
-        (r"name: star_easy", "path: os:getcwd", "os:getcwd"),
+        (r"  path: null", "  path: os:getcwd", "os:getcwd"),
     ],
 )
 def test_a_config_from_elsewhere_brings_no_code(trained, capsys, monkeypatch, tmp_path, pattern, code, name):
