@@ -17,7 +17,8 @@ from datasets.fingerprint import Hasher
 
 from xlm_hf.modules.counter_random import uniform
 from xlm_hf.modules.messages import did_you_mean, import_target
-from xlm_hf.tasks.readers import KINDS, buffers_of, kind_of, read_files, release
+from xlm_hf.tasks.pieces import buffers_of, release
+from xlm_hf.tasks.readers import KINDS, kind_of, read_files
 
 logger = logging.getLogger(__name__)
 

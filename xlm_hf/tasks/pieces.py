@@ -1,8 +1,10 @@
 """Long documents in pieces, cut where the tokens are those of the whole, so that little text is held at a time."""
 
+import ctypes
+import mmap
 import re
-from collections.abc import Callable, Iterator, MutableSequence
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Iterator, MutableSequence
+from itertools import chain, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -12,12 +14,25 @@ from datasets import Dataset
 from tokenizers import Encoding
 from transformers import PreTrainedTokenizerFast
 
-from xlm_hf.tasks.readers import buffers_of, release
-
 # Documents, and bytes of text, that are tokenised at a time: the library needs some 250 bytes for each token.
 BATCH_SIZE, BATCH_BYTES = 10_000, 2**18
 # Characters on either side of a cut through a long document whose tokens must be the same without it.
 _WINDOW = 128
+# Advice to `madvise` of Linux; unlike others it loses nothing of memory that lies in no file.
+_PAGEOUT = 21
+_SYSTEM = ctypes.CDLL(None)
+
+
+def release(buffers: Iterable[pa.Buffer | None]) -> None:
+    """Let the system take back the memory of buffers that lie in a mapped file; it is read again when it is needed."""
+    for address, size in {(buffer.address, buffer.size) for buffer in buffers if buffer}:
+        start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+        _SYSTEM.madvise(ctypes.c_void_p(start), ctypes.c_size_t(max(0, address + size - start)), _PAGEOUT)
+
+
+def buffers_of(table: pa.Table) -> Iterator[pa.Buffer | None]:
+    """The buffers of a table, with those of neighbouring rows in them."""
+    return chain.from_iterable(chunk.buffers() for column in table.columns for chunk in column.chunks)
 
 
 class Piece(NamedTuple):

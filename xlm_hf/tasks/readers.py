@@ -1,12 +1,10 @@
 """Local files of texts, read as Arrow files in the memory of one document or a few megabytes, whichever is more."""
 
 import csv
-import ctypes
 import gzip
 import json
-import mmap
 import zlib
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -24,10 +22,6 @@ KINDS = (".txt", ".jsonl", ".json", ".parquet", ".csv", ".tsv")
 _BYTES_AT_ONCE = 2**22
 _BLOCK = 2**20
 _SEPARATORS = {"line": b"\n", "paragraph": b"\n\n", "document": None}
-
-# Advice to `madvise` of Linux; unlike others it loses nothing of memory that lies in no file.
-_PAGEOUT = 21
-_SYSTEM = ctypes.CDLL(None)
 
 # A row, with its number in the file: a line, or of a Parquet file a row.
 _Row = tuple[int, Mapping[str, Any]]
@@ -129,18 +123,6 @@ def _texts(texts: list[bytes | bytearray]) -> pa.Array:
 
 def _lists(rows: list[list[bytes | bytearray]]) -> pa.Array:
     return pa.ListArray.from_arrays(np.cumsum([0, *map(len, rows)], dtype=np.int32), _texts([*chain(*rows)]))
-
-
-def release(buffers: Iterable[pa.Buffer | None]) -> None:
-    """Let the system take back the memory of buffers that lie in a mapped file; it is read again when it is needed."""
-    for address, size in {(buffer.address, buffer.size) for buffer in buffers if buffer}:
-        start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
-        _SYSTEM.madvise(ctypes.c_void_p(start), ctypes.c_size_t(max(0, address + size - start)), _PAGEOUT)
-
-
-def buffers_of(table: pa.Table) -> Iterator[pa.Buffer | None]:
-    """The buffers of a table, with those of neighbouring rows in them."""
-    return chain.from_iterable(chunk.buffers() for column in table.columns for chunk in column.chunks)
 
 
 def json_rows(file: Path) -> Iterator[_Row]:
