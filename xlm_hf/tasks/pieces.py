@@ -3,6 +3,7 @@
 import ctypes
 import mmap
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, MutableSequence
 from itertools import chain, pairwise
 from typing import NamedTuple
@@ -20,12 +21,12 @@ BATCH_SIZE, BATCH_BYTES = 10_000, 2**18
 _WINDOW = 128
 # Advice to `madvise` of Linux; unlike others it loses nothing of memory that lies in no file.
 _PAGEOUT = 21
-_SYSTEM = ctypes.CDLL(None)
+_SYSTEM = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def release(buffers: Iterable[pa.Buffer | None]) -> None:
     """Let the system take back the memory of buffers that lie in a mapped file; it is read again when it is needed."""
-    for address, size in {(buffer.address, buffer.size) for buffer in buffers if buffer}:
+    for address, size in {(buffer.address, buffer.size) for buffer in buffers if buffer and _SYSTEM}:
         start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
         _SYSTEM.madvise(ctypes.c_void_p(start), ctypes.c_size_t(max(0, address + size - start)), _PAGEOUT)
 
