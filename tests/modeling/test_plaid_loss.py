@@ -173,7 +173,7 @@ def test_the_gradient_of_the_shape_is_that_of_the_second_moment():
 
 
 def test_documents_that_share_a_row_have_their_own_times_and_noise(tmp_path):
-    case = FamilyCase("plaid", "++train_collator.self_conditioning=0.5")
+    case = FamilyCase("plaid", "++collator.self_conditioning=0.5")
     check_documents_of_a_row(case, case.trainer(tmp_path).loss)
 
 
