@@ -26,7 +26,9 @@ _SYSTEM = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 def release(buffers: Iterable[pa.Buffer | None]) -> None:
     """Let the system take back the memory of buffers that lie in a mapped file; it is read again when it is needed."""
-    for address, size in {(buffer.address, buffer.size) for buffer in buffers if buffer and _SYSTEM}:
+    if _SYSTEM is None:
+        return
+    for address, size in {(buffer.address, buffer.size) for buffer in buffers if buffer}:
         start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
         _SYSTEM.madvise(ctypes.c_void_p(start), ctypes.c_size_t(max(0, address + size - start)), _PAGEOUT)
 
