@@ -38,6 +38,12 @@ def test_a_resumed_run_may_have_other_steps_and_a_cell_of_a_comparison_may_not(t
     check_same_run(tmp_path, longer)
     with pytest.raises(ValueError, match=r"was run with trainer\.max_steps=20 and not 21"):
         check_same_run(tmp_path, longer, whole=True)
+    two = compose("ilm_star", ["size=tiny", "seed=3", "model.hidden_size=64", "experiment=ilm_star"])
+    with pytest.raises(ValueError, match=r"model\.hidden_size=32 and not 64, seed=0 and not 3: choose"):
+        check_same_run(tmp_path, two)
+    other = compose("mdlm_star", ["size=tiny", "experiment=ilm_star"])
+    with pytest.raises(ValueError, match=r"(\S+=\S+ and not \S+, ){4}family=\S+ and not \S+ and \d+ more: choose"):
+        check_same_run(tmp_path, other)
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -58,6 +58,8 @@ _CHANGES = {
 # Options whose values are never written or shown.
 _SECRET = re.compile(r"\+*(.*\.)?(\w+_)?((hub|hf|access|auth)_token|api_key|password|secret)")
 
+# Differences of two configs that a message names.
+_MOST_SHOWN = 5
 # Of a process that is about to end.
 _SECONDS_TO_WAIT = 10
 _lock: list[FileLock] = []
@@ -79,7 +81,7 @@ def check_same_run(folder: Path, cfg: DictConfig, whole: bool = False) -> dict[s
     Raises:
         ValueError: if it is another run.
     """
-    file, changes = folder / "config.yaml", {}
+    file, changes, refused = folder / "config.yaml", {}, []
     if not file.exists():
         return {}
     found, wanted = (_flat(_with_own_evaluation(plain(config))) for config in (load_config(file), cfg))
@@ -90,11 +92,14 @@ def check_same_run(folder: Path, cfg: DictConfig, whole: bool = False) -> dict[s
         if before == now or kind == "harmless" or (name.startswith("data_hash.") and None in (before, now)):
             continue
         if whole or kind == "another":
-            raise ValueError(
-                f"{folder} was run with {name}={before} and not {now}: choose another output_dir, or remove that "
-                "folder to run it anew."
-            )
+            refused.append(f"{name}={before} and not {now}")
         changes[name] = (kind, before, now)
+    if refused:
+        more = f" and {len(refused) - _MOST_SHOWN} more" if len(refused) > _MOST_SHOWN else ""
+        raise ValueError(
+            f"{folder} was run with {', '.join(refused[:_MOST_SHOWN])}{more}: choose another output_dir, or remove "
+            "that folder to run it anew."
+        )
     return changes
 
 
