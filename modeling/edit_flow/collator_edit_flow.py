@@ -100,8 +100,6 @@ class EditFlowCollator(Collator):
         noise_length: of "uniform".
         drop_beta: for training alone: a larger one than 1 shows states in which more remains to be done. Each then
             counts as with 1.
-        source_dropout: for training alone, of "source": the share of documents that begin with nothing instead. What a
-            source holds tells much of the target; without it the network must learn to read the prompt.
         condition_dropout: for training alone: the share of documents whose prompts are left out, so that generation can
             be guided (`guidance_scale`).
 
@@ -152,7 +150,6 @@ class EditFlowCollator(Collator):
     coupling: Literal["empty", "uniform", "source"] = "empty"
     noise_length: PositiveInt = 100
     drop_beta: Positive = 1.0
-    source_dropout: PartialShare = 0.0
     condition_dropout: PartialShare = 0.0
 
     def training_batch(self, documents: Documents) -> dict[str, torch.Tensor]:
@@ -216,11 +213,7 @@ class EditFlowCollator(Collator):
             moves, num_columns = np.frombuffer(b"".join(rows), np.uint8), np.array([*map(len, rows)])
         else:
             moves, num_columns = aligned(sources, source_lengths, targets, lengths)
-        before, after = columns_of(moves, sources, targets)
-        of_columns = segment_numbers(num_columns)
-        before[(documents.uniforms(self.seed, "source") < self.source_dropout)[of_columns]] = BLANK
-        exists = (before != BLANK) | (after != BLANK)
-        return before[exists], after[exists], np.bincount(of_columns[exists], minlength=len(lengths))
+        return *columns_of(moves, sources, targets), num_columns
 
     def token_edits(self, after, remains, slots, num_slots: int) -> dict[str, np.ndarray]:
         """What remains to be done to the tokens that are there."""

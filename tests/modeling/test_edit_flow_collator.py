@@ -169,25 +169,6 @@ def test_an_alignment_that_is_given_is_taken():
     assert (batch["weights"] * batch["time_left"]).tolist() == pytest.approx([1.0] * 40)
 
 
-def test_a_share_of_the_documents_begins_with_nothing():
-    examples = with_sources(make_examples(400, V, min_target=2))
-    for example in examples:
-        # Nothing of the target is in the source, so that what stands there says how the document began.
-        example["target_ids"] = [7 + token % 10 for token in example["target_ids"]]
-        example["source_ids"] = [20 + token % 10 for token in example["source_ids"]] + [20] * 9
-    whole, empty = collated(examples, "source"), collated(examples, "empty")
-    # Without one, nothing is deleted or substituted, which the other batch does not say.
-    mixed = collated(examples, "source", source_dropout=0.3)
-    fresh, num = 0, 0
-    for of_whole, of_mixed, of_empty in zip(*map(documents_of, (whole, mixed, empty)), strict=True):
-        assert of_mixed in (of_whole, of_empty)
-        # Both are the target where no edit remains.
-        num += of_whole != of_empty
-        fresh += of_whole != of_empty == of_mixed
-    assert num > 300
-    assert abs(fresh - 0.3 * num) < 4 * math.sqrt(num * 0.3 * 0.7)
-
-
 @pytest.mark.parametrize("coupling", ["empty", "source"])
 def test_prompts_and_what_is_to_be_edited(coupling):
     examples = with_sources(make_examples(9, V))
