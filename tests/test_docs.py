@@ -139,6 +139,7 @@ def test_every_public_module_has_an_entry_in_the_reference():
     ],
 )
 def test_the_site_links_the_repository_that_it_is_built_from(origin, link, monkeypatch):
+    pytest.importorskip("mkdocs")
     hooks = runpy.run_path(str(ROOT / "docs" / "hooks.py"))
     answer = subprocess.CompletedProcess([], 0, stdout=f"{origin}\n")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: answer)

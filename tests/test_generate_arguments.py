@@ -275,7 +275,9 @@ def test_criteria_are_asked_at_every_step_and_may_answer_for_the_batch(written, 
     criterion = Never()
     output = decode(written, **prompts, stopping_criteria=[criterion])
     assert criterion.calls == 2
-    assert output.finish_reason == ["stop", "stop"]
+    # A Levenshtein Transformer has filled its rows by then.
+    reason = "length" if written[0].cfg.family == "levenshtein_transformer" else "stop"
+    assert output.finish_reason == [reason, reason]
 
 
 def test_a_text_streamer_prints_the_text_that_is_returned(written, capsys):
@@ -292,13 +294,14 @@ def test_a_text_streamer_prints_the_text_that_is_returned(written, capsys):
 
 
 def test_a_processor_of_transformers_forbids_a_token_and_a_suppressed_one_too(written, prompts):
-    model, allowed = written[1], 9
-    others = [token for token in range(model.config.vocab_size) if token not in (allowed, model.config.eos_token_id)]
+    model = written[1]
+    allowed = {9, getattr(model.config, "eos_token_id", None)}
+    others = [token for token in range(model.config.vocab_size) if token not in allowed]
     processor = SuppressTokensLogitsProcessor(others)
     for options in ({"logits_processor": [processor]}, {"suppress_tokens": others}):
         output = decode(written, **prompts, return_history=True, **options)
         new = output.sequences[output.history >= 0].tolist()
-        assert set(new) <= {allowed, model.config.eos_token_id}
+        assert set(new) <= allowed
 
 
 def test_a_left_to_right_model_is_decoded_in_all_ways_of_transformers():

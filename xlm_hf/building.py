@@ -251,7 +251,7 @@ def _loading(source: str) -> Iterator[None]:
     """Say in one sentence why nothing can be loaded from a Hub id or a folder."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, AttributeError, TypeError, LookupError, AssertionError) as error:
         raise ValueError(f"{source} does not fit its config.json: {' '.join(str(error).split())[:300]}") from error
     except OSError as error:
         if isinstance(error.__cause__, RepositoryNotFoundError):

@@ -55,7 +55,11 @@ _OPTIONS: dict[str, Any] = {
     **dict.fromkeys(("num_samples", "parallel"), PositiveInt),
     **dict.fromkeys(("model", "loss", "collator", "train_collator", "generation", "trainer", "task"), dict),
     **dict.fromkeys(("budget", "early_stopping", "nfe_sweep"), dict),
-    **{"seed": Count, "num_threads": PositiveInt | None, "seeds": Annotated[list[int], Interval("[0, inf)")]},
+    **{
+        "seed": Count,
+        "num_threads": Annotated[int, Interval("[1, 1024]")] | None,
+        "seeds": Annotated[list[int], Interval("[0, inf)")],
+    },
 }
 
 
@@ -191,16 +195,25 @@ def _run_of_a_sweep(cfg: DictConfig) -> None:
         print(f"Error: {folder.name}: {explain(error)}", file=sys.stderr)
 
 
-def _run(cfg: DictConfig) -> None:
+def _check_options(cfg: DictConfig) -> None:
+    """Raise ValueError for an option of no group that is not what it must be."""
     for option, kind in _OPTIONS.items():
         if option in cfg:
             check_value(option, cfg[option], kind)
+            if cfg[option] == "":
+                raise ValueError(f"{option} is empty: give it a value, or leave it out.")
+
+
+def _run(cfg: DictConfig) -> None:
+    _check_options(cfg)
     translate_config(cfg)
     if HydraConfig.initialized():
         name = HydraConfig.get().job.config_name
         cfg.experiment = cfg.experiment or (f"{cfg.family}_{cfg.task.name}" if name == "config" else name)
         if "debug" in cfg:
             apply_debug_options(cfg, HydraConfig.get().overrides.task)
+    if cfg.experiment and (Path(cfg.experiment).is_absolute() or ".." in Path(cfg.experiment).parts):
+        raise ValueError(f"experiment must be a name and is {cfg.experiment!r}: output_dir says where a run is.")
     if cfg.num_threads is not None:
         torch.set_num_threads(cfg.num_threads)
     names = (module.name for module in pkgutil.iter_modules(xlm_hf.commands.__path__))

@@ -139,7 +139,8 @@ def test_no_secret_is_written_or_shown(finished, monkeypatch):
     files = [file for file in finished.rglob("*") if file.is_file()]
     assert len(files) > 10
     assert not [file for file in files if b"hf_SECRET" in file.read_bytes()]
-    monkeypatch.setattr(sys, "argv", ["run_xlm.py", "++trainer.hub_token=hf_SECRET", "task.num_samples=3", "a=1"])
+    secrets = ["++trainer.hub_token=hf_SECRET", "+trainer={hub_token: hf_SECRET}"]
+    monkeypatch.setattr(sys, "argv", ["run_xlm.py", *secrets, "task.num_samples=3", "a=1"])
     assert next_command("b=2") == "python run_xlm.py task.num_samples=3 a=1 b=2"
     monkeypatch.setattr(sys, "argv", ["/env/bin/xlm-hf", "a=1"])
     assert next_command("b=2") == "xlm-hf a=1 b=2"
@@ -184,6 +185,12 @@ def test_the_state_of_another_optimiser_is_refused(pair, tmp_path):
     make_trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1, **options[0]).train()
     with pytest.raises(ValueError, match="checkpoint-1 holds the state of another optimiser"):
         make_trainer(tmp_path, max_steps=2, **options[1]).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_checkpoints_without_a_config_are_of_no_run_that_could_go_on(composed, tmp_path):
+    (tmp_path / "checkpoint-2").mkdir()
+    with pytest.raises(ValueError, match=r"holds checkpoints and no config.yaml, which says of what run"):
+        check_same_run(tmp_path, composed)
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -367,5 +367,5 @@ def test_what_cannot_be_is_refused_in_one_sentence():
         model(torch.tensor([[BOS]]))
     with pytest.raises(ValueError, match="must be told the time"):
         network(conditioning="none")
-    with pytest.raises(ValueError, match="does not run from 1 to 0"):
+    with pytest.raises(ValueError, match=r"does not run from data .alpha 1. to pure noise"):
         network(noise_schedule="geometric")

@@ -385,5 +385,5 @@ def test_what_cannot_be_is_refused_in_one_sentence():
     with pytest.raises(ValueError, match="must be told the time"):
         FlexMDMConfig(conditioning="none")
     for name in ("insertion_schedule", "unmasking_schedule"):
-        with pytest.raises(ValueError, match=r"'geometric' does not run from data .alpha 1. to nothing .alpha 0."):
+        with pytest.raises(ValueError, match=r"'geometric' does not run from data .alpha 1. to pure noise .alpha 0."):
             FlexMDMConfig(**{name: "geometric"})

@@ -44,3 +44,11 @@ def test_rare_tokens_can_be_drawn_in_float32():
     logits = torch.log(torch.tensor([1e-9, 1.0]))
     assert int(sample_categorical(logits, torch.tensor(0.5e-9, dtype=torch.float64))) == 0
     assert int(sample_categorical(logits, torch.tensor(2e-9, dtype=torch.float64))) == 1
+
+
+@pytest.mark.parametrize("options", [{"temperature": 1e-300}, {"temperature": 1e300}, {"top_p": 1e-300}])
+def test_extreme_options_leave_something_to_draw(options):
+    logits = torch.tensor([[0.5, 2.0, -torch.inf, 1.0]])
+    probabilities = filter_logits(logits, **options).softmax(dim=-1)
+    expected = [1 / 3, 1 / 3, 0, 1 / 3] if options.get("temperature") == 1e300 else [0.0, 1.0, 0.0, 0.0]
+    torch.testing.assert_close(probabilities, torch.tensor([expected]))

@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from tests.training.test_averages import SaveWeights
 from tests.training.test_trainer import EXACT, assert_same_weights, evaluation_sets, make_trainer, weights
 from xlm_hf.modeling.ilm import ILMForInsertionLM
+from xlm_hf.testing import FamilyCase
 from xlm_hf.training.arguments import XLMTrainingArguments
 from xlm_hf.training.checkpoints import (
     delete_old_checkpoints,
@@ -255,3 +256,21 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_can_be_repeated(tmp_path, v
     torch.set_rng_state(load_file(folder / "batch-0-0.safetensors")["random_state_cpu"])
     repeated = trainer.loss.loss(model, batch).loss_sum / 8
     assert repeated.item() == pytest.approx(losses(reference)[bad], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "reason"),
+    [
+        (lambda folder: (folder / "optimizer.pt").unlink(), "it holds no optimizer.pt"),
+        (lambda folder: (folder / "scheduler.pt").unlink(), "it holds no scheduler.pt"),
+        (lambda folder: (folder / "trainer_state.json").write_text("{}"), "its trainer_state.json is that of step 0"),
+        (lambda folder: (folder / "trainer_state.json").write_text('{"a": 1}'), "its trainer_state.json is damaged"),
+        (lambda folder: folder.rename(folder.with_name("checkpoint-9")), "its trainer_state.json is that of step 2"),
+    ],
+)
+def test_a_training_goes_on_from_whole_states_alone(spoilt, reason, tmp_path, caplog):
+    FamilyCase("ilm", "trainer.max_steps=2", "trainer.save_steps=1").trainer(tmp_path).train()
+    assert last_sound_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+    spoilt(tmp_path / "checkpoint-2")
+    assert last_sound_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
+    assert reason in caplog.text

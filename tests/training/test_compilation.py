@@ -41,13 +41,14 @@ def test_batches_of_one_shape_share_one_graph_and_have_the_gradients_of_the_othe
     case, graphs = FamilyCase(family), CompileCounterWithBackend("aot_eager")
     model, loss = case.model(), case.trainer(tmp_path).loss
     collator, compiled = case.collator("seq2seq", model), torch.compile(model, fullgraph=True, backend=graphs)
-    shapes = set()
+    # A loss of several passes has a graph for each.
+    shapes, passes = set(), 2 if family == "levenshtein_transformer" else 1
     for plain, static in zip(batches(case, collator), batches(case, StaticShapes(collator, LENGTH)), strict=True):
         shapes.add(tuple((name, tuple(x.shape)) for name, x in static.items()))
-        with torch._dynamo.config.patch(error_on_recompile=True):
+        with torch._dynamo.config.patch(error_on_recompile=graphs.frame_count == passes):
             results = loss_and_gradients(compiled, loss, static)
         assert_close(results, loss_and_gradients(model, loss, plain))
-    assert len(shapes) == graphs.frame_count == 1
+    assert (len(shapes), graphs.frame_count) == (1, passes)
 
 
 @pytest.mark.parametrize("family", families())

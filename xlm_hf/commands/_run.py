@@ -38,7 +38,7 @@ from xlm_hf.saved_configs import load_config
 from xlm_hf.tasks import Task
 from xlm_hf.tasks.tokenizers import tokenizer_key
 from xlm_hf.training.callbacks.predictions import show_predictions, write_predictions
-from xlm_hf.training.checkpoints import step_of
+from xlm_hf.training.checkpoints import list_checkpoints, step_of
 
 # What a change of an option means for a folder that has a run; the first pattern decides.
 # "harmless": nothing. "measured": taken by a training and recorded; another result in a comparison. "trained": the
@@ -57,6 +57,7 @@ _CHANGES = {
 }
 # Options whose values are never written or shown.
 _SECRET = re.compile(r"\+*(.*\.)?(\w+_)?((hub|hf|access|auth)_token|api_key|password|secret)")
+_SECRET_OPTION = re.compile(rf"{_SECRET.pattern}\s*[:=]")
 
 # Differences of two configs that a message names.
 _MOST_SHOWN = 5
@@ -83,6 +84,11 @@ def check_same_run(folder: Path, cfg: DictConfig, whole: bool = False) -> dict[s
     """
     file, changes, refused = folder / "config.yaml", {}, []
     if not file.exists():
+        if list_checkpoints(folder):
+            raise ValueError(
+                f"{folder} holds checkpoints and no config.yaml, which says of what run: restore it, or choose another "
+                "output_dir."
+            )
         return {}
     found, wanted = (_flat(_with_own_evaluation(plain(config))) for config in (load_config(file), cfg))
     for name in sorted(found.keys() | wanted.keys()):
@@ -242,12 +248,13 @@ def model_of_checkpoint(cfg: DictConfig) -> PreTrainedModel:
 
 
 def write_results(output_dir: Path, metrics: dict[str, float], predictions: dict[str, list[dict[str, Any]]]) -> None:
-    """Write `metrics.json` and `predictions/<set>.jsonl`, in place of journals and of what an earlier call wrote."""
+    """Write `metrics.json`, if there are any, and `predictions/<set>.jsonl`, in place of journals and earlier files."""
     for name, records in predictions.items():
         write_predictions(output_dir, name, records)
     for journal in (output_dir / "predictions").glob(f"*{JOURNAL_SUFFIX}"):
         journal.unlink()
-    write_text(output_dir / "metrics.json", json.dumps(metrics, indent=2, sort_keys=True, default=float) + "\n")
+    if metrics:
+        write_text(output_dir / "metrics.json", json.dumps(metrics, indent=2, sort_keys=True, default=float) + "\n")
 
 
 def say_results(output_dir: Path, metrics: dict[str, float], predictions: dict[str, list[dict[str, Any]]]) -> None:
@@ -313,7 +320,7 @@ def next_command(*overrides: str) -> str:
     if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
         arguments = ["--config-name", str(HydraConfig.get().job.config_name), *HydraConfig.get().overrides.task]
     named = [(argument.split("=")[0], argument.removeprefix("++")) for argument in arguments]
-    kept = [argument for name, argument in named if name not in replaced and not _SECRET.fullmatch(name)]
+    kept = [argument for name, argument in named if name not in replaced and not _SECRET_OPTION.search(argument)]
     program = ["python", sys.argv[0]] if sys.argv[0].endswith(".py") else [Path(sys.argv[0]).name]
     return shlex.join([*program, *kept, *overrides])
 

@@ -59,7 +59,7 @@ def run(cfg: DictConfig) -> list[dict[str, Any]]:
             say(render(record, decode, tokenizer.pad_token) + "\n")
     records = [record for record, _ in journal]
     decodes = [Decode.from_dict(decode) for _, decode in journal]
-    write_results(output_dir, {"samples": len(records)}, {"generate": records})
+    write_results(output_dir, {}, {"generate": records})
     write_text(output_dir / "decodes.html", history_html(decodes, streamer.separator, cfg.experiment))
     if is_vision_available() and is_matplotlib_available():
         save_gif(decodes[0], output_dir / "decode.gif", streamer.separator)

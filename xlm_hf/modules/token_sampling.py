@@ -26,15 +26,16 @@ def filter_logits(
     """
     logits = logits.float()
     if temperature != 1:
-        logits = logits / temperature
+        # Neither it nor a quotient leaves the range of float32.
+        logits = logits / min(max(temperature, 1e-30), 1e30)
     if top_k and top_k < logits.shape[-1]:
         kth_largest = logits.topk(top_k, dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < kth_largest, -torch.inf)
     if top_p is not None and top_p < 1:
         sorted_logits, order = logits.sort(dim=-1, descending=True, stable=True)
         probabilities = sorted_logits.softmax(dim=-1)
-        mass_before = probabilities.cumsum(dim=-1) - probabilities
-        dropped = (mass_before >= top_p).scatter(-1, order, mass_before >= top_p)
+        is_behind = probabilities.cumsum(dim=-1) - probabilities >= max(top_p, 1e-30)
+        dropped = is_behind.scatter(-1, order, is_behind)
         logits = logits.masked_fill(dropped, -torch.inf)
     return logits
 

@@ -105,6 +105,21 @@ def saved_state(checkpoint: Path) -> TrainerState:
     return TrainerState.load_from_json(str(file))
 
 
+def _fault_of_state(checkpoint: Path) -> str | None:
+    """Why a training cannot go on from a checkpoint whose weights are sound; None if nothing is found."""
+    # FSDP and DeepSpeed keep the optimiser in files of their own.
+    is_sharded = any(re.match(r"optimizer_|optimizer\.bin|global_step", file.name) for file in checkpoint.iterdir())
+    needed = ["trainer_state.json", *([] if is_sharded else ["optimizer.pt", "scheduler.pt"])]
+    missing = [name for name in needed if not (checkpoint / name).exists()]
+    if missing:
+        return f"it holds no {missing[0]}"
+    try:
+        step = saved_state(checkpoint).global_step
+    except (TypeError, ValueError, KeyError, AttributeError):
+        return "its trainer_state.json is damaged"
+    return None if step == step_of(checkpoint) else f"its trainer_state.json is that of step {step}"
+
+
 def last_sound_checkpoint(output_dir: Path) -> Path | None:
     """The newest checkpoint of a run that can be resumed; damaged ones are named in a warning and skipped.
 
@@ -113,9 +128,7 @@ def last_sound_checkpoint(output_dir: Path) -> Path | None:
     """
     found = list_checkpoints(output_dir)
     for checkpoint in reversed(found):
-        reason = fault(checkpoint)
-        if reason is None and not (checkpoint / "trainer_state.json").exists():
-            reason = "it holds no trainer_state.json"
+        reason = fault(checkpoint) or _fault_of_state(checkpoint)
         if reason is None:
             return checkpoint
         logger.warning("%s is skipped: %s.", checkpoint, reason)
