@@ -35,6 +35,13 @@ SKIPPED = {
     "test_generation_tester_mixin_inheritance": "the source distribution leaves out the tests that it asks for; "
     "tests/test_generate_arguments.py has a table of all arguments of generate"
 }
+# Of single families.
+SKIPPED_OF = {
+    "plaid": dict.fromkeys(
+        ("test_inputs_embeds", "test_inputs_embeds_matches_input_ids"),
+        "the model sees a second table of vectors by the ids, which it needs beside inputs_embeds",
+    )
+}
 # For what reasons the suite itself may skip a test, and why that is no defect. Beside them are tests that need an
 # accelerator, DeepSpeed or a package that is not installed, which it skips before they begin.
 REASONS = {
@@ -120,6 +127,10 @@ def at_half_time(forward):
             kwargs = {**dict.fromkeys(names, torch.full((len(tokens),), 0.5, device=tokens.device)), **kwargs}
         return forward(self, *args, **kwargs)
 
+    signature = inspect.signature(forward)
+    # A model that takes noise is one of images to the suite.
+    kept = [parameter for name, parameter in signature.parameters.items() if name != "noise"]
+    timed.__signature__ = signature.replace(parameters=kept)
     return timed
 
 
@@ -137,7 +148,10 @@ def case_of(name, family, suite):
         raise unittest.SkipTest(reason)
 
     members = {"setUp": set_up, "skipTest": skip_test, "all_model_classes": (family.model_class,)}
-    members |= {test: unittest.skip(reason)(lambda self: None) for test, reason in SKIPPED.items()}
+    members |= {
+        test: unittest.skip(reason)(lambda self: None)
+        for test, reason in {**SKIPPED, **SKIPPED_OF.get(name, {})}.items()
+    }
     return type(f"Test_{name}", (suite.ModelTesterMixin, unittest.TestCase), members)
 
 

@@ -99,6 +99,15 @@ class PlaidForGaussianDiffusion(PlaidPreTrainedModel, PlaidGenerationMixin):
         weight = self.vectors.weight
         return normalize(weight.to(torch.promote_types(weight.dtype, torch.float32)), dim=-1)
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """As in transformers; the tokens that come have fresh vectors."""
+        embeddings, old = super().resize_token_embeddings(*args, **kwargs), self.vectors
+        self.vectors = nn.Embedding(embeddings.num_embeddings, old.embedding_dim).to(old.weight)
+        self._init_weights(self.vectors)
+        num = min(old.num_embeddings, self.vectors.num_embeddings)
+        self.vectors.weight.data[:num] = old.weight.data[:num]
+        return embeddings
+
     @can_return_tuple
     def forward(
         self,

@@ -168,3 +168,15 @@ def test_options_of_the_sampler_are_checked():
     for options in ({"score_temperature": 0.0}, {"num_steps": 0}, {"score_temprature": 1.0}):
         with pytest.raises(ValueError, match=r"score_temperature|num_steps"):
             model.generate(torch.tensor([[BOS]]), max_new_tokens=2, **options)
+
+
+def test_a_resized_vocabulary_has_vectors():
+    model = make_model()
+    before, size = model.vectors.weight.clone(), model.config.vocab_size
+    model.resize_token_embeddings(size + 3)
+    assert model.table().shape == (size + 3, before.shape[1])
+    assert torch.equal(model.vectors.weight[:size], before)
+    assert model.vectors.weight[size:].abs().min() > 0
+    model.resize_token_embeddings(size - 1)
+    assert torch.equal(model.vectors.weight, before[:-1])
+    assert model(torch.tensor([[1, 2]]), times=torch.tensor([0.5])).logits.shape == (1, 2, size - 1)
