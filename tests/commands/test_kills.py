@@ -33,7 +33,7 @@ COMMANDS = {
     "accumulation": ["--config-name=ilm_star", *STAR, "trainer.gradient_accumulation_steps=2"],
     "workers and packing": [*TEXT, "task.protocol=packed", "trainer.dataloader_num_workers=2"],
     "a stream": [*TEXT, "task.streaming=true", "trainer.ema_decay=0.9"],
-    "two ranks": ["--config-name=mdlm_star", *STAR, "trainer.use_cpu=true", "trainer.global_batch_size=8"],
+    "two ranks": ["--config-name=mdlm_star", *STAR, "trainer.use_cpu=true", "trainer.per_device_train_batch_size=4"],
     "compare": ["--config-dir=.", "--config-name=mine", "size=tiny", "output_dir=out"],
     "multirun": ["--multirun", "--config-name=arlm_star", *STAR, "seed=0,1"],
 }
