@@ -24,17 +24,11 @@ class ARLMConfig(RotaryTransformerConfig):
     """
 
     model_type = "arlm"
+    written_specials = ("eos",)
 
-    pad_token_id: Count | None = 0
-    bos_token_id: Count | None = 4
     eos_token_id: Count | None = 3
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         if self.shift_logits:
             raise ValueError("A left-to-right model always predicts the next token: unset shift_logits.")
-
-    @property
-    def suppressed_ids(self) -> list[int]:
-        """The ids that no sequence gets."""
-        return sorted({*(self.suppress_tokens or ())} - {self.eos_token_id})

@@ -27,11 +27,10 @@ class BD3LMConfig(RotaryTransformerConfig):
     """
 
     model_type = "bd3lm"
+    written_specials = ("pad", "eos")
 
     block_length: PositiveInt = 4
-    pad_token_id: Count | None = 0
     mask_token_id: Count = 2
-    bos_token_id: Count | None = 4
     eos_token_id: Count | None = 3
 
     def __post_init__(self, **kwargs):
@@ -43,9 +42,3 @@ class BD3LMConfig(RotaryTransformerConfig):
                 "window of columns is what it is when a block is sampled: unset shift_logits, and choose a backbone "
                 "without sliding windows."
             )
-
-    @property
-    def suppressed_ids(self) -> list[int]:
-        """The ids that no sequence gets."""
-        content = {self.eos_token_id, self.pad_token_id}
-        return sorted({*(self.suppress_tokens or ()), self.mask_token_id} - content)

@@ -37,9 +37,7 @@ class EditFlowConfig(RotaryTransformerConfig):
 
     model_type = "edit_flow"
 
-    pad_token_id: Count | None = 0
     cls_token_id: Count = 1
-    bos_token_id: Count | None = 4
     eos_token_id: Count | None = None
     conditioning: Literal["none", "adaln", "token"] = "token"
     coupling: Literal["empty", "uniform", "source"] = "empty"

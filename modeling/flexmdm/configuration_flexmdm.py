@@ -37,9 +37,7 @@ class FlexMDMConfig(RotaryTransformerConfig):
 
     model_type = "flexmdm"
 
-    pad_token_id: Count | None = 0
     mask_token_id: Count = 2
-    bos_token_id: Count | None = 4
     eos_token_id: Count | None = 3
     conditioning: Literal["none", "adaln", "token"] = "token"
     insertion_schedule: str | dict[str, Any] = "linear"
@@ -61,8 +59,3 @@ class FlexMDMConfig(RotaryTransformerConfig):
     def end_token_id(self) -> int | None:
         """The token that the network reads behind the text."""
         return {"eos": self.eos_token_id, "pad": self.pad_token_id, None: None}[self.end_token]
-
-    @property
-    def suppressed_ids(self) -> list[int]:
-        """The ids that no sequence gets."""
-        return sorted({*(self.suppress_tokens or ()), self.mask_token_id})

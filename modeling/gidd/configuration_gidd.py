@@ -37,22 +37,15 @@ class GIDDConfig(RotaryTransformerConfig):
     """
 
     model_type = "gidd"
+    written_specials = ("pad", "eos")
 
     uniform_share: PartialShare = 0.2
     gamma: Annotated[float, Interval("(0, 2]")] = 1.0
     noise_schedule: str | dict[str, Any] = "linear"
     conditioning: Literal["none", "adaln", "token"] = "adaln"
-    pad_token_id: Count | None = 0
     mask_token_id: Count = 2
-    bos_token_id: Count | None = 4
     eos_token_id: Count | None = 3
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         make_whole_schedule(self.noise_schedule)
-
-    @property
-    def suppressed_ids(self) -> list[int]:
-        """The ids that no sequence gets."""
-        content = {self.eos_token_id, self.pad_token_id}
-        return sorted({*(self.suppress_tokens or ()), self.mask_token_id} - content)

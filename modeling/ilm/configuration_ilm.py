@@ -26,8 +26,6 @@ class ILMConfig(RotaryTransformerConfig):
 
     model_type = "ilm"
 
-    pad_token_id: Count | None = 0
     cls_token_id: Count = 1
-    bos_token_id: Count | None = 4
     eos_token_id: Count | None = None
     num_missing_classes: Count = 2

@@ -23,12 +23,6 @@ class InsertionTransformerConfig(RotaryTransformerConfig):
     """
 
     model_type = "insertion_transformer"
+    written_specials = ("eos",)
 
-    pad_token_id: Count | None = 0
-    bos_token_id: Count | None = 4
     eos_token_id: Count | None = 3
-
-    @property
-    def suppressed_ids(self) -> list[int]:
-        """The ids that no slot gets."""
-        return sorted({*(self.suppress_tokens or ())} - {self.eos_token_id})

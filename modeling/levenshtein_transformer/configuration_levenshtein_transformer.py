@@ -24,12 +24,5 @@ class LevenshteinTransformerConfig(RotaryTransformerConfig):
 
     model_type = "levenshtein_transformer"
 
-    pad_token_id: Count | None = 0
     mask_token_id: Count = 2
-    bos_token_id: Count | None = 4
     max_placeholders: PositiveInt = 255
-
-    @property
-    def suppressed_ids(self) -> list[int]:
-        """The ids that no placeholder becomes."""
-        return sorted({*(self.suppress_tokens or ()), self.mask_token_id})

@@ -37,22 +37,15 @@ class MDLMConfig(RotaryTransformerConfig):
     """
 
     model_type = "mdlm"
+    written_specials = ("pad", "eos")
 
     time_conditioning: bool = True
     noise_schedule: str | dict[str, Any] = "log_linear"
     noise_eps: Annotated[float, Interval("(0, 1)")] = 1e-3
-    pad_token_id: Count | None = 0
     mask_token_id: Count = 2
-    bos_token_id: Count | None = 4
     eos_token_id: Count | None = 3
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         make_schedule(self.noise_schedule)
         self.time_conditioning = self.time_conditioning and self.conditioning != "none"
-
-    @property
-    def suppressed_ids(self) -> list[int]:
-        """The ids that no sequence gets."""
-        content = {self.eos_token_id, self.pad_token_id}
-        return sorted({*(self.suppress_tokens or ()), self.mask_token_id} - content)

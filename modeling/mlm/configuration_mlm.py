@@ -30,10 +30,8 @@ class MLMConfig(RotaryTransformerConfig):
 
     model_type = "mlm"
 
-    pad_token_id: Count | None = 0
     mask_token_id: Count = 2
     eos_token_id: Count | None = 3
-    bos_token_id: Count | None = 4
     max_canvas_length: Count | None = None
 
     def __post_init__(self, **kwargs):
@@ -50,10 +48,11 @@ class MLMConfig(RotaryTransformerConfig):
                 "With shift_logits the first token is read at [BOS], which does not see the canvas of a model with "
                 "max_canvas_length: unset one of the two."
             )
+        ids = (self.pad_token_id, self.eos_token_id, self.bos_token_id)
+        ends = [token_id for token_id in ids if token_id is not None]
+        self.suppress_tokens = sorted({*(self.suppress_tokens or ()), *ends})
 
     @property
-    def suppressed_ids(self) -> list[int]:
-        """The ids that no sequence gets."""
-        listed, ends = {*(self.suppress_tokens or ()), self.mask_token_id}, {self.pad_token_id, self.eos_token_id}
-        of_canvas = listed - ends if self.max_canvas_length is None else listed | ends | {self.bos_token_id}
-        return sorted(token_id for token_id in of_canvas if token_id is not None)
+    def written_specials(self) -> tuple[str, ...]:  # type: ignore[override]
+        """What a canvas holds beside text; one whose length is named has no end to be said."""
+        return ("pad", "eos") if self.max_canvas_length is None else ()

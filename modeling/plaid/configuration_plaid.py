@@ -37,6 +37,7 @@ class PlaidConfig(RotaryTransformerConfig):
     """
 
     model_type = "plaid"
+    written_specials = ("pad", "eos")
 
     embedding_size: PositiveInt = 16
     gamma_min: float = -3.0
@@ -44,9 +45,7 @@ class PlaidConfig(RotaryTransformerConfig):
     noise_schedule: Literal["linear", "learnt"] = "learnt"
     self_conditioning: bool = True
     conditioning: Literal["none", "adaln", "token"] = "adaln"
-    pad_token_id: Count | None = 0
     mask_token_id: Count = 2
-    bos_token_id: Count | None = 4
     eos_token_id: Count | None = 3
 
     def __post_init__(self, **kwargs):
@@ -57,10 +56,3 @@ class PlaidConfig(RotaryTransformerConfig):
             )
         if self.conditioning == "none":
             raise ValueError("conditioning is 'none', and no position shows how noisy it is: choose adaln or token.")
-
-    @property
-    def suppressed_ids(self) -> list[int]:
-        """The ids that no sequence gets."""
-        content = {self.eos_token_id, self.pad_token_id}
-        suppressed = {*(self.suppress_tokens or ()), self.mask_token_id} - content
-        return sorted(i for i in suppressed if i < self.vocab_size)

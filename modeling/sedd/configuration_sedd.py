@@ -38,24 +38,16 @@ class SEDDConfig(RotaryTransformerConfig):
     """
 
     model_type = "sedd"
+    written_specials = ("pad", "eos")
 
     kernel: Literal["absorb", "uniform"] = "absorb"
     noise_schedule: str | dict[str, Any] = "log_linear"
     scaled_scores: bool = True
     conditioning: Literal["adaln", "token"] = "adaln"
     noise_eps: Annotated[float, Interval("(0, 1)")] = 1e-3
-    pad_token_id: Count | None = 0
     mask_token_id: Count = 2
-    bos_token_id: Count | None = 4
     eos_token_id: Count | None = 3
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         make_schedule(self.noise_schedule)
-
-    @property
-    def suppressed_ids(self) -> list[int]:
-        """The ids that no sequence gets."""
-        content = {self.eos_token_id, self.pad_token_id}
-        suppressed = {*(self.suppress_tokens or ()), self.mask_token_id} - content
-        return sorted(i for i in suppressed if i < self.vocab_size)

@@ -39,25 +39,17 @@ class UDLMConfig(RotaryTransformerConfig):
     """
 
     model_type = "udlm"
+    written_specials = ("pad", "eos")
 
     noise_schedule: str | dict[str, Any] = "log_linear"
     prediction_type: Literal["leave_one_out", "denoiser"] = "leave_one_out"
     conditioning: Literal["none", "adaln", "token"] = "adaln"
     time_conditioning: bool = True
     noise_eps: Annotated[float, Interval("(0, 1)")] = 1e-3
-    pad_token_id: Count | None = 0
     mask_token_id: Count = 2
-    bos_token_id: Count | None = 4
     eos_token_id: Count | None = 3
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         self.time_conditioning = self.time_conditioning and self.conditioning != "none"
         make_schedule(self.noise_schedule)
-
-    @property
-    def suppressed_ids(self) -> list[int]:
-        """The ids that no sequence gets."""
-        content = {self.eos_token_id, self.pad_token_id}
-        suppressed = {*(self.suppress_tokens or ()), self.mask_token_id} - content
-        return sorted(i for i in suppressed if i < self.vocab_size)

@@ -37,6 +37,9 @@ def test_a_student_learns_what_the_teacher_writes(pairs, tmp_path, monkeypatch):
     file = written / "predictions" / "distilled.jsonl"
     records = [json.loads(line) for line in file.read_text().splitlines()]
     assert sorted(record["prompt"] for record in records) == sorted(set(SOURCES))
+    # One of the texts had no position left for its end.
+    records[0]["finish_reason"], records[1]["finish_reason"] = "length", "stop"
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
     options = {"path": str(pairs), "cache_dir": tmp_path / "cache", "tokenizer": "word", "max_length": 16}
     before, after = (load_task("pairs", max_target_length=6, **options, distilled=given) for given in (None, str(file)))
     texts = {record["prompt"]: record["prediction_ids"] for record in records}

@@ -213,7 +213,7 @@ def test_what_is_told_no_time_or_cannot_be_told_one_says_so():
     with pytest.raises(ValueError, match="'adaln' needs the rotary backbone: choose 'token' with backbone_config"):
         RotaryTransformerConfig(conditioning="adaln", **TOKEN_KINDS["llama"])
     with pytest.raises(ValueError, match=r"adds the time to \[BOS\] and bos_token_id is None"):
-        RotaryTransformerConfig(conditioning="token")
+        RotaryTransformerConfig(conditioning="token", bos_token_id=None)
 
 
 def test_an_older_configuration_says_dit():

@@ -82,6 +82,7 @@ class RotaryTransformerConfig(CheckedConfig):
         shift_logits: whether the state of such a backbone at a token predicts the next position, as in a left-to-right
             model, instead of the token's own position.
         lora: options of `peft.LoraConfig`, with which such a backbone is adapted; None trains all of it.
+        written_specials: names of the special tokens that a sequence may hold, whatever `suppress_tokens` says.
         pad_token_id: fills ragged rows; its embedding stays zero unless padding is content.
         bos_token_id: the token between a prompt and what is written, of which each document has one.
         conditioning: how the backbone is told a time. "none": not at all. "adaln": by adaptive layer norms, which
@@ -123,14 +124,15 @@ class RotaryTransformerConfig(CheckedConfig):
     backbone_config: dict[str, Any] | None = None
     shift_logits: bool = False
     lora: dict[str, Any] | None = None
-    pad_token_id: Count | None = None
-    bos_token_id: Count | None = None
+    pad_token_id: Count | None = 0
+    bos_token_id: Count | None = 4
     conditioning: Literal["none", "adaln", "token"] = "none"
     conditioning_size: PositiveInt = 128
     timestep_frequencies: PositiveInt = 128
     legacy_modulated_residual: bool = False
 
     own_backbones: ClassVar[tuple[str, ...]] = ("rotary", "dit")
+    written_specials: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Any, **options: Any) -> Any:
@@ -191,9 +193,11 @@ class RotaryTransformerConfig(CheckedConfig):
             self.intermediate_size = 4 * self.hidden_size
 
     @property
-    def suppressed_ids(self) -> list[int] | None:
-        """The ids that no sequence gets."""
-        return self.suppress_tokens
+    def suppressed_ids(self) -> list[int]:
+        """The ids that no sequence gets: `suppress_tokens` and the mask, without `written_specials`."""
+        listed = {*(self.suppress_tokens or ()), getattr(self, "mask_token_id", None)}
+        listed -= {None, *(getattr(self, f"{name}_token_id") for name in self.written_specials)}
+        return sorted(token_id for token_id in listed if token_id < self.vocab_size)
 
     @property
     def rotary_dim(self) -> int:

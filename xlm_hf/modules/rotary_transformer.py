@@ -175,14 +175,12 @@ class RotaryTransformerLayer(GradientCheckpointingLayer):
         super().__init__()
         is_adaptive = config.conditioning == "adaln"
         self.legacy_modulated_residual = config.legacy_modulated_residual
-        self.conv = None
-        if config.conv_kernel_size:
-            self.conv = ShortConvolution(config.hidden_size, config.conv_kernel_size, is_causal, layer_idx)
-        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=not is_adaptive)
+        taps = config.conv_kernel_size
+        self.conv = ShortConvolution(config.hidden_size, taps, is_causal, layer_idx) if taps else None
+        norm_options: dict[str, Any] = {"eps": config.layer_norm_eps, "bias": not is_adaptive}
+        self.input_layernorm = nn.LayerNorm(config.hidden_size, **norm_options)
         self.self_attn = RotaryAttention(config, is_causal, layer_idx)
-        self.post_attention_layernorm = nn.LayerNorm(
-            config.hidden_size, eps=config.layer_norm_eps, bias=not is_adaptive
-        )
+        self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, **norm_options)
         self.mlp = FeedForward(config)
         self.modulation = AdaptiveModulation(config, 6) if is_adaptive else None
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
@@ -268,9 +266,8 @@ class RotaryTransformer(RotaryTransformerPreTrainedModel):
         self.is_causal = is_causal
         is_adaptive = config.conditioning == "adaln"
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
-        self.embed_positions = None
-        if config.learned_positions:
-            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        shape = (config.max_position_embeddings, config.hidden_size)
+        self.embed_positions = nn.Embedding(*shape) if config.learned_positions else None
         self.layers = nn.ModuleList(
             RotaryTransformerLayer(config, is_causal, layer_idx) for layer_idx in range(config.num_hidden_layers)
         )
