@@ -113,7 +113,9 @@ def main() -> None:
     for name in given.names or [*TEXTS, *LONG]:
         if name in LONG:
             print(
-                f"{name}, after a tenth, half and all:", run_child("-c", _LONG.format(name)).stdout.strip(), flush=True
+                f"{name}, after a tenth, half and all:",
+                run_child("-c", _LONG.format(name)).stdout.splitlines()[-1],
+                flush=True,
             )
             continue
         size, words = TEXTS[name]
