@@ -6,15 +6,15 @@ The kinds of files are those that people have: other encodings, exports of other
 import gzip
 import json
 import os
-import sys
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from omegaconf import OmegaConf
 
+from tests.commands import call
 from xlm_hf.building import compose
-from xlm_hf.cli import _one_sentence, main
+from xlm_hf.cli import _one_sentence
 from xlm_hf.commands import generate, prepare_data
 from xlm_hf.families import families
 from xlm_hf.modules.backbone_config import token_options
@@ -104,19 +104,6 @@ def put(path, content):
         path.symlink_to(content.removeprefix("link:"))
     elif content is not None:
         path.write_bytes(content)
-
-
-def call(monkeypatch, capsys, folder, *arguments):
-    """Exit status, and all that a command printed, run in this process."""
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", ["run_xlm.py", *arguments])
-    status = 0
-    try:
-        main()
-    except SystemExit as stopped:
-        status = stopped.code
-    said = capsys.readouterr()
-    return status, said.out, said.err
 
 
 def ended(capsys, folder, monkeypatch, job):

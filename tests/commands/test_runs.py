@@ -21,6 +21,7 @@ from datasets.fingerprint import Hasher
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
+from tests import commands
 from tests.commands.test_cli import SCRIPT, TINY, records
 from tests.processes import forked, settle
 from tests.training.test_trainer import make_trainer
@@ -43,15 +44,8 @@ def call(monkeypatch, capsys):
     """Runs a command in this process; its last sentence if it failed, else None."""
 
     def run(*arguments, folder):
-        monkeypatch.chdir(folder)
-        monkeypatch.setattr(sys, "argv", ["run_xlm.py", *arguments])
-        status = 0
-        try:
-            main()
-        except SystemExit as stopped:
-            status = stopped.code
-        shown = capsys.readouterr()
-        return status if isinstance(status, str) else shown.err.strip().splitlines()[-1] if status else None
+        status, _, error = commands.call(monkeypatch, capsys, folder, *arguments)
+        return status if isinstance(status, str) else error.strip().splitlines()[-1] if status else None
 
     return run
 
