@@ -28,8 +28,11 @@ def test_one_step_equals_the_two_optimisers_apart():
     torch.manual_seed(0)
     matrix, vector = torch.nn.Parameter(torch.randn(4, 3)), torch.nn.Parameter(torch.randn(5))
     apart = copy.deepcopy([matrix, vector])
-    together = MuonWithAdamW([matrix], [{"params": [vector]}], {"lr": 0.1, "weight_decay": 0.0}, {"lr": 0.01})
-    optimizers = [torch.optim.Muon([apart[0]], lr=0.1, weight_decay=0.0), torch.optim.AdamW([apart[1]], lr=0.01)]
+    parts, optimizers = (
+        [torch.optim.AdamW([v], lr=0.01), torch.optim.Muon([m], lr=0.1, weight_decay=0.0)]
+        for m, v in ([matrix, vector], apart)
+    )
+    together = MuonWithAdamW(*parts)
     for _ in range(3):
         for parameters in ([matrix, vector], apart):
             ((parameters[0] ** 3).sum() + (parameters[1] ** 2).sum()).backward()

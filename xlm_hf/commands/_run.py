@@ -37,7 +37,7 @@ from xlm_hf.reports.comparison import NOT_IN_TABLE, number
 from xlm_hf.saved_configs import load_config
 from xlm_hf.tasks import Task
 from xlm_hf.tasks.tokenizers import tokenizer_key
-from xlm_hf.training.callbacks.predictions import show_predictions, write_predictions
+from xlm_hf.training.callbacks.progress import show_predictions, write_predictions
 from xlm_hf.training.checkpoints import list_checkpoints, step_of
 
 # What a change of an option means for a folder that has a run; the first pattern decides.

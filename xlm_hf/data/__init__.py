@@ -63,6 +63,7 @@ def _generator(*counters: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(random_bits(*counters)))
 
 
+@dataclass(eq=False)
 class EpochSampler(Sampler[Key]):
     """Shuffles each epoch anew and yields keys (epoch, position in the epoch, index in the dataset).
 
@@ -79,22 +80,15 @@ class EpochSampler(Sampler[Key]):
         lengths: of the examples of the dataset, (N,). With them, examples of like length go into one batch: each
             stretch of 50 batches of the shuffled epoch is sorted by length and cut into batches, which are shuffled.
         examples_at_once: size of a batch, over all ranks.
+        epoch: of the next iteration.
     """
 
-    def __init__(
-        self,
-        sizes: Sequence[int],
-        seed: int,
-        mixture: Mixture | None = None,
-        lengths: torch.Tensor | None = None,
-        examples_at_once: int = 1,
-    ):
-        self.sizes = sizes
-        self.seed = seed
-        self.mixture = mixture
-        self.lengths = lengths
-        self.examples_at_once = examples_at_once
-        self.epoch = 0
+    sizes: Sequence[int]
+    seed: int
+    mixture: Mixture | None = None
+    lengths: torch.Tensor | None = None
+    examples_at_once: int = 1
+    epoch: int = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iteration; the data loader calls this."""

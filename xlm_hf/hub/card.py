@@ -3,7 +3,6 @@
 import inspect
 import math
 import re
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -63,15 +62,14 @@ def render_card(family: Family, variables: dict[str, Any]) -> str:
         model_name=_title(model_type, variables) if compared else None,
         eval_results=compared or None,
     )
-    own = Path(inspect.getfile(family.config_class)).with_name("hub_card.md")
-    external = {f"{model_type}.md": own.read_text(encoding="utf-8")} if own.exists() else {}
+    folder = Path(inspect.getfile(family.config_class)).parent
     environment = jinja2.Environment(
-        loader=jinja2.ChoiceLoader([jinja2.DictLoader(external), jinja2.FunctionLoader(_card_template)]),
+        loader=jinja2.ChoiceLoader([jinja2.PackageLoader("xlm_hf.hub_cards", "."), jinja2.FileSystemLoader(folder)]),
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    return environment.select_template([f"{model_type}.md", "_base.md"]).render(
+    return environment.select_template(["hub_card.md", f"{model_type}.md", "_base.md"]).render(
         card_data=card_data.to_yaml(),
         model_type=model_type,
         title=_title(model_type, variables),
@@ -91,11 +89,6 @@ def _title(model_type: str, variables: dict[str, Any]) -> str:
     """The name of a repository, or of the experiment or else the folder that a model lies in."""
     owner, _, name = variables.get("model_id", model_type).rpartition("/")
     return name if owner else variables.get("experiment") or name
-
-
-def _card_template(name: str) -> str | None:
-    template = resources.files("xlm_hf.hub_cards") / name
-    return template.read_text(encoding="utf-8") if template.is_file() else None
 
 
 def _eval_results(task: str, metrics: dict[str, float]) -> list[EvalResult]:

@@ -33,11 +33,12 @@ def hub_errors(repo_id: str, remedy: str = "the same command tries again") -> It
     try:
         yield
     except LocalTokenNotFoundError as error:
-        raise OSError(_no_token(repo_id)) from error
+        raise OSError(_refusal(repo_id, 401, "")) from error
     except OfflineModeIsEnabled as error:
         raise OSError(f"{repo_id} cannot be reached because HF_HUB_OFFLINE is set: unset it to use the Hub.") from error
     except HfHubHTTPError as error:
-        raise OSError(_refusal(repo_id, error)) from error
+        status = error.response.status_code
+        raise OSError(_refusal(repo_id, status, error.server_message or f"status {status}")) from error
     except ValueError:
         # A name that no repository can have, which the client says well.
         raise
@@ -49,25 +50,18 @@ def hub_errors(repo_id: str, remedy: str = "the same command tries again") -> It
         ) from error
 
 
-def _no_token(repo_id: str) -> str:
-    return f"Writing {repo_id} needs a token of the Hub: set HF_TOKEN, or log in by `hf auth login`."
-
-
-def _refusal(repo_id: str, error: HfHubHTTPError) -> str:
-    status = error.response.status_code
-    reason = " ".join((error.server_message or f"status {status}").split()).rstrip(".")
-    if status == 401:
-        return _no_token(repo_id)
-    if status == 403:
-        return (
-            f"This token may not write {repo_id} ({reason}): name a repository of your "
-            "own, or use a token with write access."
-        )
-    if status == 404:
-        return f"There is no model {repo_id} on the Hub, or it is private and this token may not read it."
-    if status == 409:
-        return f"{repo_id} exists already: add exist_ok=true to add a commit to it, or choose another name."
-    return f"The Hub refused {repo_id} ({reason}); everything is kept here, and the same command tries again."
+def _refusal(repo_id: str, status: int, message: str) -> str:
+    """What a status of HTTP means here, and the remedy."""
+    reason = " ".join(message.split()).rstrip(".")
+    remedy = "name a repository of your own, or use a token with write access"
+    sentences = {
+        401: f"Writing {repo_id} needs a token of the Hub: set HF_TOKEN, or log in by `hf auth login`.",
+        403: f"This token may not write {repo_id} ({reason}): {remedy}.",
+        404: f"There is no model {repo_id} on the Hub, or it is private and this token may not read it.",
+        409: f"{repo_id} exists already: add exist_ok=true to add a commit to it, or choose another name.",
+    }
+    other = f"The Hub refused {repo_id} ({reason}); everything is kept here, and the same command tries again."
+    return sentences.get(status, other)
 
 
 def push_folder(folder: Path, repo_id: str, private: bool | None, token: str | None, exist_ok: bool) -> str:

@@ -15,7 +15,7 @@ from xlm_hf.data import as_dataset
 from xlm_hf.evaluation import EvaluationSet, run_evaluation_set
 from xlm_hf.hub.upload import PushesRepositories
 from xlm_hf.modules.messages import did_you_mean
-from xlm_hf.training.callbacks.predictions import show_predictions, write_predictions
+from xlm_hf.training.callbacks.progress import show_predictions, write_predictions
 from xlm_hf.training.callbacks.trackers import TensorBoardTracker, WandbTracker
 
 

@@ -7,31 +7,19 @@ from torch import nn
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """Two optimisers that step, save and load as one.
+    """Two optimisers that step, save and load as one: AdamW and Muon.
 
     Muon (Jordan et al., 2024; `torch.optim.Muon`) moves a weight matrix along the orthogonalised momentum of its
     gradient. So all directions of the matrix learn at one speed. It is made for matrices between hidden states.
     Embeddings, heads, norms, biases and convolutions keep AdamW.
 
     Args:
-        matrices: the 2-D weights that Muon trains.
-        others: parameter groups for AdamW.
-        muon_options: keyword arguments of `torch.optim.Muon`.
-        adamw_options: keyword arguments of `torch.optim.AdamW`.
+        parts: the two, each with the parameters that it trains.
     """
 
-    def __init__(
-        self,
-        matrices: list[nn.Parameter],
-        others: list[dict[str, Any]],
-        muon_options: dict[str, Any],
-        adamw_options: dict[str, Any],
-    ):
-        self.parts: tuple[torch.optim.Optimizer, ...] = (
-            torch.optim.AdamW(others, **adamw_options),
-            torch.optim.Muon(matrices, **muon_options),
-        )
-        super().__init__([group for part in self.parts for group in part.param_groups], {})
+    def __init__(self, *parts: torch.optim.Optimizer):
+        self.parts = parts
+        super().__init__([group for part in parts for group in part.param_groups], {})
 
     @torch.no_grad()
     def step(self, closure=None) -> None:  # type: ignore[override]

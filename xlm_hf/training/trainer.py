@@ -249,16 +249,11 @@ class XLMTrainer(EvaluatesSets):
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and id(parameter) not in taken:
                 groups[args.weight_decay if name in decayed else 0.0].append(parameter)
+        others = [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items() if parameters]
+        betas = (args.adam_beta1, args.adam_beta2)
         self.optimizer = MuonWithAdamW(
-            matrices,
-            [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items() if parameters],
-            muon_options={"lr": args.muon_learning_rate, "weight_decay": args.weight_decay},
-            adamw_options={
-                "lr": args.learning_rate,
-                "betas": (args.adam_beta1, args.adam_beta2),
-                "eps": args.adam_epsilon,
-                "fused": True,
-            },
+            torch.optim.AdamW(others, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon, fused=True),
+            torch.optim.Muon(matrices, lr=args.muon_learning_rate, weight_decay=args.weight_decay),
         )
         return self.optimizer
 
