@@ -1,12 +1,10 @@
 """A decode as a self-contained page and as a film: five kinds of edits, told apart by mark, shape and colour."""
 
-import html
-import json
-import re
 from collections.abc import Sequence
 from dataclasses import astuple
-from importlib import resources
 from pathlib import Path
+
+import jinja2
 
 from xlm_hf.files import INCOMPLETE_SUFFIX
 from xlm_hf.reports.streamers import MARKS, Decode, Token
@@ -38,17 +36,9 @@ def history_html(rows: Sequence[Decode], separator: str = " ", title: str = "Dec
     starts = [[astuple(token) for token in row.start] for row in rows]
     steps = [[[(position, *astuple(token)) for position, token in edits] for edits in row.steps] for row in rows]
     data = {"separator": separator, "marks": MARKS, "rows": list(zip(starts, steps, strict=True))}
-    parts = {
-        "TITLE": html.escape(title),
-        "COLOURS": "\n".join(
-            f"  .{kind} {{ background: {back}; color: {text}; }}" for kind, (back, text) in COLOURS.items()
-        ),
-        # Without "<" nothing ends the script element, and no comment begins in it.
-        "DATA": json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"),
-    }
-    page = (resources.files("xlm_hf.reports") / "decode_page.html").read_text(encoding="utf-8")
-    # In one pass: a title may be called DATA.
-    return re.sub("|".join(parts), lambda match: parts[match[0]], page)
+    environment = jinja2.Environment(loader=jinja2.PackageLoader("xlm_hf.reports", "."), autoescape=True)
+    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "separators": (",", ":")}
+    return environment.get_template("decode_page.html").render(title=title, colours=COLOURS, data=data)
 
 
 def save_gif(decode: Decode, file: Path, separator: str = " ", seconds: float = 8.0) -> None:

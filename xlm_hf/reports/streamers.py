@@ -9,7 +9,6 @@ writes from left to right puts one token a row instead.
 import itertools
 import shutil
 import sys
-import time
 from dataclasses import dataclass
 from typing import Any, TextIO
 
@@ -179,13 +178,12 @@ class BatchDiffusionStreamer(DraftRecorder):
 
     Args:
         tokenizer: decodes the tokens.
-        sleep_time: seconds to wait after each step.
         output: the terminal.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, sleep_time: float = 0.0, output: TextIO | None = None):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, output: TextIO | None = None):
         super().__init__(tokenizer)
-        self.sleep_time, self.output = sleep_time, output or sys.stdout
+        self.output = output or sys.stdout
         self._height = 0
         self._frames: list[list[Token]] = []
 
@@ -205,4 +203,3 @@ class BatchDiffusionStreamer(DraftRecorder):
             self._height += height
         self.output.write(text)
         self.output.flush()
-        time.sleep(self.sleep_time)

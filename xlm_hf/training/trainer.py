@@ -88,9 +88,8 @@ class XLMTrainer(EvaluatesSets):
         train_dataset: training examples: map-style, a stream, or a mixture of either (see `xlm_hf.data.as_dataset`).
         evaluation_sets: what `evaluate` measures, by stage.
         processing_class: the tokenizer, saved with every checkpoint.
-        callbacks: further callbacks.
         eval_dataset: examples whose loss is one more set, `validation`; or several by the name of their set.
-        **options: further ones of `Trainer`: `model_init`, `optimizers`, `optimizer_cls_and_kwargs`, and
+        **options: further ones of `Trainer`: `callbacks`, `model_init`, `optimizers`, `optimizer_cls_and_kwargs`, and
             `compute_metrics`, which scores what the sets with `generate` decoded: it gets their token ids and, as
             `label_ids`, those of the references, filled up with -100.
 
@@ -111,7 +110,6 @@ class XLMTrainer(EvaluatesSets):
         train_dataset: Any = None,
         evaluation_sets: Sequence[EvaluationSet] = (),
         processing_class: PreTrainedTokenizerBase | None = None,
-        callbacks: list[TrainerCallback] | None = None,
         eval_dataset: Any = None,
         **options: Any,
     ):
@@ -134,7 +132,6 @@ class XLMTrainer(EvaluatesSets):
             train_dataset=examples,
             eval_dataset=self.evaluation_sets[0].dataset if self.evaluation_sets else None,
             processing_class=processing_class,
-            callbacks=callbacks,
             **options,
         )
         if isinstance(processing_class, PreTrainedTokenizerBase):
