@@ -56,7 +56,7 @@ def test_a_training_is_resumed_with_the_weights_of_its_config_alone(change, tmp_
     else:
         weights["strange"] = torch.zeros(1)
     save_file(weights, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=rf"The checkpoint {change} 1 weights .*, such as"):
+    with pytest.raises(ValueError, match=rf"checkpoint-1 {change} 1 weights .*, such as"):
         make_trainer(tmp_path, max_steps=2).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 

@@ -23,9 +23,6 @@ import hydra
 import psutil
 import torch
 from huggingface_hub.errors import RepositoryNotFoundError
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.singleton import Singleton
-from hydra.version import VersionBase
 from omegaconf import DictConfig, OmegaConf
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
@@ -37,8 +34,7 @@ from xlm_hf.modules.backbone_config import token_options
 from xlm_hf.modules.checked_options import check_arguments, check_value
 from xlm_hf.modules.messages import check_options, did_you_mean
 from xlm_hf.objectives.collators import Collator
-from xlm_hf.overrides import open_override
-from xlm_hf.saved_configs import translate_config
+from xlm_hf.overrides import compose as compose
 from xlm_hf.tasks import Task, load_task
 from xlm_hf.tasks.tokenizers import with_prompt_layout
 from xlm_hf.training.arguments import XLMTrainingArguments
@@ -53,21 +49,6 @@ logger = logging.getLogger(__name__)
 
 # A budget of tokens or seconds decides when a run ends, but the trainer wants a number of steps all the same.
 _MAX_STEPS_OF_A_BUDGET = 10**9
-
-
-def compose(config_name: str = "config", overrides: Iterable[str] = ()) -> DictConfig:
-    """Compose a config as the command line does, e.g. `compose("config", ["family=NAME", "task=text"])`.
-
-    It works anywhere, in a notebook and within another Hydra application: Hydra's global state stays as it was.
-    """
-    state = Singleton._instances
-    kept: tuple[type, ...] = (GlobalHydra, VersionBase)
-    outer = {cls: state.pop(cls) for cls in kept if cls in state}
-    try:
-        with hydra.initialize_config_module("xlm_hf.configs", version_base="1.3"):
-            return translate_config(hydra.compose(config_name, [open_override(override) for override in overrides]))
-    finally:
-        state.update(outer)
 
 
 def plain(node: Any) -> Any:

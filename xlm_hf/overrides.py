@@ -1,8 +1,15 @@
-"""Overrides of the command line as a person writes them, in the form in which Hydra takes them."""
+"""Configs as Hydra composes them, and overrides as a person writes them, in the form in which Hydra takes them."""
 
 import re
+from collections.abc import Iterable
 
-from xlm_hf.saved_configs import translate_override
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.singleton import Singleton
+from hydra.version import VersionBase
+from omegaconf import DictConfig
+
+from xlm_hf.saved_configs import translate_config, translate_override
 
 # Nodes whose keys are those of an object: what the YAML does not list may be given all the same, and is checked when
 # the object is built.
@@ -11,6 +18,21 @@ _OPEN_NODES = ("trainer", "model", "generation", "task", "loss", "collator", "tr
 _TEXTS = r"\+*(output_dir|checkpoint|init_from|prompts|experiment|eval_model|task\.(path|test_path|cache_dir))"
 # What Hydra takes as it is: quoted, interpolated, a list, nothing, and names that are no number and no word of YAML.
 _AS_IT_IS = r"(?!(?i:true|false|null|nan|inf)$)[A-Za-z_/.][\w/.-]*(?<![.])|null|'.*'|\".*\"|.*\$\{.*|\[.*\]|\?\?\?|"
+
+
+def compose(config_name: str = "config", overrides: Iterable[str] = ()) -> DictConfig:
+    """Compose a config as the command line does, e.g. `compose("config", ["family=NAME", "task=text"])`.
+
+    It works anywhere, in a notebook and within another Hydra application: Hydra's global state stays as it was.
+    """
+    state = Singleton._instances
+    kept: tuple[type, ...] = (GlobalHydra, VersionBase)
+    outer = {cls: state.pop(cls) for cls in kept if cls in state}
+    try:
+        with hydra.initialize_config_module("xlm_hf.configs", version_base="1.3"):
+            return translate_config(hydra.compose(config_name, [open_override(override) for override in overrides]))
+    finally:
+        state.update(outer)
 
 
 def open_override(argument: str, is_sweep: bool = False) -> str:

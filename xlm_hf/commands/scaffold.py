@@ -59,7 +59,8 @@ def _write_package(folder: Path, name: str, source: str) -> None:
         target.write_text(filled(file.read_text()))
     package, shipped = folder / name, template.parent
     # Nobody has published checkpoints of a family that is only now begun.
-    files = [file for file in _code(source).glob("*.py") if not file.name.startswith("conversion_")]
+    code = Path(inspect.getfile(families()[source].config_class)).parent
+    files = [file for file in code.glob("*.py") if not file.name.startswith("conversion_")]
     copies = {file: _renamed(file.name, source, name, title) for file in files}
     copies[shipped / "configs" / "family" / f"{source}.yaml"] = f"configs/family/{name}.yaml"
     copies[shipped / "configs" / f"{source}_star.yaml"] = f"configs/{name}_star.yaml"
@@ -67,10 +68,6 @@ def _write_package(folder: Path, name: str, source: str) -> None:
     (package / "configs" / "family").mkdir()
     for original, copy in copies.items():
         (package / copy).write_text(_renamed(original.read_text(), source, name, title))
-
-
-def _code(source: str) -> Path:
-    return Path(inspect.getfile(families()[source].config_class)).parent
 
 
 def _renamed(text: str, source: str, name: str, title: str) -> str:

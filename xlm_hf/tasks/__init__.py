@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from xlm_hf.data import Mixture
 from xlm_hf.modules.checked_options import check_arguments
 from xlm_hf.modules.messages import did_you_mean, import_target
+from xlm_hf.overrides import compose
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -107,18 +108,11 @@ def load_task(task: str | Mapping[str, Any], /, **overrides: Any) -> Task:
 
 
 def _shipped_config(name: str) -> Mapping[str, Any]:
-    files = importlib.resources.files("xlm_hf.configs").joinpath("task").iterdir()
-    configs = {file.name.removesuffix(".yaml"): file for file in files if file.name.endswith(".yaml")}
-    if (known := [name for name in configs if not name.startswith("_")]) and name not in known:
+    files = [file.name for file in importlib.resources.files("xlm_hf.configs").joinpath("task").iterdir()]
+    known = [file.removesuffix(".yaml") for file in files if file.endswith(".yaml") and not file.startswith("_")]
+    if name not in known:
         raise ValueError(f"unknown task {name!r}: {did_you_mean(name, known)}")
-
-    def read(name: str) -> Any:
-        config: Any = OmegaConf.create(configs[name].read_text(encoding="utf-8"))
-        bases = [base for base in config.pop("defaults", []) if base != "_self_"]
-        return OmegaConf.merge(*map(read, bases), config)
-
-    # Hydra's compose would do this too, but not in a program that is itself a Hydra application: its state is global.
-    return OmegaConf.create({"task": read(name)}).task
+    return compose(f"task/{name}").task
 
 
 def _resolve(config: Mapping[str, Any], ignored: Collection[str]) -> dict[str, Any]:

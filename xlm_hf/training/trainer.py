@@ -280,10 +280,14 @@ class XLMTrainer(EvaluatesSets):
             scheduler.base_lrs = [group["initial_lr"] for group in self.optimizer.param_groups]
             scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self._source = resume_from_checkpoint
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Refuse what the parent warns about."""
         missing = {*load_result.missing_keys} - {*self.model.all_tied_weights_keys}
-        check_weights("The checkpoint", missing, load_result.unexpected_keys)
+        check_weights(self._source, missing, load_result.unexpected_keys)
 
     def _update_auto_batch_size(self, batch_size: int) -> None:
         """Accumulate more where `auto_find_batch_size` found less memory, so that a step keeps its examples."""
@@ -421,18 +425,15 @@ class XLMTrainer(EvaluatesSets):
         best = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
         if best == folder or best.exists():
             self.state.best_model_checkpoint = str(best)
+        of_writer = nullcontext(f"{folder}{INCOMPLETE_SUFFIX}")
+        with replaced_folder(folder) if self.args.should_save else of_writer as staging:
+            self.accelerator.wait_for_everyone()
+            self._write_checkpoint(str(staging))
+            self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            with replaced_folder(folder) as staging:
-                self.accelerator.wait_for_everyone()
-                self._write_checkpoint(str(staging))
-                self.accelerator.wait_for_everyone()
             delete_old_checkpoints(
                 output_dir, self.args.save_total_limit, self.args.keep_every, self.state.best_model_checkpoint
             )
-        else:
-            self.accelerator.wait_for_everyone()
-            self._write_checkpoint(str(folder) + INCOMPLETE_SUFFIX)
-            self.accelerator.wait_for_everyone()
         self._can_save = True
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(folder))
@@ -443,6 +444,7 @@ class XLMTrainer(EvaluatesSets):
             super().save_model(output_dir, _internal_call)
 
     def _load_best_model(self) -> None:
+        self._source = str(self.state.best_model_checkpoint)
         super()._load_best_model()
         self._start_average(Path(str(self.state.best_model_checkpoint)))
 
