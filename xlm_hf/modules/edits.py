@@ -5,6 +5,7 @@ substitute, in all rows at once. Cumulative sums give the new position of each t
 device.
 """
 
+from dataclasses import InitVar, dataclass
 from typing import Any
 
 import torch
@@ -78,6 +79,7 @@ def slots_of_counts(counts: torch.Tensor, num: int) -> tuple[torch.Tensor, torch
     return slots.clamp(max=counts.shape[1] - 1), numbers < ends[:, -1:]
 
 
+@dataclass(eq=False)
 class EditBuffer:
     """What stands after the prompts of a batch, and which rows are still being written.
 
@@ -106,30 +108,28 @@ class EditBuffer:
         stopped: (B,) bool, those of them that ended by themselves, with capacity left.
     """
 
-    def __init__(
-        self,
-        prompt: torch.Tensor,
-        prompt_mask: torch.Tensor,
-        capacity: torch.Tensor,
-        pad_token_id: int,
-        log: EditLog | None = None,
-        start: torch.Tensor | None = None,
-        start_lengths: torch.Tensor | None = None,
-        mask_token_id: int | None = None,
-    ):
-        B, device, self.width = len(prompt), prompt.device, int(capacity.max())
-        self.prompt, self.prompt_mask, self.capacity, self.log = prompt, prompt_mask, capacity, log
-        self.pad_token_id, self.prompt_lengths = pad_token_id, prompt_mask.sum(dim=-1)
-        self.mask_token_id = mask_token_id
-        self.tokens = torch.full((B, self.width), pad_token_id, device=device)
+    prompt: torch.Tensor
+    prompt_mask: torch.Tensor
+    capacity: torch.Tensor
+    pad_token_id: int
+    log: EditLog | None = None
+    start: InitVar[torch.Tensor | None] = None
+    start_lengths: InitVar[torch.Tensor | None] = None
+    mask_token_id: int | None = None
+
+    def __post_init__(self, start: torch.Tensor | None, start_lengths: torch.Tensor | None):
+        B, device, self.width = len(self.prompt), self.prompt.device, int(self.capacity.max())
+        self.prompt_lengths = self.prompt_mask.sum(dim=-1)
+        self.tokens = torch.full((B, self.width), self.pad_token_id, device=device)
         self.steps = torch.full((B, self.width), -1, device=device)
         self.extra: dict[str, torch.Tensor] = {}
         self.lengths = torch.zeros(B, dtype=torch.int64, device=device)
         if start is not None and start_lengths is not None:
-            if bool((start_lengths > capacity).any()):
+            if bool((start_lengths > self.capacity).any()):
+                longest, capacity = int(start_lengths.max()), int(self.capacity.min())
                 raise ValueError(
-                    f"A text begins with {int(start_lengths.max())} tokens and has {int(capacity.min())} positions for "
-                    "them: raise max_new_tokens, or max_position_embeddings of the model."
+                    f"A text begins with {longest} tokens and has {capacity} positions for them: raise max_new_tokens, "
+                    "or max_position_embeddings of the model."
                 )
             self.tokens[:, : start.shape[1]], self.lengths = start, start_lengths
         self.nfe = torch.zeros(B, dtype=torch.int64, device=device)

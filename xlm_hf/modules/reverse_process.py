@@ -10,7 +10,6 @@ This calls the model on `rows` (R,), and tells it `alpha` (R,) if the model take
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from operator import itemgetter
 from typing import Any, ClassVar, Literal
 
@@ -19,11 +18,12 @@ import torch
 from .canvas import MaskedCanvas
 from .checked_options import NotNegative, PositiveInt, Share
 from .counter_random import random_bits, uniform
-from .devices import shape_of_call, true_indices
+from .devices import is_synchronous, rounded_up, shape_of_call, true_indices
 from .generation import GenerationCall, Sampler
 from .generation_output import NonAutoregressiveGenerationOutput
 from .noise_schedules import make_schedule
-from .unmasking import Order, commit_ranks, draw_tokens, unmask
+from .unmasking import Order, commit_by_rule, commit_ranks, draw_tokens, order_scores, statistics_in_place
+from .vocabulary_head import LogitsOnDemand
 
 Predict = Callable[..., Any]
 _EVENT, _TOKEN, _TIME = 0, 1, 2  # last counter of a random number: what it decides
@@ -211,23 +211,27 @@ class ConfidenceSampler(CanvasSampler):
         canvas.nfe += is_open
         # The rules have no time of their own: the network is told the share that is masked.
         alpha = (1 - canvas.masked.sum(dim=-1).double() / process.sizes)[rows].float()
-        eligible, seeds = eligible[rows], process.seeds[rows]
-        steps_left: Any = None
+        eligible, seeds, steps_left = eligible[rows], process.seeds[rows], None
         if self.num_steps is not None:
             # Without blocks the rows share their steps.
             of_rows = (process.num_steps() - process.step)[rows]
             steps_left = of_rows if self.block_length else self.num_steps - number
-        rule = partial(
-            unmask,
-            masked=eligible,
-            num_masked=num_eligible,
-            positions=canvas.positions[rows],
-            order_seeds=random_bits(seeds, number) if self.order == "random" else seeds,
-            rule=self,
-            config=process.config,
-            uniforms=process.uniforms(rows),
-            steps_left=steps_left,
-        )
+        if self.order == "random":
+            # Drawn anew in each step: how far a bound lets one go tells something about the rest of an order.
+            seeds = random_bits(seeds, number)
+
+        def rule(logits: LogitsOnDemand) -> tuple[torch.Tensor, torch.Tensor]:
+            """The chosen positions (R, L), and their tokens in reading order, behind which may stand others."""
+            statistic = statistics_in_place(logits, eligible)
+            ranks = commit_ranks(order_scores(self.order, statistic, seeds, positions), eligible)
+            chosen, most = commit_by_rule(self, statistic, ranks, eligible, num_eligible, steps_left)
+            # An accelerator is not asked how many there are.
+            most = int(chosen.sum()) if is_synchronous(chosen.device) else most
+            index = true_indices(chosen, rounded_up(most, chosen.numel(), chosen.device))
+            numbers = (eligible.flatten().cumsum(dim=0) - 1).clamp(min=0)
+            return chosen, draw_tokens(logits[numbers[index]], uniforms.flatten()[index], process.config)
+
+        positions, uniforms = canvas.positions[rows], process.uniforms(rows)
         chosen, tokens = predict(rule, rows, eligible, num_eligible, alpha)
         canvas.commit(rows, chosen, tokens, number)
         return True

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 from .counter_random import random_bits
-from .devices import is_synchronous, rounded_up, true_indices
+from .devices import is_synchronous, true_indices
 from .token_sampling import filter_logits, sample_categorical
 from .vocabulary_head import LogitsOnDemand
 
@@ -133,56 +133,39 @@ def commit_bounded(ranks: torch.Tensor, eligible: torch.Tensor, costs: torch.Ten
     return eligible & ((excess <= bound).gather(-1, ranks) | (ranks == 0))
 
 
-def unmask(
-    logits: LogitsOnDemand,
-    masked: torch.Tensor,
-    num_masked: int,
-    positions: torch.Tensor,
-    order_seeds: torch.Tensor,
+def commit_by_rule(
     rule: Any,
-    config: Any,
-    uniforms: torch.Tensor,
-    steps_left: int | torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Choose positions by a rule, at least one in each row that has any, and draw their tokens.
+    statistic: Callable[[str], torch.Tensor],
+    ranks: torch.Tensor,
+    eligible: torch.Tensor,
+    most: int,
+    left: Any,
+) -> tuple[torch.Tensor, int]:
+    """Choose positions by a rule, at least one in each row that has any.
 
     Args:
-        logits: of the `masked` positions in reading order, before temperature, top-k and top-p.
-        masked: (R, L) bool.
-        num_masked: how many they are, or a bound of it.
-        positions: (R, L) position of each token in its own row.
-        order_seeds: (R,) for a random order. It is drawn anew in each step: how far a bound lets one go tells something
-            about the rest of it.
-        rule: order, confidence_threshold, entropy_bound and error_bound, as `ConfidenceSampler` has them.
-        config: the options of the draw.
-        uniforms: (R, L) in [0, 1), to draw a token by at each position.
-        steps_left: with `num_steps`, how many are left, this one included, of all rows or (R,) of each.
+        rule: confidence_threshold, entropy_bound and error_bound, as `ConfidenceSampler` has them.
+        statistic: gives the (R, L) values of a statistic by its name, as `statistics_in_place` does.
+        ranks: (R, L) from `commit_ranks`.
+        eligible: (R, L) bool.
+        most: how many are eligible, or a bound of it.
+        left (int | torch.Tensor | None): with `num_steps`, how many steps are left, this one included, of all rows or
+            (R,) of each.
 
     Returns:
-        the chosen positions (R, L) bool, and their tokens in reading order, behind which may stand others.
+        the chosen positions (R, L) bool, and a bound of their number.
     """
-    statistic = statistics_in_place(logits, masked)
-    ranks = commit_ranks(order_scores(rule.order, statistic, order_seeds, positions), masked)
-    most, rows = num_masked, len(masked)
     if rule.confidence_threshold is not None:
-        chosen = commit_confident(ranks, masked, statistic("confidence"), rule.confidence_threshold)
-    elif rule.entropy_bound is not None:
-        chosen = commit_bounded(ranks, masked, statistic("entropy"), rule.entropy_bound)
-    elif rule.error_bound is not None:
-        chosen = commit_bounded(ranks, masked, 1 - statistic("confidence"), rule.error_bound)
-    elif steps_left is None:
-        chosen, most = masked & (ranks == 0), min(num_masked, rows)
-    else:
-        chosen = commit_top_k(ranks, masked, num_to_commit(masked.sum(dim=-1), steps_left))
-        if isinstance(steps_left, int):
-            # sum_i ceil(m_i / r) is at most this.
-            most = min(num_masked, num_masked // steps_left + rows)
-    # An accelerator is not asked how many there are.
-    if is_synchronous(chosen.device):
-        most = int(chosen.sum())
-    index = true_indices(chosen, rounded_up(most, chosen.numel(), chosen.device))
-    numbers = (masked.flatten().cumsum(dim=0) - 1).clamp(min=0)
-    return chosen, draw_tokens(logits[numbers[index]], uniforms.flatten()[index], config)
+        return commit_confident(ranks, eligible, statistic("confidence"), rule.confidence_threshold), most
+    if rule.entropy_bound is not None:
+        return commit_bounded(ranks, eligible, statistic("entropy"), rule.entropy_bound), most
+    if rule.error_bound is not None:
+        return commit_bounded(ranks, eligible, 1 - statistic("confidence"), rule.error_bound), most
+    if left is None:
+        return eligible & (ranks == 0), min(most, len(ranks))
+    chosen = commit_top_k(ranks, eligible, num_to_commit(eligible.sum(dim=-1), left))
+    # sum_i ceil(m_i / r) is at most this.
+    return chosen, min(most, most // left + len(ranks)) if isinstance(left, int) else most
 
 
 def draw_tokens(logits: torch.Tensor, uniforms: torch.Tensor, config: Any) -> torch.Tensor:
