@@ -109,19 +109,9 @@ class XLMTrainingArguments(CheckedOptions, TrainingArguments):
             self.greater_is_better = not self.metric_for_best_model.split("_given_")[0].endswith(_LOWER_IS_BETTER)
         if self.global_batch_size is not None:
             # Before the parent hands the accumulation on to accelerate and DeepSpeed.
-            num_devices = int(os.environ.get("WORLD_SIZE", 1))
-            at_once = self.per_device_train_batch_size * num_devices
-            if self.global_batch_size % at_once:
-                raise ValueError(
-                    f"global_batch_size ({self.global_batch_size}) must be a multiple of per_device_train_batch_size "
-                    f"({self.per_device_train_batch_size}) x {num_devices} devices = {at_once}: change one of the "
-                    "three."
-                )
-            self.gradient_accumulation_steps = self.global_batch_size // at_once
+            self._accumulate_to(self.global_batch_size, int(os.environ.get("WORLD_SIZE", 1)))
         # Before the parent has reasons of its own, such as that this device has no such type.
-        for name in WITHOUT_EFFECT:
-            if (value := getattr(self, name)) not in (getattr(type(self), name, []), "non_padding"):
-                raise ValueError(f"{name}={value!r} has no effect here: leave it out (see docs/plain_python.md).")
+        self._refuse_what_has_no_effect()
         super().__post_init__()
         if self.fp16 and self.device.type == "cpu":
             raise ValueError("fp16 needs an accelerator, and there is none: choose bf16, or leave both out.")
@@ -134,3 +124,17 @@ class XLMTrainingArguments(CheckedOptions, TrainingArguments):
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
         # From there a batch is copied without the host waiting for the device.
         self.accelerator_config.non_blocking = self.dataloader_pin_memory  # type: ignore[union-attr]
+
+    def _refuse_what_has_no_effect(self) -> None:
+        for name in WITHOUT_EFFECT:
+            if (value := getattr(self, name)) not in (getattr(type(self), name, []), "non_padding"):
+                raise ValueError(f"{name}={value!r} has no effect here: leave it out (see docs/plain_python.md).")
+
+    def _accumulate_to(self, batch_size: int, num_devices: int) -> None:
+        at_once = self.per_device_train_batch_size * num_devices
+        if batch_size % at_once:
+            raise ValueError(
+                f"global_batch_size ({batch_size}) must be a multiple of per_device_train_batch_size "
+                f"({self.per_device_train_batch_size}) x {num_devices} devices = {at_once}: change one of the three."
+            )
+        self.gradient_accumulation_steps = batch_size // at_once
