@@ -7,7 +7,7 @@ from torch import nn
 
 from xlm_hf.modeling.sedd.loss_sedd import ScoreEntropy
 from xlm_hf.modeling.udlm.loss_udlm import UniformBound
-from xlm_hf.modules.vocabulary_head import suppress_, vocabulary_logits
+from xlm_hf.modules.vocabulary_head import suppress_
 from xlm_hf.objectives import head_operator, row_functions
 from xlm_hf.objectives.head_operator import IGNORED_ID, head_losses
 from xlm_hf.objectives.row_functions import CrossEntropy, HybridBound, RowFunction
@@ -89,7 +89,7 @@ def both(name, head_module, hidden, head, ignored=()):
     for x in others:
         x[list(ignored)] = 0
     output = head_losses(hidden, head_module, SUPPRESSED, make(ids, weights, *others))
-    logits = vocabulary_logits(hidden, head, SUPPRESSED)
+    logits = suppress_(head(hidden), SUPPRESSED)
     rows = [
         slow(logits[i], int(x), *(t[i] if t.is_floating_point() else int(t[i]) for t in tensors[1:]))
         for i, x in enumerate(tensors[0])
@@ -207,7 +207,7 @@ def test_suppressed_ids_do_not_count(name):
     """With ids that no sequence gets added to the vocabulary, no loss moves."""
     (make, _, tensors), weights = problem(name)
     hidden, head = hidden_and_head()
-    logits = vocabulary_logits(hidden, head, SUPPRESSED).detach()
+    logits = suppress_(head(hidden), SUPPRESSED).detach()
     function, wider = make(tensors[0], weights, *tensors[1:]), torch.cat([logits, torch.randn(S, 4)], dim=1)
     more = [*SUPPRESSED, *range(V, V + 4)]
     losses = head_losses(logits, nn.Identity(), SUPPRESSED, function).losses

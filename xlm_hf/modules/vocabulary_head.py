@@ -50,13 +50,6 @@ def suppress_(logits: torch.Tensor, token_ids: Sequence[int] | None) -> torch.Te
     return logits
 
 
-def vocabulary_logits(
-    hidden_states: torch.Tensor, head: nn.Module, suppressed_ids: Sequence[int] | None
-) -> torch.Tensor:
-    """Logits of hidden states (..., H) over the vocabulary, (..., V); those of `suppressed_ids` are -inf."""
-    return suppress_(head(hidden_states), suppressed_ids)
-
-
 def head_fields(
     hidden_states: torch.Tensor,
     head: nn.Module,
@@ -70,7 +63,7 @@ def head_fields(
     whoever wraps it (data parallelism, automatic mixed precision) sees every parameter at work.
     """
     if head_function is None:
-        return {"logits": vocabulary_logits(hidden_states, head, suppressed_ids)}
+        return {"logits": suppress_(head(hidden_states), suppressed_ids)}
     return {"head_output": head_function(hidden_states, head, suppressed_ids)}
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from xlm_hf.modules.devices import is_synchronous
-from xlm_hf.modules.vocabulary_head import is_linear, suppress_, vocabulary_logits
+from xlm_hf.modules.vocabulary_head import is_linear, suppress_
 from xlm_hf.objectives.row_functions import IGNORED_ID, ROW_FUNCTIONS, CrossEntropy, JointCrossEntropy, RowFunction
 
 __all__ = ["IGNORED_ID", "HeadLosses", "head_losses", "linear_cross_entropy"]
@@ -45,7 +45,7 @@ def head_losses(
 ) -> HeadLosses:
     """Sum of weight x loss over the targets of a row function, with its gradients by hidden states and head.
 
-    With its last argument bound this is a `head_function` (see `vocabulary_logits`). The losses are computed at least
+    With its last argument bound this is a `head_function` (see `head_fields`). The losses are computed at least
     in float32, whatever the autocast. Nothing but `hidden_states`, the head and `of_table` of the row function has a
     gradient, and a gradient has none.
 
@@ -59,7 +59,7 @@ def head_losses(
     device, dtype = hidden_states.device.type, torch.promote_types(hidden_states.dtype, torch.float32)
     weight = head.weight if is_linear(head) and head.bias is None else None
     if weight is None:
-        hidden_states = vocabulary_logits(hidden_states, head, suppressed_ids)
+        hidden_states = suppress_(head(hidden_states), suppressed_ids)
     is_autocast = torch.is_autocast_enabled(device) and weight is not None
     product_dtype = torch.get_autocast_dtype(device) if is_autocast else hidden_states.dtype
     tensors = [x.to(dtype) if x.is_floating_point() else x for x in row_function.tensors()]
