@@ -163,9 +163,9 @@ class Documents:
             bits = random_bits(segment_ranges(start, lengths).view(np.uint64), state=np.repeat(bits, lengths))
         return bits if num is None else random_bits(np.arange(num, dtype=np.uint64), state=bits[:, None])
 
-    def uniforms(self, seed: int, stream: str, *of_tokens: Any, num: int | None = None) -> np.ndarray:
-        """Uniform draws in [0, 1), float64, from the bits of `random_bits`, which `of_tokens`, if any, names too."""
-        return unit_interval(self.random_bits(seed, *of_tokens, stream=stream, num=num))
+    def uniforms(self, seed: int, stream: str, lengths: Any = None, start: Any = 0, num: Any = None) -> np.ndarray:
+        """Uniform draws in [0, 1), float64, from the bits of `random_bits`, whose arguments these are."""
+        return unit_interval(self.random_bits(seed, lengths, start, stream, num))
 
 
 class Rows:
