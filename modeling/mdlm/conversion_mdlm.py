@@ -1,4 +1,8 @@
-"""From published checkpoints of masked diffusion models to ours: those of the XLM library and those of the paper."""
+"""From published checkpoints of masked diffusion models to ours.
+
+Those of the XLM library, those of the paper, and large ones: on the layers of Llama (LLaDA, arXiv 2502.09992) and of
+Qwen2 (Dream, arXiv 2508.15487).
+"""
 
 import math
 from collections.abc import Mapping
@@ -18,12 +22,54 @@ from xlm_hf.hub.published_weights import (
     renamed,
     time_sizes,
 )
+from xlm_hf.modules.messages import did_you_mean
 
 XLM_CORE = {
     **(HEADS | LAYERS | TIME | FINAL_NORM),
     r"encoder\.(\d+)\.ada_ln_modulations\.modulation": r"model.layers.\1.modulation",
     r"output_layer\.adaLN_modulation\.modulation": "model.final_norm.modulation",
 }
+_LAYERS = "model.language_model.model."
+LLADA = {
+    r"transformer\.wte": "model.embed_tokens",
+    r"transformer\.ff_out": "lm_head",
+    r"transformer\.ln_f": f"{_LAYERS}norm",
+    r"transformer\.blocks\.(\d+)\.attn_norm": rf"{_LAYERS}layers.\1.input_layernorm",
+    r"transformer\.blocks\.(\d+)\.ff_norm": rf"{_LAYERS}layers.\1.post_attention_layernorm",
+    r"transformer\.blocks\.(\d+)\.([qkv]_proj)": rf"{_LAYERS}layers.\1.self_attn.\2",
+    r"transformer\.blocks\.(\d+)\.attn_out": rf"{_LAYERS}layers.\1.self_attn.o_proj",
+    r"transformer\.blocks\.(\d+)\.ff_proj": rf"{_LAYERS}layers.\1.mlp.gate_proj",
+    r"transformer\.blocks\.(\d+)\.up_proj": rf"{_LAYERS}layers.\1.mlp.up_proj",
+    r"transformer\.blocks\.(\d+)\.ff_out": rf"{_LAYERS}layers.\1.mlp.down_proj",
+}
+DREAM = {r"embed_tokens": "model.embed_tokens", r"lm_head": "lm_head", r"(layers\..*|norm)": rf"{_LAYERS}\1"}
+# Options of Llama's configuration by LLaDA's, and what the other options must be for its layers to be those of Llama.
+_LLADA_SIZES = {
+    "d_model": "hidden_size",
+    "mlp_hidden_size": "intermediate_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "max_sequence_length": "max_position_embeddings",
+    "rms_norm_eps": "rms_norm_eps",
+    "rope_theta": "rope_theta",
+}
+_LLADA_LAYERS = {
+    "activation_type": "silu",
+    "alibi": False,
+    "attention_layer_norm": False,
+    "block_type": "llama",
+    "include_bias": False,
+    "include_qkv_bias": False,
+    "input_emb_norm": False,
+    "layer_norm_type": "rms",
+    "rope": True,
+    "scale_logits": False,
+}
+_QWEN2_SIZES = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("max_position_embeddings", "rms_norm_eps", "rope_theta"),
+)
 # Total noise at t = 1 in the schedule of the XLM library.
 _SIGMA_MAX = 10.0
 
@@ -49,3 +95,46 @@ def from_paper(weights: Mapping[str, torch.Tensor], arguments: Mapping[str, Any]
     options = diffusion_transformer_options(arguments, weights)
     options["time_conditioning"] = bool(arguments.get("time_conditioning", False))
     return options, renamed(weights, DIFFUSION_TRANSFORMER)
+
+
+def from_llada(weights: Mapping[str, torch.Tensor], arguments: Mapping[str, Any]) -> tuple[dict[str, Any], Weights]:
+    """The same from a checkpoint of the class LLaDA, `arguments` being its config.json: the layers of Llama.
+
+    Nothing stands between its prompts and the canvas.
+
+    Raises:
+        ValueError: for an argument that is missing, or makes other layers than those of Llama.
+    """
+    for name, value in _LLADA_LAYERS.items():
+        if arguments.get(name, value) != value:
+            raise ValueError(f"{name} must be {value!r} for the layers of Llama, and is {arguments[name]!r}.")
+    options = _options(arguments, "llama", _LLADA_SIZES)
+    size = arguments.get("embedding_size") or arguments["vocab_size"]
+    tied = bool(arguments.get("weight_tying", False))
+    tensors = renamed(weights, LLADA)
+    if tied:
+        tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])
+    return {**options, "vocab_size": size, "tie_word_embeddings": tied}, tensors
+
+
+def from_dream(weights: Mapping[str, torch.Tensor], arguments: Mapping[str, Any]) -> tuple[dict[str, Any], Weights]:
+    """The same from a checkpoint of the class Dream: the layers of Qwen2, whose state at a token predicts the next."""
+    options = _options(arguments, "qwen2", {name: name for name in _QWEN2_SIZES})
+    return {**options, "vocab_size": arguments["vocab_size"], "shift_logits": True}, renamed(weights, DREAM)
+
+
+def _options(arguments: Mapping[str, Any], model_type: str, sizes: Mapping[str, str]) -> dict[str, Any]:
+    """Options of `MDLMConfig` on the layers of `model_type`, whose sizes are arguments here by their names there."""
+    for name in (*sizes, "vocab_size", "mask_token_id", "pad_token_id"):
+        if name not in arguments:
+            raise ValueError(f"The checkpoint's config has no {name!r}: {did_you_mean(name, arguments)}")
+    backbone = {new: arguments[name] for name, new in sizes.items()}
+    backbone["rope_parameters"] = {"rope_type": "default", "rope_theta": backbone.pop("rope_theta")}
+    return {
+        "backbone_config": {"model_type": model_type, **backbone},
+        "mask_token_id": arguments["mask_token_id"],
+        "pad_token_id": arguments["pad_token_id"],
+        "eos_token_id": arguments.get("eos_token_id"),
+        "bos_token_id": None,
+        "softmax_over_suppressed": True,
+    }

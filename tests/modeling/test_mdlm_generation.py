@@ -207,6 +207,34 @@ def test_rules_follow_their_law_on_a_budget_of_steps_and_in_blocks(order, uses_t
     check_law(model, rule_law(model, 3, blocks, order), 3, num_steps=2, block_length=2, **options)
 
 
+@pytest.mark.parametrize(("num_steps", "block_length"), [(1, None), (5, None), (9, None), (6, 3)])
+@pytest.mark.parametrize("schedule", ["cosine", "linear", {"name": "clipped", "low": 0.1}, {"name": "polynomial"}])
+def test_a_mask_schedule_says_how_many_tokens_a_step_commits(schedule, num_steps, block_length):
+    model, sizes = make_model(), [7, 4]
+    prompts = [[8, BOS] + [MASK] * size for size in sizes]
+    options = {"num_steps": num_steps, "block_length": block_length, "mask_schedule": schedule}
+    output = model.generate(prompts, sampler="confidence", return_history=True, **options)
+    share = {
+        "cosine": lambda t: math.sin(math.pi * t / 2),
+        "linear": lambda t: t,
+        "clipped": lambda t: 0.1 + 0.9 * t,
+        "polynomial": lambda t: t**2,
+    }[schedule if isinstance(schedule, str) else schedule["name"]]
+    for history, size in zip(output.history.tolist(), sizes, strict=True):
+        expected, first = [], 0
+        blocks = [min(block_length or size, size - start) for start in range(0, size, block_length or size)]
+        for left in blocks:
+            steps = -(-num_steps // len(blocks)) if block_length else num_steps
+            for step in range(steps):
+                t, s = (steps - step) / steps, (steps - step - 1) / steps
+                num = left if step == steps - 1 else math.floor(left * (1 - share(s) / share(t)) + 1e-6)
+                expected += [first] * num
+                left, first = left - num, first + 1
+                if left == 0:
+                    break
+        assert sorted(step for step in history if step >= 0) == expected
+
+
 def test_sampling_filters_apply_to_the_tokens():
     model = TableModel()
     law = process_law(model, 2, 2)
@@ -431,6 +459,8 @@ def test_streamer_and_logits_processor_see_every_step_and_suppressed_ids_are_nev
         ({"noise_schedule": "linea"}, "noise_schedule 'linea' does not exist: did you mean 'linear'"),
         ({"sampler": "remdm", "remasking": "none"}, "remasking must be one of cap, rescale, conf and is 'none'"),
         ({"num_steps": 0}, "num_steps must be at least 1 and is 0"),
+        ({"sampler": "confidence", "mask_schedule": "cosine"}, "mask_schedule spreads the positions over num_steps"),
+        ({"sampler": "confidence", "num_steps": 2, "mask_schedule": "cosin"}, "did you mean 'cosine'"),
         ({"block_length": -1}, "block_length must be at least 1 and is -1"),
         ({"sampler": "remdm", "eta": 1.5}, r"eta must be in \(0, 1\] and is 1.5"),
         (

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from transformers import AutoTokenizer
 
 from xlm_hf.commands._run import say
 from xlm_hf.families import families
-from xlm_hf.hub.conversion import convert_checkpoint, read_checkpoint
+from xlm_hf.hub.conversion import load_translated, read_checkpoint, translate_checkpoint
 from xlm_hf.hub.export import export_model
 from xlm_hf.modules.backbone_config import token_options
 from xlm_hf.modules.messages import did_you_mean
@@ -44,30 +45,41 @@ def main(arguments: list[str]) -> None:
         config = json.loads(options.config.read_text())
     if not config:
         raise ValueError("The checkpoint has no config.json beside it: give the constructor arguments by --config.")
-    model = _convert(options, weights, config)
-    tokenizer = _tokenizer(options.tokenizer, model.config, config)
-    model = _convert(options, weights, config, token_options(tokenizer))
+    family, translated = _translate(options, weights, config)
+    # The tensors leave the memory one by one.
+    weights.clear()
+    own = families()[family].config_class(**translated[0])
+    tokenizer = _tokenizer(options.tokenizer, own, config)
+    model = load_translated(family, translated[0] | _token_options(tokenizer, own), translated[1])
     export_model(model, tokenizer, options.output, {"base_model": options.checkpoint})
     say(f"{options.output} holds a {type(model).__name__} of {model.num_parameters():,} parameters. Next:")
     say(f"  xlm-hf family={model.config.model_type} task=TASK job=generate checkpoint={options.output}")
 
 
-def _convert(options, weights: dict[str, Any], config: dict[str, Any], token_ids: dict[str, Any] | None = None) -> Any:
-    """The model, of the family that is named or else of the only one that the tensors fit."""
+def _translate(options, weights: dict[str, Any], config: dict[str, Any]) -> tuple[str, Any]:
+    """The family that is named, or else the only one that the tensors fit, and what `translate_checkpoint` returns."""
     known = [name for name, family in families().items() if options.source in family.converters]
-    models, reasons = {}, {}
+    found, reasons = {}, {}
     for name in known if options.family is None else [options.family]:
         try:
-            models[name] = convert_checkpoint(
-                family=name, state_dict=weights, config=config, source=options.source, token_ids=token_ids
-            )
+            found[name] = translate_checkpoint(name, weights, config, options.source)
         except ValueError as error:
             reasons[name] = error
-    if not models:
+    if not found:
         raise ValueError(" ".join(f"As {name}: {reason}" for name, reason in reasons.items()))
-    if len(models) > 1:
-        raise ValueError(f"The tensors fit several families: add --family {' or --family '.join(models)}.")
-    return next(iter(models.values()))
+    if len(found) > 1:
+        raise ValueError(f"The tensors fit several families: add --family {' or --family '.join(found)}.")
+    return next(iter(found.items()))
+
+
+def _token_options(tokenizer: Any, config: Any) -> dict[str, Any]:
+    """What the configuration takes from the tokenizer, but no `[BOS]` that it has not; ids beyond it are suppressed."""
+    names = {option.name for option in fields(config)}
+    options = {name: value for name, value in token_options(tokenizer).items() if name in names}
+    if config.bos_token_id is None:
+        options["bos_token_id"] = None
+    beyond = range(options["vocab_size"], config.vocab_size)
+    return options | {"vocab_size": config.vocab_size, "suppress_tokens": [*options["suppress_tokens"], *beyond]}
 
 
 def _tokenizer(name: str | None, config: Any, arguments: dict[str, Any]) -> Any:
@@ -79,19 +91,13 @@ def _tokenizer(name: str | None, config: Any, arguments: dict[str, Any]) -> Any:
                 f"folder or Hub id, or {_NUMBERS!r} for special tokens and numbers."
             )
         name = _NUMBERS
-    tokenizer: Any
-    if name == _NUMBERS:
-        tokenizer = number_tokenizer(config.vocab_size - len(NUMBER_TOKENS))
-    else:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        if len(tokenizer) == config.vocab_size - 1:
-            if tokenizer.mask_token is None and getattr(config, "mask_token_id", None) == len(tokenizer):
-                tokenizer.add_special_tokens({"mask_token": "[MASK]"})
-            elif tokenizer.pad_token is None:
-                tokenizer.add_special_tokens({"pad_token": "[PAD]"})
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-    facts = {"vocab_size": len(tokenizer)}
+    tokenizer = _extended(name, config)
+    mask = getattr(config, "mask_token_id", None)
+    if mask is not None and tokenizer.mask_token is None and mask < len(tokenizer):
+        tokenizer.mask_token = tokenizer.convert_ids_to_tokens(mask)
+    # The embeddings of large models have rows beyond their vocabulary.
+    is_padded = config.backbone == "transformers" and len(tokenizer) < config.vocab_size
+    facts = {} if is_padded else {"vocab_size": len(tokenizer)}
     # A checkpoint without a mask says nothing of its special tokens.
     roles = ("pad_token_id", "mask_token_id") if getattr(config, "mask_token_id", 0) < config.vocab_size else ()
     facts |= {role: getattr(tokenizer, role) for role in roles if hasattr(config, role)}
@@ -101,4 +107,19 @@ def _tokenizer(name: str | None, config: Any, arguments: dict[str, Any]) -> Any:
                 f"{fact} is {value} in the tokenizer {name} and {getattr(config, fact)} in the checkpoint: name the "
                 "tokenizer that it was trained with, special tokens added."
             )
+    return tokenizer
+
+
+def _extended(name: str, config: Any) -> Any:
+    """The tokenizer `name`, with the token that the last id of the configuration stands for."""
+    if name == _NUMBERS:
+        return number_tokenizer(config.vocab_size - len(NUMBER_TOKENS))
+    tokenizer: Any = AutoTokenizer.from_pretrained(name)
+    if len(tokenizer) == config.vocab_size - 1:
+        if tokenizer.mask_token is None and getattr(config, "mask_token_id", None) == len(tokenizer):
+            tokenizer.add_special_tokens({"mask_token": "[MASK]"})
+        elif tokenizer.pad_token is None:
+            tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

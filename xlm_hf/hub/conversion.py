@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors.torch import load_file
+from safetensors import safe_open
 from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
 
-from xlm_hf.families import Family, families
+from xlm_hf.families import families
 from xlm_hf.modules.messages import did_you_mean
 from xlm_hf.training.checkpoints import fault
 
@@ -52,12 +53,23 @@ def convert_checkpoint(
         token_ids: options of the configuration that the tokenizer decides, such as `eos_token_id`.
 
     Returns:
-        the model, in float32 and evaluation mode. Ids that its configuration suppresses are left out by `generate`.
+        the model, in evaluation mode and in the type of the weights. Ids that its configuration suppresses are left out
+        by `generate`.
 
     Raises:
         ValueError: for an unknown family or source, and for tensors or arguments that no such model has or that do not
             fit together.
     """
+    options, weights = translate_checkpoint(family, state_dict, config, source)
+    names = {option.name for option in fields(families()[family].config_class)}
+    options |= {name: value for name, value in (token_ids or {}).items() if name in names}
+    return load_translated(family, options, weights)
+
+
+def translate_checkpoint(
+    family: str, state_dict: Mapping[str, torch.Tensor], config: Mapping[str, Any], source: str
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Options of the configuration of `family` and the tensors under their names here; see `convert_checkpoint`."""
     known = families()
     if family not in known:
         raise ValueError(f"There is no family {family!r}: {did_you_mean(family, known)}")
@@ -65,14 +77,8 @@ def convert_checkpoint(
     if source not in converters:
         raise ValueError(f"Family {family!r} converts no {source!r}: {did_you_mean(source, converters)}")
     options, weights = converters[source](_without_prefix(state_dict), config)
-    names = {option.name for option in fields(known[family].config_class)}
-    options |= {name: value for name, value in (token_ids or {}).items() if name in names}
-    return _loaded(known[family], options, weights)
-
-
-def _loaded(family: Family, options: dict[str, Any], weights: Mapping[str, torch.Tensor]) -> PreTrainedModel:
-    model: Any = family.model_class(family.config_class(**options))
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    empty = _empty_model(family, options, weights)
+    shapes = {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     for name in [*shapes, *found]:
         if shapes.get(name) != found.get(name):
@@ -80,15 +86,35 @@ def _loaded(family: Family, options: dict[str, Any], weights: Mapping[str, torch
                 f"The checkpoint does not fit its config: {name} is {found.get(name, 'missing')} and should be "
                 f"{shapes.get(name, 'absent')}."
             )
-    model.load_state_dict(weights)
+    return options, weights
+
+
+@torch.no_grad()
+def load_translated(family: str, options: Mapping[str, Any], weights: dict[str, torch.Tensor]) -> PreTrainedModel:
+    """The model of what `translate_checkpoint` returned, whose tensors are taken out one by one, to save memory."""
+    model = _empty_model(family, options, weights)
+    for name, tensor in model.state_dict().items():
+        tensor.copy_(weights.pop(name))
     ids = {name: getattr(model.config, name) for name in ("bos_token_id", "pad_token_id", "eos_token_id")}
     model.generation_config = model.generation_config_class(suppress_tokens=model.config.suppressed_ids, **ids)
     return model.eval()
 
 
+def _empty_model(family: str, options: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> Any:
+    """A model in the type of `weights`, whose own nobody has written: they take no memory yet."""
+    classes = families()[family]
+    dtype = next((tensor.dtype for tensor in weights.values()), torch.float32)
+    with no_init_weights():
+        model = classes.model_class._from_config(classes.config_class(**options), dtype=dtype)
+    model.tie_weights()
+    return model
+
+
 def _without_prefix(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors of the model itself: a training module holds others, and duplicates of these, beside it."""
     own = {_PREFIXES.sub("", name): tensor for name, tensor in weights.items() if _PREFIXES.match(name)}
+    # The head of a model of transformers stands beside what has the prefix.
+    own |= {name: tensor for name, tensor in weights.items() if own and name.startswith("lm_head.")}
     return own or dict(weights)
 
 
@@ -96,7 +122,8 @@ def read_checkpoint(source: str, ema: bool = True) -> tuple[dict[str, torch.Tens
     """Tensors and constructor arguments of a published checkpoint.
 
     Args:
-        source: a Lightning `.ckpt` file; or a folder, or the Hub id of one, of `model.safetensors` and `config.json`.
+        source: a Lightning `.ckpt` file; or a folder, or the Hub id of one, of `model.safetensors`, whole or in shards,
+            and `config.json`.
         ema: take the averaged weights of a `.ckpt` that holds some.
 
     Returns:
@@ -107,18 +134,31 @@ def read_checkpoint(source: str, ema: bool = True) -> tuple[dict[str, torch.Tens
     """
     path = Path(source).expanduser()
     if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        path = Path(snapshot_download(source, allow_patterns=["model.safetensors", "config.json"]))
-    folder, weights = (path.parent, path) if path.is_file() else (path, path / "model.safetensors")
-    if not weights.is_file():
+        path = Path(snapshot_download(source, allow_patterns=["model*.safetensors*", "config.json"]))
+    folder, files = (path.parent, [path]) if path.is_file() else (path, sorted(path.glob("model*.safetensors")))
+    if not files or not files[0].is_file():
         raise ValueError(
             f"There is no checkpoint at {source}: name a Lightning .ckpt file, or a folder or Hub id with a "
             "model.safetensors. Consolidate the shards of a distributed run first."
         )
-    if weights.suffix == ".safetensors" and (reason := fault(folder)):
+    is_lightning = files[0].suffix != ".safetensors"
+    if not is_lightning and (reason := fault(folder)):
         raise ValueError(f"{folder} cannot be loaded: {reason}. Choose another checkpoint.")
     file = folder / "config.json"
     config = json.loads(file.read_text()) if file.exists() else {}
-    return load_file(weights) if weights.suffix == ".safetensors" else _read_lightning(weights, ema), config
+    return _read_lightning(files[0], ema) if is_lightning else _read_lazily(files), config
+
+
+def _read_lazily(files: list[Path]) -> dict[str, torch.Tensor]:
+    """The tensors of files of safetensors: each maps its file by itself, and is read from it when it is used."""
+    weights = {}
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            names = list(opened.keys())
+        for name in names:
+            with safe_open(file, framework="pt") as opened:
+                weights[name] = opened.get_tensor(name)
+    return weights
 
 
 def _read_lightning(file: Path, ema: bool) -> dict[str, torch.Tensor]:

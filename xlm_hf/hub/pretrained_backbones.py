@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from xlm_hf.modules.transformer_backbone import add_adapters, language_model_class, take_embedding_and_head
 
@@ -23,6 +23,10 @@ def backbone_options(source: str, own: tuple[str, ...]) -> dict[str, Any]:
         return {}
     try:
         config = AutoConfig.from_pretrained(source)
+        if getattr(config, "backbone", None) == "transformers":
+            # A model of a family here on such layers: a converted one, say.
+            names = ("backbone", "backbone_config", "lm_head_bias", "tie_word_embeddings", "shift_logits")
+            return {name: getattr(config, name) for name in names}
         head = _language_model(config).get_output_embeddings()
     except (OSError, ValueError) as error:
         raise ValueError(
@@ -52,8 +56,14 @@ def load_backbone(model: PreTrainedModel, source: str, tokenizer: PreTrainedToke
     Returns:
         how many ids it knows.
     """
-    pretrained = language_model_class(AutoConfig.from_pretrained(source)).from_pretrained(source, dtype=torch.float32)
-    embedding, head = take_embedding_and_head(pretrained)
+    pretrained: Any
+    config = AutoConfig.from_pretrained(source)
+    if getattr(config, "backbone", None) == "transformers":
+        whole: Any = AutoModel.from_pretrained(source, dtype=torch.float32)
+        pretrained, embedding, head = whole.model.language_model, whole.model.embed_tokens, whole.lm_head
+    else:
+        pretrained = language_model_class(config).from_pretrained(source, dtype=torch.float32)
+        embedding, head = take_embedding_and_head(pretrained)
     model.model.language_model.load_state_dict(pretrained.state_dict())
     shares = _shares_ids(source, tokenizer)
     if shares:

@@ -64,8 +64,8 @@ class MaskedGenerationMixin(NonAutoregressiveGenerationMixin):
         """Check prompts and put a canvas after each.
 
         A prompt without mask tokens gets a canvas of as many tokens as the options leave it; `bos_token_id` is put
-        between the two, unless the prompt ends with it, or is the beginning of a text and begins with it. A prompt with
-        mask tokens is a canvas itself, and nothing is appended.
+        between the two, if the model has one, unless the prompt ends with it, or is the beginning of a text and begins
+        with it. A prompt with mask tokens is a canvas itself, and nothing is appended.
 
         Args:
             call: the call of `generate`.
@@ -79,7 +79,8 @@ class MaskedGenerationMixin(NonAutoregressiveGenerationMixin):
                 position.
         """
         config = self.config
-        input_ids, mask = self.aligned_prompts(input_ids, attention_mask, [config.bos_token_id])
+        empty = [] if config.bos_token_id is None else [config.bos_token_id]
+        input_ids, mask = self.aligned_prompts(input_ids, attention_mask, empty)
         if canvas_lengths is None:
             extended = ~((input_ids == config.mask_token_id) & mask).any(dim=-1)
         else:

@@ -84,7 +84,7 @@ class PromptsMixin:
             ValueError: for an id outside the vocabulary, or a batch without rows.
         """
         if input_ids.shape[1] == 0:
-            input_ids = torch.tensor([list(empty)] * len(input_ids), device=self.device)
+            input_ids = torch.tensor([list(empty)] * len(input_ids), dtype=torch.int64, device=self.device)
             # Some vocabularies have one id for everything special.
             attention_mask = torch.ones_like(input_ids)
         self.check_token_ids(input_ids)
@@ -100,14 +100,16 @@ class PromptsMixin:
             input_ids (torch.Tensor): (B, P), padded on either side. One of width 0 is a prompt of nothing else.
             attention_mask (torch.Tensor): (B, P), 1 for tokens; by default everything but `pad_token_id`.
             first (int | None): id before each prompt; None for none.
-            last (int): id after each prompt.
+            last (int | None): id after each prompt; None for nothing on either side.
             rows (torch.Tensor): (B,) of which this is true; None is all.
 
         Raises:
             ValueError: for an id outside the vocabulary, or one of the two anywhere else.
         """
-        ids = [last] if first is None else [first, last]
+        ids = [token for token in (first, last) if token is not None]
         input_ids, mask = self.aligned_prompts(input_ids, attention_mask, ids)
+        if last is None:
+            return input_ids, mask
         start = mask.int().argmax(dim=-1, keepdim=True)
         begins = (input_ids.gather(-1, (start + len(ids) - 1).clamp(max=mask.shape[1] - 1)) == last).squeeze(-1)
         ends = input_ids[:, -1] == last

@@ -183,6 +183,9 @@ class ConfidenceSampler(CanvasSampler):
             "entropy", the smallest entropy; "random", any. All are statistics of the model's own distribution,
             before temperature, top-k and top-p.
         num_steps: forward passes in which a canvas is filled, the positions spread evenly over them.
+        mask_schedule: spreads them otherwise, as `make_schedule` takes it: of m masks a step from t to s commits
+            floor(m (1 - (1 - alpha_s) / (1 - alpha_t))), and the last one all. "cosine" commits few at first (MaskGIT,
+            arXiv 2202.04200).
         confidence_threshold: a step commits all tokens with p1 above this (arXiv 2505.22618).
         entropy_bound: a step commits the longest prefix of the order whose entropies (nats), the largest left out, sum
             to at most this (arXiv 2505.24857).
@@ -191,6 +194,7 @@ class ConfidenceSampler(CanvasSampler):
 
     order: Order = "confidence"
     num_steps: PositiveInt | None = None
+    mask_schedule: str | dict | None = None
     confidence_threshold: Share | None = None
     entropy_bound: NotNegative | None = None
     error_bound: NotNegative | None = None
@@ -201,6 +205,16 @@ class ConfidenceSampler(CanvasSampler):
         given = [name for name in names if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} each set how much a step commits: unset all but one.")
+        if self.mask_schedule is not None:
+            self._schedule = make_schedule(self.mask_schedule)
+            if self.num_steps is None:
+                raise ValueError("mask_schedule spreads the positions over num_steps, which is None: set it.")
+
+    def _kept_share(self, steps: torch.Tensor | int, steps_left: torch.Tensor | int) -> torch.Tensor:
+        """Share of the masks that a step leaves, of `steps` with `steps_left`, this one included; of the last one 0."""
+        t = torch.as_tensor(steps_left / steps, dtype=torch.float64)
+        kept = self._schedule.mask_probability(t - 1 / steps) / self._schedule.mask_probability(t)
+        return kept.where(torch.as_tensor(steps_left) > 1, 0.0)
 
     def step(self, process: CanvasProcess, predict: Predict, number: int) -> bool:
         """One forward pass over the rows that are not done, after which the rule says what is written."""
@@ -211,11 +225,14 @@ class ConfidenceSampler(CanvasSampler):
         canvas.nfe += is_open
         # The rules have no time of their own: the network is told the share that is masked.
         alpha = (1 - canvas.masked.sum(dim=-1).double() / process.sizes)[rows].float()
-        eligible, seeds, steps_left = eligible[rows], process.seeds[rows], None
+        eligible, seeds = eligible[rows], process.seeds[rows]
+        steps_left: Any = None
+        kept_share = None
         if self.num_steps is not None:
             # Without blocks the rows share their steps.
-            of_rows = (process.num_steps() - process.step)[rows]
-            steps_left = of_rows if self.block_length else self.num_steps - number
+            steps = process.num_steps()[rows] if self.block_length else self.num_steps
+            steps_left = steps - (process.step[rows] if self.block_length else number)
+            kept_share = None if self.mask_schedule is None else self._kept_share(steps, steps_left)
         if self.order == "random":
             # Drawn anew in each step: how far a bound lets one go tells something about the rest of an order.
             seeds = random_bits(seeds, number)
@@ -224,7 +241,7 @@ class ConfidenceSampler(CanvasSampler):
             """The chosen positions (R, L), and their tokens in reading order, behind which may stand others."""
             statistic = statistics_in_place(logits, eligible)
             ranks = commit_ranks(order_scores(self.order, statistic, seeds, positions), eligible)
-            chosen, most = commit_by_rule(self, statistic, ranks, eligible, num_eligible, steps_left)
+            chosen, most = commit_by_rule(self, statistic, ranks, eligible, num_eligible, steps_left, kept_share)
             # An accelerator is not asked how many there are.
             most = int(chosen.sum()) if is_synchronous(chosen.device) else most
             index = true_indices(chosen, rounded_up(most, chosen.numel(), chosen.device))

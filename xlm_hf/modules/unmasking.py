@@ -140,8 +140,9 @@ def commit_by_rule(
     eligible: torch.Tensor,
     most: int,
     left: Any,
+    kept_share: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, int]:
-    """Choose positions by a rule, at least one in each row that has any.
+    """Choose positions by a rule, at least one in each row that has any, unless a share is kept.
 
     Args:
         rule: confidence_threshold, entropy_bound and error_bound, as `ConfidenceSampler` has them.
@@ -151,6 +152,7 @@ def commit_by_rule(
         most: how many are eligible, or a bound of it.
         left (int | torch.Tensor | None): with `num_steps`, how many steps are left, this one included, of all rows or
             (R,) of each.
+        kept_share: float64, of all rows or (R,) of each: the share of the masks that stay, instead of an even part.
 
     Returns:
         the chosen positions (R, L) bool, and a bound of their number.
@@ -163,7 +165,11 @@ def commit_by_rule(
         return commit_bounded(ranks, eligible, 1 - statistic("confidence"), rule.error_bound), most
     if left is None:
         return eligible & (ranks == 0), min(most, len(ranks))
-    chosen = commit_top_k(ranks, eligible, num_to_commit(eligible.sum(dim=-1), left))
+    num_masked = eligible.sum(dim=-1)
+    if kept_share is not None:
+        # What rounding takes from a whole number is given back.
+        return commit_top_k(ranks, eligible, (num_masked * (1 - kept_share) + 1e-9).long()), most
+    chosen = commit_top_k(ranks, eligible, num_to_commit(num_masked, left))
     # sum_i ceil(m_i / r) is at most this.
     return chosen, min(most, most // left + len(ranks)) if isinstance(left, int) else most
 
