@@ -37,6 +37,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--config", type=Path, help="JSON of constructor arguments (config.json beside the weights)")
     parser.add_argument("--raw", action="store_true", help="the weights themselves, where averages are held too")
     parser.add_argument("--tokenizer", help=f"a folder or Hub id, or {_NUMBERS!r}: special tokens and numbers")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the code that the tokenizer brings")
     options = parser.parse_args(arguments)
     if options.source not in projects:
         raise ValueError(f"No family converts {options.source!r}: {did_you_mean(options.source, projects)}")
@@ -49,7 +50,7 @@ def main(arguments: list[str]) -> None:
     # The tensors leave the memory one by one.
     weights.clear()
     own = families()[family].config_class(**translated[0])
-    tokenizer = _tokenizer(options.tokenizer, own, config)
+    tokenizer = _tokenizer(options.tokenizer, own, config, options.trust_remote_code)
     model = load_translated(family, translated[0] | _token_options(tokenizer, own), translated[1])
     export_model(model, tokenizer, options.output, {"base_model": options.checkpoint})
     say(f"{options.output} holds a {type(model).__name__} of {model.num_parameters():,} parameters. Next:")
@@ -82,7 +83,7 @@ def _token_options(tokenizer: Any, config: Any) -> dict[str, Any]:
     return options | {"vocab_size": config.vocab_size, "suppress_tokens": [*options["suppress_tokens"], *beyond]}
 
 
-def _tokenizer(name: str | None, config: Any, arguments: dict[str, Any]) -> Any:
+def _tokenizer(name: str | None, config: Any, arguments: dict[str, Any], trust_remote_code: bool) -> Any:
     """The tokenizer of a checkpoint, which does not hold it, extended by what is the last id: the mask, or padding."""
     if name is None:
         if (arguments.get("padding_idx", 0), arguments.get("mask_idx")) != (0, 2):
@@ -91,7 +92,7 @@ def _tokenizer(name: str | None, config: Any, arguments: dict[str, Any]) -> Any:
                 f"folder or Hub id, or {_NUMBERS!r} for special tokens and numbers."
             )
         name = _NUMBERS
-    tokenizer = _extended(name, config)
+    tokenizer = _extended(name, config, trust_remote_code)
     mask = getattr(config, "mask_token_id", None)
     if mask is not None and tokenizer.mask_token is None and mask < len(tokenizer):
         tokenizer.mask_token = tokenizer.convert_ids_to_tokens(mask)
@@ -110,11 +111,11 @@ def _tokenizer(name: str | None, config: Any, arguments: dict[str, Any]) -> Any:
     return tokenizer
 
 
-def _extended(name: str, config: Any) -> Any:
+def _extended(name: str, config: Any, trust_remote_code: bool) -> Any:
     """The tokenizer `name`, with the token that the last id of the configuration stands for."""
     if name == _NUMBERS:
         return number_tokenizer(config.vocab_size - len(NUMBER_TOKENS))
-    tokenizer: Any = AutoTokenizer.from_pretrained(name)
+    tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     if len(tokenizer) == config.vocab_size - 1:
         if tokenizer.mask_token is None and getattr(config, "mask_token_id", None) == len(tokenizer):
             tokenizer.add_special_tokens({"mask_token": "[MASK]"})
