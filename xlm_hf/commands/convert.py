@@ -46,12 +46,17 @@ def main(arguments: list[str]) -> None:
         config = json.loads(options.config.read_text())
     if not config:
         raise ValueError("The checkpoint has no config.json beside it: give the constructor arguments by --config.")
-    family, translated = _translate(options, weights, config)
+    family, (translated, tensors) = _translate(options, weights, config)
     # The tensors leave the memory one by one.
     weights.clear()
-    own = families()[family].config_class(**translated[0])
+    own = families()[family].config_class(**translated)
     tokenizer = _tokenizer(options.tokenizer, own, config, options.trust_remote_code)
-    model = load_translated(family, translated[0] | _token_options(tokenizer, own), translated[1])
+    names = {option.name for option in fields(own)} - ({"bos_token_id"} if own.bos_token_id is None else set())
+    translated |= {name: value for name, value in token_options(tokenizer).items() if name in names}
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        # Large models have rows that are no token's.
+        tensors[name] = tensors[name][: len(tokenizer)]
+    model = load_translated(family, translated, tensors)
     export_model(model, tokenizer, options.output, {"base_model": options.checkpoint})
     say(f"{options.output} holds a {type(model).__name__} of {model.num_parameters():,} parameters. Next:")
     say(f"  xlm-hf family={model.config.model_type} task=TASK job=generate checkpoint={options.output}")
@@ -73,16 +78,6 @@ def _translate(options, weights: dict[str, Any], config: dict[str, Any]) -> tupl
     return next(iter(found.items()))
 
 
-def _token_options(tokenizer: Any, config: Any) -> dict[str, Any]:
-    """What the configuration takes from the tokenizer, but no `[BOS]` that it has not; ids beyond it are suppressed."""
-    names = {option.name for option in fields(config)}
-    options = {name: value for name, value in token_options(tokenizer).items() if name in names}
-    if config.bos_token_id is None:
-        options["bos_token_id"] = None
-    beyond = range(options["vocab_size"], config.vocab_size)
-    return options | {"vocab_size": config.vocab_size, "suppress_tokens": [*options["suppress_tokens"], *beyond]}
-
-
 def _tokenizer(name: str | None, config: Any, arguments: dict[str, Any], trust_remote_code: bool) -> Any:
     """The tokenizer of a checkpoint, which does not hold it, extended by what is the last id: the mask, or padding."""
     if name is None:
@@ -96,7 +91,6 @@ def _tokenizer(name: str | None, config: Any, arguments: dict[str, Any], trust_r
     mask = getattr(config, "mask_token_id", None)
     if mask is not None and tokenizer.mask_token is None and mask < len(tokenizer):
         tokenizer.mask_token = tokenizer.convert_ids_to_tokens(mask)
-    # The embeddings of large models have rows beyond their vocabulary.
     is_padded = config.backbone == "transformers" and len(tokenizer) < config.vocab_size
     facts = {} if is_padded else {"vocab_size": len(tokenizer)}
     # A checkpoint without a mask says nothing of its special tokens.
