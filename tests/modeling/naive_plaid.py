@@ -97,7 +97,7 @@ def slow_loss(model, batch, block=None, dense=True):
 
 
 @torch.no_grad()
-def slow_sampler(model, prompts, max_new_tokens, do_sample, seed, savings=(), num_steps=None):
+def slow_sampler(model, prompts, max_new_tokens, do_sample, seed, savings=(), num_steps=None, score_temperature=1.0):
     """The reverse process on all vectors of all rows, drawn with the numbers of `generate`."""
     seeds = row_seeds(seed, len(prompts), prompts.device)[:, None, None]
     ids, columns = make_canvas(prompts, max_new_tokens, -1)
@@ -119,10 +119,12 @@ def slow_sampler(model, prompts, max_new_tokens, do_sample, seed, savings=(), nu
         new[seen] = (logits.softmax(dim=-1) @ model.table()).double()
         before = new * canvas[..., None]
         gamma_t, gamma_s = model.schedule(torch.tensor([t, s], dtype=model.table().dtype)).gamma.double()
-        (a_t, _), (a_s, s_s) = [(torch.sigmoid(-g).sqrt(), torch.sigmoid(g).sqrt()) for g in (gamma_t, gamma_s)]
+        (a_t, s_t), (a_s, s_s) = [(torch.sigmoid(-g).sqrt(), torch.sigmoid(g).sqrt()) for g in (gamma_t, gamma_s)]
         c = 1 - torch.exp(gamma_s - gamma_t)
         if step < n:
-            z = a_s / a_t * (1 - c) * z + c * a_s * before + c.sqrt() * s_s * normal(step, 4)
+            noise = (z - a_t * before) / s_t / score_temperature
+            clean = (z - s_t * noise) / a_t
+            z = a_s / a_t * (1 - c) * z + c * a_s * clean + c.sqrt() * s_s * normal(step, 4)
     draws = uniform(seeds[..., 0], torch.tensor(n), columns, 1) if do_sample else None
     commit(ids, canvas, seen, logits, draws, savings)
     return ids

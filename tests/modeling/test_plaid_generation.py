@@ -79,7 +79,7 @@ def test_many_steps_write_the_data():
 @pytest.mark.parametrize("do_sample", [False, True])
 def test_samples_equal_those_of_the_slow_twin(do_sample):
     model, prompts = make_model(noise_schedule="linear"), torch.tensor([[8, 9, BOS], [10, 11, BOS]])
-    for options in ({}, {"num_steps": 3}):
+    for options in ({}, {"num_steps": 3}, {"num_steps": 3, "score_temperature": 0.5}):
         expected = slow_sampler(model, prompts, 5, do_sample, 4, **options)
         for savings in (("gather",), ("gather", "head")):
             assert torch.equal(slow_sampler(model, prompts, 5, do_sample, 4, savings, **options), expected)
