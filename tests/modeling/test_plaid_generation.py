@@ -89,6 +89,23 @@ def test_samples_equal_those_of_the_slow_twin(do_sample):
         assert set(output.nfe.tolist()) == {1 + options.get("num_steps", 5)}
 
 
+def test_blocks_of_logits_change_nothing(monkeypatch):
+    model, prompts = make_model(), torch.tensor([[8, 9, BOS], [10, 11, BOS]])
+    options = {"seed": 4, "max_new_tokens": 5, "do_sample": True, "num_steps": 3}
+    whole = model.generate(prompts, **options).sequences
+    monkeypatch.setattr("xlm_hf.modeling.plaid.generation_plaid._BLOCK_ROWS", 3)
+    assert torch.equal(model.generate(prompts, **options).sequences, whole)
+
+
+def test_until_the_last_step_the_most_probable_tokens_are_shown():
+    model, prompts = make_model(), torch.tensor([[8, 9, BOS], [10, 11, BOS]])
+    options = {"seed": 4, "max_new_tokens": 5, "num_steps": 3, "return_history": True}
+    greedy = model.generate(prompts, **options).edits
+    drawn = model.generate(prompts, do_sample=True, **options).edits
+    assert torch.equal(greedy[greedy[:, 1] < 3], drawn[drawn[:, 1] < 3])
+    assert len(drawn[drawn[:, 1] == 3])
+
+
 def until_end(ids):
     """What follows `[EOS]` behind the prompt becomes padding."""
     behind = ((ids == 3) & (torch.arange(ids.shape[1]) >= 3)).long()
