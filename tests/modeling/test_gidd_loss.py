@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import one_hot
 
+from tests.modeling.canvas_checks import check_unwritten_ids
 from tests.modeling.naive import BOS, EOS, FIRST_WORD, MASK, PAD, UNK, SpecialIds, make_examples
 from tests.modeling.naive_gidd import (
     WORDS,
@@ -261,23 +262,7 @@ def test_training_weights_are_those_of_their_names():
 
 @pytest.mark.parametrize("options", [{}, {"loss_weighting": "denoising"}])
 def test_ids_that_nobody_writes_change_no_loss(options):
-    """More special tokens: neither the noise, nor N, nor the bound."""
-
-    class MoreIds(SpecialIds):
-        all_special_ids = [*range(FIRST_WORD), V, V + 1, V + 2]
-
-    small, large = make_model(V, 32), make_model(V + 3, 32, suppress_tokens=[*range(6), V, V + 1, V + 2])
-    weights = small.state_dict()
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        weights[name] = torch.cat((weights[name], torch.ones(3, 32)))
-    large.load_state_dict(weights)
-    batches = [
-        GIDDCollator(ids, 32, kind="seq2seq", canvas_length=9, **options)(make_examples(6, V))
-        for ids in (SpecialIds(V), MoreIds(V + 3))
-    ]
-    assert torch.equal(batches[0]["input_ids"], batches[1]["input_ids"])
-    losses = [GIDDLoss()(*pair).loss_sum for pair in zip((small, large), batches, strict=True)]
-    torch.testing.assert_close(*losses)
+    check_unwritten_ids(make_model, GIDDCollator, GIDDLoss(), V, **options)
 
 
 def test_in_single_precision_and_a_large_vocabulary_the_bound_is_right_to_one_percent():

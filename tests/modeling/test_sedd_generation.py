@@ -6,12 +6,11 @@ import pytest
 import torch
 from transformers import LogitsProcessorList
 
-from tests.modeling.naive import BOS, EOS, FIRST_WORD, MASK, PAD, UNK, SpecialIds, batch_of, check_histogram
+from tests.modeling.canvas_checks import check_rows
+from tests.modeling.naive import BOS, MASK, PAD, SpecialIds, check_histogram
 from tests.modeling.naive_sedd import WORDS, TableModel, chain_law, make_model, random_joint
 from xlm_hf.modeling.sedd import SEDDCollator, SEDDGenerationConfig, SEDDLoss
 from xlm_hf.modules.noise_schedules import noise_of_tokens
-
-PROMPTS, SEEDS = [[8, 9, 10], [11], [12, 13, 14, 15, 16, 17], []], [3, 1, 4, 9]
 
 
 @pytest.mark.parametrize("is_scaled", [True, False])
@@ -110,20 +109,7 @@ def test_at_the_exact_scores_many_steps_write_the_data(kernel, sampler):
 @pytest.mark.parametrize("sampler", ["analytic", "euler"])
 @pytest.mark.parametrize("kernel", ["absorb", "uniform"])
 def test_a_row_decodes_alike_alone_and_in_any_batch_and_prompts_stay(kernel, sampler):
-    model = make_model(kernel=kernel, conv_kernel_size=3)
-    options = {"do_sample": True, "num_steps": 5, "sampler": sampler, "max_new_tokens": 8, "return_history": True}
-    together = model.generate(batch_of(PROMPTS), seed=SEEDS, **options)
-    right = model.generate(batch_of(PROMPTS, "right"), seed=SEEDS, **options)
-    assert torch.equal(together.sequences, right.sequences)
-    width = batch_of(PROMPTS).shape[1]
-    assert torch.equal(together.sequences[:, :width], batch_of(PROMPTS))
-    written = together.sequences[:, width:]
-    assert set(written.unique().tolist()) <= {PAD, EOS, UNK, *range(FIRST_WORD, 20)}
-    for row, prompt in enumerate(PROMPTS):
-        alone = model.generate(batch_of([prompt]), seed=SEEDS[row : row + 1], **options)
-        own = alone.sequences[0, len(prompt) + 1 :].tolist()
-        assert own == written[row, : len(own)].tolist()
-        assert alone.nfe[0] == together.nfe[row]
+    check_rows(make_model(kernel=kernel, conv_kernel_size=3), num_steps=5, sampler=sampler, max_new_tokens=8)
 
 
 @pytest.mark.parametrize("kernel", ["absorb", "uniform"])

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.host_reads import as_on_an_accelerator
-from tests.modeling.naive import BOS, EOS, FIRST_WORD, MASK, PAD, UNK, batch_of, check_histogram
+from tests.modeling.canvas_checks import PROMPTS, SEEDS, check_blanks, check_rows
+from tests.modeling.naive import BOS, EOS, MASK, PAD, batch_of, check_histogram
 from tests.modeling.naive_udlm import (
     TableModel,
     as_dict,
@@ -28,9 +28,6 @@ from xlm_hf.modules.kernel_samplers import Move, PsiSampler, Resampling
 from xlm_hf.modules.kernels import UniformKernel
 from xlm_hf.modules.noise_schedules import make_schedule
 from xlm_hf.modules.vocabulary_head import LogitsOnDemand
-
-PROMPTS = [[8, 9, 10], [11], [12, 13, 14, 15, 16, 17], []]
-SEEDS = [3, 1, 4, 9]
 
 
 def check_law(model, law, length, num=6000, **options):
@@ -237,42 +234,12 @@ OPTIONS = {
 def test_a_row_decodes_alike_alone_and_in_any_batch(name):
     model = make_model(conv_kernel_size=3, prediction_type="denoiser" if name == "filters" else "leave_one_out")
     for limit in ({"max_new_tokens": 8}, {"max_length": 14}):
-        options = {"do_sample": True, "return_history": True, **OPTIONS[name], **limit}
-        together = model.generate(batch_of(PROMPTS), seed=SEEDS, **options)
-        right = model.generate(batch_of(PROMPTS, "right"), seed=SEEDS, **options)
-        with as_on_an_accelerator():
-            rounded = model.generate(batch_of(PROMPTS), seed=SEEDS, **options)
-        for other in (right, rounded):
-            for field in ("sequences", "history", "nfe", "edits"):
-                torch.testing.assert_close(getattr(other, field), getattr(together, field))
-        width = batch_of(PROMPTS).shape[1]
-        assert torch.equal(together.sequences[:, :width], batch_of(PROMPTS))
-        written = together.sequences[:, width:]
-        assert set(written.unique().tolist()) <= {PAD, EOS, UNK, *range(FIRST_WORD, 20)}
-        for row, prompt in enumerate(PROMPTS):
-            alone = model.generate(batch_of([prompt]), seed=SEEDS[row : row + 1], **options)
-            own = alone.sequences[0, len(prompt) + 1 :].tolist()
-            assert own == written[row, : len(own)].tolist()
-            assert (written[row, len(own) :] == PAD).all()
-            assert alone.nfe[0] == together.nfe[row]
-            assert alone.finish_reason[0] == together.finish_reason[row]
+        check_rows(model, **OPTIONS[name], **limit)
 
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_blanks_are_filled_in_and_the_rest_stays(name):
-    model = make_model()
-    rows = [[8, MASK, 10, MASK, MASK, MASK], [MASK, MASK, 11], [12, 13]]
-    ids = torch.tensor([[PAD] * (6 - len(row)) + row for row in rows])
-    inputs = {"canvas_lengths": torch.zeros(3, dtype=torch.int64)}
-    model.generation_inputs = ("canvas_lengths",)
-    output = model.generate(ids, seed=SEEDS[:3], do_sample=True, return_history=True, **OPTIONS[name], **inputs)
-    assert torch.equal(output.sequences[ids != MASK], ids[ids != MASK])
-    assert MASK not in output.sequences
-    assert torch.equal(output.history >= 0, ids == MASK)
-    assert output.nfe[2] == 0
-    for row, alone in enumerate(rows[:2]):
-        own = model.generate(torch.tensor([alone]), seed=SEEDS[row : row + 1], do_sample=True, **OPTIONS[name])
-        assert own.sequences[0].tolist() == output.sequences[row, 6 - len(alone) :].tolist()
+    check_blanks(make_model(), **OPTIONS[name])
 
 
 def test_rows_that_are_filled_in_and_rows_that_go_on_may_share_a_batch():

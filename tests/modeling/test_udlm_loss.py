@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import one_hot
 
+from tests.modeling.canvas_checks import check_unwritten_ids
 from tests.modeling.naive import BOS, EOS, FIRST_WORD, PAD, UNK, SpecialIds, make_examples
 from tests.modeling.naive_udlm import (
     WORDS,
@@ -151,23 +152,7 @@ def test_denoising_has_the_same_minimiser_as_the_bound():
 
 @pytest.mark.parametrize("options", [{}, {"noise_beta": 2.0}])
 def test_ids_that_nobody_writes_change_no_loss(options):
-    """More special tokens: neither the noise, nor N, nor the bound."""
-
-    class MoreIds(SpecialIds):
-        all_special_ids = [*range(FIRST_WORD), V, V + 1, V + 2]
-
-    small, large = make_model(V, 32), make_model(V + 3, 32, suppress_tokens=[*range(6), V, V + 1, V + 2])
-    weights = small.state_dict()
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        weights[name] = torch.cat((weights[name], torch.ones(3, 32)))
-    large.load_state_dict(weights)
-    batches = [
-        UDLMCollator(ids, 32, kind="seq2seq", canvas_length=9, **options)(make_examples(6, V))
-        for ids in (SpecialIds(V), MoreIds(V + 3))
-    ]
-    assert torch.equal(batches[0]["input_ids"], batches[1]["input_ids"])
-    losses = [UDLMLoss()(*pair).loss_sum for pair in zip((small, large), batches, strict=True)]
-    torch.testing.assert_close(*losses)
+    check_unwritten_ids(make_model, UDLMCollator, UDLMLoss(), V, **options)
 
 
 def test_in_single_precision_and_a_large_vocabulary_the_bound_is_right_to_one_percent():

@@ -1,24 +1,20 @@
 """Tasks: datasets with all that is needed to train and score on them, built from a name or a mapping."""
 
-from __future__ import annotations
-
 import importlib.resources
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from transformers import PreTrainedTokenizerFast
 
 from xlm_hf.data import Mixture
 from xlm_hf.modules.checked_options import check_arguments
 from xlm_hf.modules.messages import did_you_mean, import_target
 from xlm_hf.overrides import compose
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 _Target = TypeVar("_Target", bound=Callable[..., Any])
 
