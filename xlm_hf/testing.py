@@ -28,7 +28,6 @@ from unittest import mock
 
 import torch
 from hydra.utils import get_class
-from omegaconf import DictConfig
 from transformers import AutoModel, TrainerCallback
 
 from xlm_hf.building import build_collator, build_model, build_task, build_trainer, compose
@@ -51,14 +50,8 @@ _SHORT = [
 ]
 
 
-def _composed(*overrides: str) -> DictConfig:
-    """A config of the caller's own; to compose one takes longer than most checks of a tiny model."""
-    return copy.deepcopy(_composed_once(overrides))
-
-
-@functools.cache
-def _composed_once(overrides: tuple[str, ...]) -> DictConfig:
-    return compose("config", overrides)
+# To compose a config takes longer than most checks of a tiny model; whoever changes one takes a copy.
+_composed = functools.cache(compose)
 
 
 class FamilyCase:
@@ -75,14 +68,14 @@ class FamilyCase:
 
     def __init__(self, family: str, *overrides: str):
         few = [f"family={family}", "task=star_easy", *_FEW, *_SHORT]
-        self.cfg = _composed(*few, *overrides)
+        self.cfg = copy.deepcopy(_composed("config", (*few, *overrides)))
         collator_class: Any = get_class(self.cfg.collator._target_)
         self.kinds: tuple[str, ...] = collator_class.kinds
         self.kind = "seq2seq" if "seq2seq" in self.kinds else self.kinds[0]
         self.task = self._graphs = build_task(self.cfg.task)
         if self.kind != "seq2seq":
             # Its evaluation sets are those of another kind.
-            self.cfg = _composed(*few, "task.evaluation=[]", *overrides)
+            self.cfg = copy.deepcopy(_composed("config", (*few, "task.evaluation=[]", *overrides)))
             self.task = self._of_kind(self.task)
 
     def _of_kind(self, task: Task) -> Task:
