@@ -3,6 +3,7 @@
 import inspect
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def render_card(family: Family, variables: dict[str, Any]) -> str:
     if unknown := sorted(variables.keys() - _CARD_VARIABLES):
         raise ValueError(f"A model card has no variable {unknown[0]!r}: {did_you_mean(unknown[0], _CARD_VARIABLES)}")
     model_type = family.config_class.model_type
-    results = _eval_results(variables.get("task", model_type), variables.get("metrics", {}))
+    results = list(_eval_results(variables.get("task", model_type), variables.get("metrics", {})))
     compared = [r for r in results if not _NOT_COMPARED.fullmatch(r.metric_type) and not _is_part_of_loss(r)]
     origin = variables.get("base_model")
     if is_folder := origin is not None and Path(origin).exists():
@@ -91,8 +92,7 @@ def _title(model_type: str, variables: dict[str, Any]) -> str:
     return name if owner else variables.get("experiment") or name
 
 
-def _eval_results(task: str, metrics: dict[str, float]) -> list[EvalResult]:
-    results = []
+def _eval_results(task: str, metrics: dict[str, float]) -> Iterator[EvalResult]:
     for name, value in metrics.items():
         set_name, _, metric = name.rpartition("/")
         # The Hub keeps metadata as JSON, which has no number that is not finite.
@@ -100,15 +100,12 @@ def _eval_results(task: str, metrics: dict[str, float]) -> list[EvalResult]:
         if not set_name or is_detail or not math.isfinite(value):
             continue
         details = {"samples": f"{set_name}/samples", "standard_error": f"{name}_standard_error"}
-        results.append(
-            EvalResult(
-                task_type="text-generation",
-                dataset_type=task,
-                dataset_name=task,
-                metric_type=metric,
-                metric_name=name,
-                metric_value=float(value),
-                metric_args={detail: metrics[key] for detail, key in details.items() if key in metrics},
-            )
+        yield EvalResult(
+            task_type="text-generation",
+            dataset_type=task,
+            dataset_name=task,
+            metric_type=metric,
+            metric_name=name,
+            metric_value=float(value),
+            metric_args={detail: metrics[key] for detail, key in details.items() if key in metrics},
         )
-    return results

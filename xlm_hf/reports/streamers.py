@@ -65,10 +65,7 @@ class Decode:
 
     def frames(self) -> list[list[Token]]:
         """The sequence at the start and after every step."""
-        frames = [self.start]
-        for edits in self.steps:
-            frames.append(after_step(frames[-1], edits))
-        return frames
+        return list(itertools.accumulate(self.steps, after_step, initial=self.start))
 
 
 def after_step(tokens: list[Token], edits: list[Edit]) -> list[Token]:
