@@ -1,6 +1,7 @@
 import ast
 import copy
 import errno
+import inspect
 import json
 import os
 import re
@@ -532,6 +533,14 @@ def test_a_family_without_a_card_gets_the_common_one():
     text = render_card(Family(NamelessConfig, ILMForInsertionLM, ("AutoModel",)), CARD_VARIABLES)
     assert ModelCard(text).data.tags[-1] == "nameless"
     assert "A `ILMForInsertionLM` (`nameless`), trained with xlm-hf" in text
+
+
+def test_a_family_of_another_package_has_its_card_beside_its_configuration(tmp_path, monkeypatch):
+    (tmp_path / "hub_card.md").write_text('{% extends "_base.md" %}\n{% block family %}\nMine alone.\n{% endblock %}\n')
+    monkeypatch.setattr(inspect, "getfile", lambda _: str(tmp_path / "configuration_mine.py"))
+    text = render_card(families()["ilm"], CARD_VARIABLES)
+    assert "Mine alone." in text
+    assert "An insertion language model" not in text
 
 
 def test_a_variable_that_no_card_has_is_refused():
