@@ -81,7 +81,7 @@ def test_the_core_and_each_family_stay_small():
     single = [file for file in CORE if in_core(file, "tasks", "metrics") and file.name not in SHARED_BY_TASKS]
     others = [file for file in CORE if file not in shared and file not in single]
     assert sum(map(code_lines, shared)) <= 3000
-    assert sum(map(code_lines, others)) <= 5380
+    assert sum(map(code_lines, others)) <= 5400
     for file in single:
         assert code_lines(file) <= 250, file
     for folder in {file.parent for file in FAMILY_FILES} - {ROOT / "modeling"}:
