@@ -22,7 +22,7 @@ from .devices import is_synchronous, rounded_up, shape_of_call, true_indices
 from .generation import GenerationCall, Sampler
 from .generation_output import NonAutoregressiveGenerationOutput
 from .noise_schedules import make_schedule
-from .unmasking import Order, commit_by_rule, commit_ranks, draw_tokens, order_scores, statistics_in_place
+from .unmasking import Order, commit_by_rule, commit_ranks, draw_tokens, num_to_commit
 from .vocabulary_head import LogitsOnDemand
 
 Predict = Callable[..., Any]
@@ -225,26 +225,29 @@ class ConfidenceSampler(CanvasSampler):
         canvas.nfe += is_open
         # The rules have no time of their own: the network is told the share that is masked.
         alpha = (1 - canvas.masked.sum(dim=-1).double() / process.sizes)[rows].float()
-        eligible, seeds = eligible[rows], process.seeds[rows]
-        steps_left: Any = None
-        kept_share = None
+        eligible, seeds, most, k = eligible[rows], process.seeds[rows], num_eligible, None
         if self.num_steps is not None:
             # Without blocks the rows share their steps.
-            steps = process.num_steps()[rows] if self.block_length else self.num_steps
-            steps_left = steps - (process.step[rows] if self.block_length else number)
-            kept_share = None if self.mask_schedule is None else self._kept_share(steps, steps_left)
+            steps: Any = process.num_steps()[rows] if self.block_length else self.num_steps
+            left = steps - (process.step[rows] if self.block_length else number)
+            num_masked = eligible.sum(dim=-1)
+            if self.mask_schedule is not None:
+                # What rounding takes from a whole number is given back.
+                k = (num_masked * (1 - self._kept_share(steps, left)) + 1e-9).long()
+            else:
+                # sum_i ceil(m_i / r) is at most this.
+                most = min(most, most // left + len(rows)) if isinstance(left, int) else most
+                k = num_to_commit(num_masked, left)
         if self.order == "random":
             # Drawn anew in each step: how far a bound lets one go tells something about the rest of an order.
             seeds = random_bits(seeds, number)
 
         def rule(logits: LogitsOnDemand) -> tuple[torch.Tensor, torch.Tensor]:
             """The chosen positions (R, L), and their tokens in reading order, behind which may stand others."""
-            statistic = statistics_in_place(logits, eligible)
-            ranks = commit_ranks(order_scores(self.order, statistic, seeds, positions), eligible)
-            chosen, most = commit_by_rule(self, statistic, ranks, eligible, num_eligible, steps_left, kept_share)
+            chosen, num = commit_by_rule(self, logits, eligible, positions, seeds, most, k)
             # An accelerator is not asked how many there are.
-            most = int(chosen.sum()) if is_synchronous(chosen.device) else most
-            index = true_indices(chosen, rounded_up(most, chosen.numel(), chosen.device))
+            num = int(chosen.sum()) if is_synchronous(chosen.device) else num
+            index = true_indices(chosen, rounded_up(num, chosen.numel(), chosen.device))
             numbers = (eligible.flatten().cumsum(dim=0) - 1).clamp(min=0)
             return chosen, draw_tokens(logits[numbers[index]], uniforms.flatten()[index], process.config)
 

@@ -134,44 +134,33 @@ def commit_bounded(ranks: torch.Tensor, eligible: torch.Tensor, costs: torch.Ten
 
 
 def commit_by_rule(
-    rule: Any,
-    statistic: Callable[[str], torch.Tensor],
-    ranks: torch.Tensor,
-    eligible: torch.Tensor,
-    most: int,
-    left: Any,
-    kept_share: torch.Tensor | None = None,
+    rule: Any, logits: LogitsOnDemand, eligible: torch.Tensor, positions: torch.Tensor, seeds: Any, most: int, k: Any
 ) -> tuple[torch.Tensor, int]:
-    """Choose positions by a rule, at least one in each row that has any, unless a share is kept.
+    """Choose positions by a rule, at least one in each row that has any, or `k` of them.
 
     Args:
-        rule: confidence_threshold, entropy_bound and error_bound, as `ConfidenceSampler` has them.
-        statistic: gives the (R, L) values of a statistic by its name, as `statistics_in_place` does.
-        ranks: (R, L) from `commit_ranks`.
+        rule: order, confidence_threshold, entropy_bound and error_bound, as `ConfidenceSampler` has them.
+        logits: of the `eligible` positions in reading order, before temperature, top-k and top-p.
         eligible: (R, L) bool.
-        most: how many are eligible, or a bound of it.
-        left (int | torch.Tensor | None): with `num_steps`, how many steps are left, this one included, of all rows or
-            (R,) of each.
-        kept_share: float64, of all rows or (R,) of each: the share of the masks that stay, instead of an even part.
+        positions: (R, L) position of each token in its own row.
+        seeds (torch.Tensor): (R,) for a random order.
+        most: a bound of how many are chosen.
+        k (torch.Tensor | None): (R,) how many of each row, where the number is that of a step; None asks the rule.
 
     Returns:
         the chosen positions (R, L) bool, and a bound of their number.
     """
+    statistic = statistics_in_place(logits, eligible)
+    ranks = commit_ranks(order_scores(rule.order, statistic, seeds, positions), eligible)
     if rule.confidence_threshold is not None:
         return commit_confident(ranks, eligible, statistic("confidence"), rule.confidence_threshold), most
     if rule.entropy_bound is not None:
         return commit_bounded(ranks, eligible, statistic("entropy"), rule.entropy_bound), most
     if rule.error_bound is not None:
         return commit_bounded(ranks, eligible, 1 - statistic("confidence"), rule.error_bound), most
-    if left is None:
-        return eligible & (ranks == 0), min(most, len(ranks))
-    num_masked = eligible.sum(dim=-1)
-    if kept_share is not None:
-        # What rounding takes from a whole number is given back.
-        return commit_top_k(ranks, eligible, (num_masked * (1 - kept_share) + 1e-9).long()), most
-    chosen = commit_top_k(ranks, eligible, num_to_commit(num_masked, left))
-    # sum_i ceil(m_i / r) is at most this.
-    return chosen, min(most, most // left + len(ranks)) if isinstance(left, int) else most
+    if k is not None:
+        return commit_top_k(ranks, eligible, k), most
+    return eligible & (ranks == 0), min(most, len(ranks))
 
 
 def draw_tokens(logits: torch.Tensor, uniforms: torch.Tensor, config: Any) -> torch.Tensor:
