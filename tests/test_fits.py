@@ -38,6 +38,10 @@ def test_weights_that_the_config_does_not_name_or_that_are_missing(is_tied, cfg,
         "has 1 weights beyond its config, such as strange": {**weights, "strange": torch.zeros(1)},
         f"lacks 1 weights of its config, such as {name}": {key: w for key, w in weights.items() if key != name},
         "does not fit its config.json": {**weights, name: torch.zeros(3)},
+        **{
+            f"has NaN or infinity in {name}": {**weights, name: weights[name].index_fill(0, torch.tensor(0), value)}
+            for value in (torch.nan, torch.inf)
+        },
     }
     for words, changed in changes.items():
         save_file(changed, file, metadata={"format": "pt"})

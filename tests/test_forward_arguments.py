@@ -1,6 +1,7 @@
 """What `forward` of every family takes, and what it refuses in one sentence."""
 
 import inspect
+import re
 
 import pytest
 import torch
@@ -146,3 +147,67 @@ def test_a_quantised_head_is_called_and_not_taken_apart():
     assert is_linear(head)
     head.weight = nn.Parameter(head.weight.detach().as_subclass(Quantised))
     assert not is_linear(head)
+
+
+WHOLE = "must be int64 or int32"
+TOKENS = "must hold rows of tokens"
+MISTAKES = [
+    *(("input_ids", kind, WHOLE) for kind in (torch.float32, torch.float16, torch.bool, torch.uint8, torch.complex64)),
+    *(("input_ids", value, "input_ids must be a tensor") for value in ([[8, 9]], "x", 5, {}, object())),
+    *(("input_ids", torch.zeros(shape).long(), TOKENS) for shape in ((), (3,), (0,), (0, 3), (2, 0))),
+    *(("input_ids", torch.full((2, 9), value), "input_ids must be in [0,") for value in (-8, 10**6, 2**40)),
+    *(
+        ("attention_mask", torch.ones(shape), "attention_mask must fit 2 rows of 9 tokens")
+        for shape in ((9,), (2, 8), (2, 10), (3, 9), (2, 9, 9))
+    ),
+    *(("attention_mask", value, "attention_mask must be a tensor") for value in ([[1] * 9] * 2, "x", 5)),
+    *(
+        ("position_ids", torch.zeros(shape).long(), "position_ids must fit 2 rows of 9 tokens")
+        for shape in ((9,), (2, 8), (3, 9))
+    ),
+    ("position_ids", torch.zeros(2, 9), WHOLE),
+    ("position_ids", torch.full((2, 9), -1), "position_ids must be in [0, inf) and holds -1"),
+    ("position_ids", 5, "position_ids must be a tensor"),
+    *((name, torch.zeros(2, 9), WHOLE) for name in ("segment_ids", "block_ids", "labels")),
+    *((name, torch.zeros(3, 9).long(), f"{name} must fit") for name in ("segment_ids", "block_ids", "labels")),
+    *(("labels", torch.full((2, 9), value), "labels must be in [0,") for value in (-5, 10**6)),
+    *((name, torch.zeros(2, 9), f"{name} must be bool") for name in ("is_noisy", "is_given", "is_canvas")),
+    *((name, torch.zeros(2, 8).bool(), f"{name} must fit") for name in ("is_noisy", "is_given", "is_canvas")),
+    *(
+        (f"{name}_index", torch.tensor(value), words)
+        for name in ("logits", "slot", "gap", "token", "cls", "length")
+        for value, words in (
+            ([18], "must be in [0, 18)"),
+            ([-1], "must be in [0, 18)"),
+            ([0.0], WHOLE),
+            ([[0, 1]], "must fit"),
+        )
+    ),
+    *((f"{name}_index", [0, 1], "must be a tensor") for name in ("logits", "slot", "gap", "token", "cls", "length")),
+    *((name, 0.5, f"{name} must be a tensor") for name in TIMES),
+    *((name, torch.full(shape, 0.5), f"{name} must fit") for name in TIMES for shape in ((2, 8), (2, 9, 1))),
+    *((name, 5, f"{name} must be a tensor") for name in ("noise", "latents", "expected", "self_conditioned")),
+]
+
+
+@pytest.mark.parametrize("number", range(len(MISTAKES)))
+def test_mistaken_tensors_end_in_one_sentence(model, batch, number):
+    name, value, words = MISTAKES[number]
+    handed_on = ("segment_ids", "block_ids", "is_noisy", "position_ids")
+    if name not in inspect.signature(model.forward).parameters and name not in handed_on:
+        pytest.skip("the family has no such argument")
+    value = batch["input_ids"].to(value) if isinstance(value, torch.dtype) else value
+    with pytest.raises(ValueError, match=re.escape(words)) as error:
+        model(**{**batch, name: value})
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_meant_is_taken_as_it_is(model, batch):
+    expected = model(**batch).logits
+    mask = torch.ones(2, 9)
+    for given in (mask, mask.bool(), mask.int(), mask.long()):
+        assert torch.equal(model(**batch, attention_mask=given).logits, expected)
+    assert torch.equal(model(**{**batch, "input_ids": batch["input_ids"].int()}).logits, expected)
+    assert torch.equal(model(**batch, position_ids=torch.arange(9)[None]).logits, expected)
+    with pytest.raises(ValueError, match="inputs_embeds must hold rows of tokens"):
+        model(**{**batch, "input_ids": None})

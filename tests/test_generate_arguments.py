@@ -3,6 +3,7 @@
 import inspect
 import re
 
+import numpy
 import pytest
 import torch
 from transformers import (
@@ -209,6 +210,115 @@ def test_prompts_come_as_tensors_as_lists_and_under_either_name(written, prompts
     assert rows_of(decode(written, bare[0], seed=[3]), model) == expected[:1]
     with pytest.raises(ValueError, match="Give one of input_ids, inputs and num_samples"):
         decode(written, bare, inputs=bare)
+
+
+# Prompts and masks of the right meaning, whatever they are made of.
+SAME = {
+    "int32": lambda ids, mask: (ids.int(), mask),
+    "uint8": lambda ids, mask: (ids.to(torch.uint8), mask),
+    "a sparse tensor": lambda ids, mask: (ids.to_sparse(), mask),
+    "an array of int32": lambda ids, mask: (ids.int().numpy(), mask.numpy()),
+    "lists of padded rows": lambda ids, mask: (ids.tolist(), mask.tolist()),
+    "a mask of truth values": lambda ids, mask: (ids, mask.bool()),
+    "a mask of numbers": lambda ids, mask: (ids, mask.float()),
+    "a list of truth values": lambda ids, mask: (ids, mask.bool().tolist()),
+    "tensors in a tuple": lambda ids, mask: (tuple(ids), tuple(mask)),
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_prompts_and_masks_of_the_right_meaning_are_taken(written, prompts, name):
+    ids, mask = SAME[name](prompts["input_ids"], prompts["attention_mask"].long())
+    assert torch.equal(decode(written, ids, mask).sequences, decode(written, **prompts).sequences)
+
+
+IDS, MASK, SEED = "input_ids must be integers", "attention_mask must be zeros and ones", "seed must be an integer"
+OUTSIDE, FUNCTION = "is outside the model's vocabulary", "must be a function, or a list of functions"
+MISTAKES = [
+    *(
+        ("input_ids", value, IDS)
+        for value in (
+            *(
+                torch.tensor([[8.0, 9.0]]),
+                torch.tensor([[8.5]]).half(),
+                torch.tensor([[True]]),
+                torch.ones(1, 2).cfloat(),
+            ),
+            *(
+                [[8.5, 9.0]],
+                [8.0, 9.0],
+                [["a"]],
+                ["a", "b"],
+                [[8, [9]], [10]],
+                [8, [9]],
+                [[8, None]],
+                [None],
+                [[2**70]],
+            ),
+            *("hello", b"ab", [b"ab"], 5, 2.5, {"input_ids": [[8]]}, {8, 9}, object(), iter([8])),
+            *(torch.tensor(8), torch.ones(1, 1, 2).long(), torch.ones(1, 2, 1, 1).long()),
+            *(numpy.ones((1, 2)), numpy.array([[8, "a"]], dtype=object)),
+        )
+    ),
+    *(("input_ids", value, OUTSIDE) for value in ([[10**6]], [-1, 8], torch.tensor([[2**40]]))),
+    *(("input_ids", torch.zeros(0, width), "input_ids has 0 rows") for width in (0, 3)),
+    *(
+        ("attention_mask", value, MASK)
+        for value in ("x", 1, {}, object(), [["a"]], torch.full((2, 3), 0.5), 2 * torch.ones(2, 3), -torch.ones(2, 3))
+    ),
+    *(("attention_mask", value, MASK) for value in (torch.full((2, 3), torch.nan), torch.ones(1, 2, 3), [[[1]]])),
+    *(("attention_mask", value, "make them alike") for value in ([[1], [1, 1]], [], torch.ones(9, 1), torch.ones(2))),
+    *(("num_samples", value, "num_samples must be at least 1") for value in (0, -1)),
+    *(("num_samples", value, "num_samples must be an integer") for value in (2.5, "x", True, [2], torch.nan)),
+    *(("logits_processor", value, FUNCTION) for value in (5, "x", [5], {}, [None], LogitsProcessorList)),
+    *(("stopping_criteria", value, FUNCTION) for value in (5, "x", [5], {}, [None], StoppingCriteriaList)),
+    *(("streamer", value, "streamer.put must be a function") for value in (5, "x", [], object(), print)),
+    *(
+        ("generation_config", value, "generation_config must be a")
+        for value in (5, "x", {}, [], GenerationConfig, object)
+    ),
+    *(
+        ("seed", value, SEED)
+        for value in (2.5, "x", [1.5, 2], [None, 1], {}, [2**70, 1], [[1, 2]], torch.nan, object())
+    ),
+    *(("seed", torch.tensor(value), SEED) for value in ([1.5, 2.0], [True, False])),
+    *((name, 10**6, OUTSIDE) for name in ("bos_token_id", "pad_token_id", "eos_token_id")),
+    *(("eos_token_id", value, OUTSIDE) for value in ([3, 10**6], [-1], 2**70)),
+    *(("suppress_tokens", value, OUTSIDE) for value in ([10**6], [-1], [2**70])),
+]
+
+
+@pytest.mark.parametrize("number", range(len(MISTAKES)))
+def test_mistaken_arguments_end_in_one_sentence(written, prompts, number):
+    name, value, words = MISTAKES[number]
+    given = {} if name in ("input_ids", "num_samples") else dict(prompts)
+    with pytest.raises(ValueError, match=re.escape(words)) as error:
+        decode(written, **{"seed": 1, **given, name: value})
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 400
+
+
+def test_a_config_of_another_family_is_refused(written, prompts):
+    others = [family.model_class.generation_config_class for family in families().values()]
+    own = written[1].generation_config_class
+    for other in others:
+        if not issubclass(other, own):
+            with pytest.raises(ValueError, match=f"must be a {own.__name__} or GenerationConfig and is"):
+                decode(written, **prompts, generation_config=other())
+
+
+def test_rows_without_a_token_are_empty_prompts(written):
+    ids = torch.full((2, 3), 9)
+    expected = rows_of(decode(written, num_samples=2, seed=[3, 4]), written[1])
+    assert rows_of(decode(written, ids, torch.zeros(2, 3)), written[1]) == expected
+
+
+def test_a_function_stands_for_a_list_of_one(written, prompts):
+    for name, function in (("logits_processor", lambda ids, scores, **_: scores), ("stopping_criteria", Never())):
+        one, several = (decode(written, **prompts, **{name: given}) for given in (function, [function]))
+        if name == "logits_processor":
+            assert torch.equal(one.sequences, several.sequences)
+        function.calls = 0
 
 
 def test_nothing_to_go_on_from_is_written_as_often_as_wanted(written):

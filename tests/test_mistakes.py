@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -31,7 +30,6 @@ from xlm_hf.modeling.sedd import SEDDCollator
 from xlm_hf.modeling.udlm import UDLMCollator
 from xlm_hf.modules.checked_options import annotations_of
 from xlm_hf.modules.noise_schedules import NOISE_SCHEDULES, make_schedule
-from xlm_hf.modules.prompts import left_align_padding
 from xlm_hf.tasks import load_task
 from xlm_hf.tasks.tokenizers import byte_tokenizer
 from xlm_hf.training.arguments import XLMTrainingArguments
@@ -79,7 +77,14 @@ CONFIG = [
     ("backbone_config", {}, "needs a model_type"),
     ("lora", 5, "must be a dictionary"),
     ("pad_token_id", -1, ZERO),
-    ("bos_token_id", "x", INT),
+    *(("bos_token_id", value, INT) for value in ("x", 2.5)),
+    *(
+        (name, value, f"{name} is {value} and vocab_size 32000")
+        for name in ("pad_token_id", "bos_token_id")
+        for value in (32000, 10**9)
+    ),
+    ("vocab_size", 4, "bos_token_id is 4 and vocab_size 4"),
+    ("pad_token_id", None, INT),
 ]
 
 
@@ -363,14 +368,6 @@ def test_an_entry_of_the_evaluation_that_lacks_something():
 )
 def test_metrics(metric, words):
     refused(words, load_metric, metric)
-
-
-def test_a_mask_of_another_shape_is_refused():
-    refused(
-        "attention_mask has the shape (1, 2) and input_ids (1, 3)",
-        left_align_padding,
-        *map(torch.ones, ((1, 3), (1, 2))),
-    )
 
 
 def test_nothing_is_left_to_be_written():

@@ -19,10 +19,9 @@ from transformers.generation import (
 from xlm_hf.modules.checked_options import CheckedOptions, Count, Interval, PartialShare, Positive, PositiveInt, Share
 from xlm_hf.modules.counter_random import uniform
 from xlm_hf.modules.edits import INSERT, EditLog
-from xlm_hf.modules.generation import GenerationCall, GenerationOptionsMixin, row_seeds
+from xlm_hf.modules.generation import GenerationCall, GenerationOptionsMixin, followers, row_seeds
 from xlm_hf.modules.generation_output import NonAutoregressiveGenerationOutput
 from xlm_hf.modules.messages import did_you_mean
-from xlm_hf.modules.prompts import left_align_padding
 from xlm_hf.modules.token_sampling import sample_categorical
 
 
@@ -227,8 +226,7 @@ class ARLMGenerationMixin(GenerationOptionsMixin, GenerationMixin):  # type: ign
             the sequences, or `ARLMGenerationOutput` with `return_dict_in_generate=True` or `return_history=True`.
 
         Raises:
-            ValueError: for an unknown option, a value out of range, beam search with sampling, an id outside the
-                vocabulary or a prompt that leaves no position.
+            ValueError: for beam search with sampling, or an option, an id or a prompt that does not fit.
         """
         passed = {name: overrides.pop(name) for name in self._passed_on if name in overrides}
         config, asked = self.resolve_generation_config(generation_config, overrides)
@@ -239,6 +237,7 @@ class ARLMGenerationMixin(GenerationOptionsMixin, GenerationMixin):  # type: ign
         return_dict = config.return_dict_in_generate or config.return_history
         config.update(max_new_tokens=int(capacity.max()), max_length=None, return_dict_in_generate=True)
         is_full = _CapacityCriteria(capacity, mask.shape[1])
+        processors, criteria = followers(streamer, logits_processor, stopping_criteria)
         draw = [_SeededDraw(seeds, prompt.shape[1])] if config.do_sample else []
         passes = _Passes(self)
         # transformers draws from what _SeededDraw leaves it, which is no choice but moves the global generator.
@@ -248,8 +247,8 @@ class ARLMGenerationMixin(GenerationOptionsMixin, GenerationMixin):  # type: ign
                 attention_mask=mask.long(),
                 generation_config=config,
                 streamer=streamer,
-                logits_processor=LogitsProcessorList([*(logits_processor or []), *draw]),
-                stopping_criteria=StoppingCriteriaList([*(stopping_criteria or []), is_full]),
+                logits_processor=LogitsProcessorList([*processors, *draw]),
+                stopping_criteria=StoppingCriteriaList([*criteria, is_full]),
                 tokenizer=tokenizer,
                 **{**self._convolution_cache(config, passed), **passed},
             )
@@ -283,18 +282,12 @@ class ARLMGenerationMixin(GenerationOptionsMixin, GenerationMixin):  # type: ign
             )
         if config.assistant_early_exit is not None:
             raise ValueError("assistant_early_exit needs layers that were trained to be the last one: unset it.")
-        self.check_suppressed(config.suppress_tokens or ())
         return mode == GenerationMode.ASSISTED_GENERATION
 
     def _prepare_prompt(self, input_ids, attention_mask):
         """Check prompts, end bare ones with `[BOS]`, and move the padding to the left."""
         bos_id = self.config.bos_token_id
-        if input_ids.shape[1] == 0:
-            input_ids, attention_mask = torch.full((len(input_ids), 1), bos_id, device=input_ids.device), None
-        self.check_token_ids(input_ids)
-        if attention_mask is None:
-            attention_mask = input_ids != self.config.pad_token_id
-        input_ids, mask = left_align_padding(input_ids, attention_mask)
+        input_ids, mask = self.aligned_prompts(input_ids, attention_mask, [bos_id])
         opened = ((input_ids == bos_id) & mask).any(dim=-1)
         if opened.all():
             return input_ids, mask

@@ -131,8 +131,11 @@ class MLMGenerationMixin(MaskedGenerationMixin):
         Raises:
             ValueError: for several lengths of a model that predicts none, or of a decode that somebody follows.
         """
-        num_lengths = getattr(call.config, "num_lengths", 1)
-        predicts = self.config.max_canvas_length is not None and inputs.get("canvas_lengths") is None
+        num_lengths, lengths = getattr(call.config, "num_lengths", 1), inputs.get("canvas_lengths")
+        if lengths is not None and (lengths.shape != (len(input_ids),) or lengths.min() < 0):
+            found = lengths.tolist()
+            raise ValueError(f"canvas_lengths must be {len(input_ids)} numbers from 0 on, one a row, and is {found}.")
+        predicts = self.config.max_canvas_length is not None and lengths is None
         if num_lengths > 1 and not predicts:
             raise ValueError(f"num_lengths is {num_lengths}, and this call predicts no length: set it to 1.")
         if num_lengths > 1 and call.is_watched:

@@ -48,6 +48,16 @@ def test_a_pipeline_writes_what_generate_writes(written, kind):
     assert stock(prompts[0], **sampling)[0]["generated_text"] == prompts[0] + new[0]
 
 
+@pytest.mark.parametrize("prompt", [None, 5, 2.5, b"1", True, ["1", None], [5], [["1"]], {"a": 1}, ("1",), [[]], {"1"}])
+def test_what_is_no_text_is_refused_and_no_text_is_nothing(written, prompt):
+    case, model = written
+    pipe = XLMTextGenerationPipeline(model=model, tokenizer=layout_of(case, model, "seq2seq"), device="cpu")
+    assert pipe([], max_new_tokens=1) == []
+    with pytest.raises(ValueError, match="A prompt must be a text, or a list of turns of a chat, and is "):
+        pipe(prompt, max_new_tokens=1)
+    assert "XLMTextGenerationPipeline" in repr(pipe)
+
+
 def test_a_bare_prompt_of_an_old_tokenizer_is_completed_and_written_as_well(written):
     case, model = written
     tokenizer, old = layout_of(case, model, "seq2seq"), case.task.tokenizer

@@ -198,6 +198,14 @@ def test_streamer_and_logits_processor_are_called_as_transformers_does():
         ({"num_steps": 3, "error_bound": 0.1}, "num_steps and error_bound each set how much a step commits"),
         ({"max_new_tokens": 30}, "max_new_tokens is 30, but a prompt of 4 tokens leaves 20 of the model's 24"),
         ({"seed": [1, 2]}, "seed has 2 entries for 1 rows"),
+        *(
+            ({"canvas_lengths": value}, "canvas_lengths must be 1 numbers")
+            for value in ([-1], [1, 2], torch.ones(1, 1).int())
+        ),
+        *(
+            ({"canvas_lengths": value}, "canvas_lengths must be integers")
+            for value in ("x", 5, [1.5], torch.tensor([True]))
+        ),
         ({"input_ids": torch.tensor([[13, BOS]])}, "Token id 13 is outside the model's vocabulary of 13"),
         ({"input_ids": torch.full((1, 24), 9)}, "25 tokens and the model has 24 positions"),
         ({"input_ids": torch.full((1, 25), MASK)}, "25 tokens and the model has 24 positions"),

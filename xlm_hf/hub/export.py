@@ -142,10 +142,8 @@ def _flatten(path: Path) -> tuple[str, list[Path]]:
             raise ValueError(f"{path} imports from {file}, which is no file: an export is flat.")
     stranger = _not_portable(flat := _FILE_IMPORT.sub(r"\1from .\3 import", source))
     if stranger is not None:
-        raise ValueError(
-            f"{path} says {stranger!r}, which an export cannot carry: write `from .<file> import ...` or "
-            "`from xlm_hf.modules.<file> import ...`, and nothing else of this package."
-        )
+        remedy = "write `from .<file> import ...` or `from xlm_hf.modules.<file> import ...`, and nothing else of it"
+        raise ValueError(f"{path} says {stranger!r}, which an export cannot carry: {remedy}.")
     return flat, imported
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from transformers import TextGenerationPipeline
-from transformers.pipelines.text_generation import ReturnType
+from transformers.pipelines.text_generation import Chat, ReturnType
 
 
 class XLMTextGenerationPipeline(TextGenerationPipeline):
@@ -21,8 +21,14 @@ class XLMTextGenerationPipeline(TextGenerationPipeline):
     def check_model_type(self, supported_models: Any) -> None:
         """Every model that has this pipeline writes, whatever its Auto class."""
 
+    def __call__(self, text_inputs: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """What is written after a text, or each of several; no text at all gives an empty list."""
+        return [] if isinstance(text_inputs, list) and not text_inputs else super().__call__(text_inputs, **kwargs)
+
     def preprocess(self, prompt_text, add_special_tokens=None, **kwargs: Any):  # type: ignore[override]
         """Tokenize a prompt, in the layout that the tokenizer was exported with; blanks are filled in without it."""
+        if not isinstance(prompt_text, (str, Chat)):
+            raise ValueError(f"A prompt must be a text, or a list of turns of a chat, and is {prompt_text!r}.")
         mask_token = self.tokenizer.mask_token  # type: ignore[union-attr]
         if add_special_tokens is None and mask_token and isinstance(prompt_text, str) and mask_token in prompt_text:
             add_special_tokens = False

@@ -95,8 +95,9 @@ class RotaryTransformerConfig(CheckedConfig):
             does not.
 
     Raises:
-        ValueError: for an unknown backbone; if `num_attention_heads` does not divide `hidden_size`; if the rotated part
-            of a head is odd; if nothing encodes the positions; or if the conditioning does not fit the backbone.
+        ValueError: for an unknown backbone; for a special id outside the vocabulary; if `num_attention_heads` does not
+            divide `hidden_size`; if the rotated part of a head is odd; if nothing encodes the positions; or if the
+            conditioning does not fit the backbone.
     """
 
     vocab_size: PositiveInt = 32000
@@ -124,7 +125,7 @@ class RotaryTransformerConfig(CheckedConfig):
     backbone_config: dict[str, Any] | None = None
     shift_logits: bool = False
     lora: dict[str, Any] | None = None
-    pad_token_id: Count | None = 0
+    pad_token_id: Count = 0
     bos_token_id: Count | None = 4
     conditioning: Literal["none", "adaln", "token"] = "none"
     conditioning_size: PositiveInt = 128
@@ -154,6 +155,11 @@ class RotaryTransformerConfig(CheckedConfig):
             self.conditioning = "adaln" if self.conditioning == "none" else self.conditioning
         if self.conditioning == "token" and self.bos_token_id is None:
             raise ValueError("conditioning='token' adds the time to [BOS] and bos_token_id is None: set it.")
+        for name in annotations_of(type(self)):
+            if name.endswith("_token_id") and (token_id := getattr(self, name) or 0) >= self.vocab_size:
+                raise ValueError(
+                    f"{name} is {token_id} and vocab_size {self.vocab_size}: take both from one tokenizer."
+                )
         if self.backbone_config is None:
             self._check_sizes()
         elif not isinstance(self.backbone_config.get("model_type"), str):
@@ -171,23 +177,19 @@ class RotaryTransformerConfig(CheckedConfig):
 
     def _check_sizes(self) -> None:
         if self.backbone != "rotary":
-            raise ValueError(
-                f"backbone must be one of {', '.join(self.own_backbones)} and is {self.backbone!r}; other transformers "
-                "are given by backbone_config."
-            )
+            found = f"backbone must be one of {', '.join(self.own_backbones)} and is {self.backbone!r}"
+            raise ValueError(f"{found}; other transformers are given by backbone_config.")
         if self.shift_logits or self.lora:
             raise ValueError("shift_logits and lora are for a backbone of transformers: unset them or give one.")
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads "
-                f"({self.num_attention_heads}): change one of them."
-            )
+            heads = f"num_attention_heads ({self.num_attention_heads})"
+            raise ValueError(f"hidden_size ({self.hidden_size}) must be a multiple of {heads}: change one of them.")
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act {self.hidden_act!r} is not one of {', '.join(sorted(ACT2FN))}.")
         if self.rotary_dim % 2 or (self.rotary_dim == 0 and not self.learned_positions):
+            found = f"The rotated part of a head has {self.rotary_dim} dimensions"
             raise ValueError(
-                f"The rotated part of a head has {self.rotary_dim} dimensions (hidden_size / num_attention_heads x "
-                "partial_rotary_factor); rotation works on pairs: choose an even number, or learned_positions and 0."
+                f"{found}, and rotation works on pairs: choose an even number, or learned_positions and 0."
             )
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size

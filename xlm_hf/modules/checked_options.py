@@ -20,7 +20,7 @@ from numbers import Integral, Real
 from types import NoneType
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
-from .messages import check_options
+from .messages import check_options, shown
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -108,11 +108,11 @@ def _described(kind: Any) -> str:
 def check_value(name: str, value: Any, kind: Any) -> None:
     """Raise ValueError, which says what it must be, if the value of an option is not what its annotation says."""
     if not _is_of_kind(value, kind):
-        raise ValueError(f"{name} must be {_described(kind)} and is {value!r}.")
+        raise ValueError(f"{name} must be {_described(kind)} and is {shown(value)}.")
     ranges = _ranges(value, kind)
     numbers = value if isinstance(value, Collection) else [value]
     if ranges and not any(all(number in one for number in numbers) for one in ranges):
-        raise ValueError(f"{name} must be {' or '.join(map(str, ranges))} and is {value!r}.")
+        raise ValueError(f"{name} must be {' or '.join(map(str, ranges))} and is {shown(value)}.")
 
 
 def check_arguments(

@@ -127,10 +127,8 @@ class EditBuffer:
         if start is not None and start_lengths is not None:
             if bool((start_lengths > self.capacity).any()):
                 longest, capacity = int(start_lengths.max()), int(self.capacity.min())
-                raise ValueError(
-                    f"A text begins with {longest} tokens and has {capacity} positions for them: raise max_new_tokens, "
-                    "or max_position_embeddings of the model."
-                )
+                found = f"begins with {longest} tokens and has {capacity} positions for them"
+                raise ValueError(f"A text {found}: raise max_new_tokens, or max_position_embeddings of the model.")
             self.tokens[:, : start.shape[1]], self.lengths = start, start_lengths
         self.nfe = torch.zeros(B, dtype=torch.int64, device=device)
         self.finished, self.stopped = (torch.zeros(B, dtype=torch.bool, device=device) for _ in range(2))

@@ -5,19 +5,19 @@ The dialect is that of the diffusion language models that transformers ships (`t
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any, ClassVar
 
 import torch
 from transformers.generation import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
-from .checked_options import CheckedOptions, Count, Positive, PositiveInt, Share, annotations_of
+from .checked_options import CheckedOptions, Count, Positive, PositiveInt, Share, annotations_of, check_value
 from .counter_random import random_bits
 from .devices import keep_freed_memory
 from .edits import EditLog
 from .generation_output import NonAutoregressiveGenerationOutput
-from .messages import check_options
-from .prompts import PromptsMixin
+from .messages import check_options, shown
+from .prompts import PromptsMixin, integers
 
 
 class Sampler(CheckedOptions):
@@ -144,6 +144,7 @@ class NonAutoregressiveGenerationConfig(CheckedOptions, GenerationConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> Any:
         """As in transformers; a saved config may hold the options of every sampler."""
+        check_value("A generation config", config_dict, dict)
         chosen = {name: kwargs[name] for name in ("sampler",) if name in kwargs}
         return super().from_dict(cls._saved({**config_dict, **chosen}), **kwargs)
 
@@ -220,18 +221,21 @@ def row_seeds(seed: Any, num_rows: int, device: torch.device, copies: int = 1) -
     number: Any = seed.item() if isinstance(seed, torch.Tensor) and seed.ndim == 0 else seed
     if isinstance(number, Integral):
         return random_bits(int(number), torch.arange(num_rows, device=device))
-    if isinstance(number, (str, Real)):
-        raise ValueError(f"seed must be an integer, or one for each row, and is {seed!r}.")
-    seeds = torch.as_tensor(seed, dtype=torch.int64, device=device)
+    seeds = integers("seed must be an integer, or one for each row,", seed, (1,)).to(device)
     if seeds.shape != (num_rows,):
-        raise ValueError(
-            f"seed has {seeds.numel()} entries for {num_rows} rows: give one integer, or one for each row."
-        )
+        raise ValueError(f"seed has {len(seeds)} entries for {num_rows} rows: give one integer, or one for each row.")
     return seeds
 
 
-def _repeated(x: Any, copies: int) -> Any:
-    return x if x is None or copies == 1 else x.repeat_interleave(copies, dim=0)
+def followers(streamer: Any, logits_processor: Any, stopping_criteria: Any) -> list[list[Any]]:
+    """Logits processors and stopping criteria as lists; raises ValueError for what is no function or list of such."""
+    put, lists = None if streamer is None else getattr(streamer, "put", repr(streamer)), []
+    names = ("logits_processor", "stopping_criteria", "streamer.put")
+    for name, given in zip(names, (logits_processor, stopping_criteria, put), strict=True):
+        lists.append([] if given is None else [*given] if isinstance(given, (list, tuple)) else [given])
+        if others := [one for one in lists[-1] if not callable(one) or isinstance(one, type)]:
+            raise ValueError(f"{name} must be a function, or a list of functions, and has {shown(others[0])}.")
+    return lists[:2]
 
 
 class GenerationOptionsMixin(PromptsMixin):
@@ -239,11 +243,19 @@ class GenerationOptionsMixin(PromptsMixin):
 
     generation_config: Any
     generation_config_class: Any
+    output_modalities = ("text",)
 
     def adjust_generation_fn(
-        self, generation_config, from_auto_class, from_pipeline, pretrained_model_name_or_path, **loading_options
+        self: Any, generation_config, from_auto_class, from_pipeline, pretrained_model_name_or_path, **loading_options
     ) -> None:
-        """Called by `from_pretrained`: take the generation config of the call, or else that of the checkpoint."""
+        """Called by `from_pretrained`: take the generation config of the call, or else that of the checkpoint.
+
+        Raises:
+            ValueError: for weights that are not finite.
+        """
+        for name, x in self.named_parameters():
+            if x.device.type == "cpu" and not x.isfinite().all():
+                raise ValueError(f"{pretrained_model_name_or_path} has NaN or infinity in {name}: choose another.")
         if generation_config is not None:
             self.generation_config = self.generation_config_class(**generation_config.to_dict())
             return
@@ -251,12 +263,8 @@ class GenerationOptionsMixin(PromptsMixin):
             return
         loading_options.pop("trust_remote_code", None)
         try:
-            self.generation_config = self.generation_config_class.from_pretrained(
-                pretrained_model_name_or_path,
-                _from_auto=from_auto_class,
-                _from_pipeline=from_pipeline,
-                **loading_options,
-            )
+            config_class = self.generation_config_class
+            self.generation_config = config_class.from_pretrained(pretrained_model_name_or_path, **loading_options)
         except OSError:
             self.generation_config = self.generation_config_class()
 
@@ -271,7 +279,10 @@ class GenerationOptionsMixin(PromptsMixin):
         """
         base, asked = self.generation_config, dict(overrides)
         if generation_config is not None:
-            is_own, saved = isinstance(generation_config, NonAutoregressiveGenerationConfig), base.to_dict()
+            own, saved, found = type(base), base.to_dict(), shown(generation_config)
+            is_own = isinstance(generation_config, own)
+            if not is_own and type(generation_config) is not GenerationConfig:
+                raise ValueError(f"generation_config must be a {own.__name__} or GenerationConfig and is {found}.")
             given = generation_config.to_dict() if is_own else generation_config.to_diff_dict()
             given = {name: value for name, value in given.items() if name[0] != "_" and value != saved.get(name)}
             given.pop("transformers_version", None)
@@ -281,7 +292,9 @@ class GenerationOptionsMixin(PromptsMixin):
         unset = [name for name in ("max_new_tokens", "max_length") if asked.get(name) is None]
         if len(unset) == 1:
             asked[unset[0]] = None
-        return base.updated(**asked), frozenset(name for name, value in asked.items() if value is not None)
+        config = base.updated(**asked)
+        self.check_option_ids(vars(config))
+        return config, frozenset(name for name, value in asked.items() if value is not None)
 
     def capacity_after(self, call: GenerationCall, prompt_lengths: torch.Tensor) -> torch.Tensor:
         """How many tokens each row may write after its prompt, by the options and the model's positions: (B,) int64.
@@ -296,26 +309,17 @@ class GenerationOptionsMixin(PromptsMixin):
         Raises:
             ValueError: if a prompt fills the model's positions, or the call asks for more than they hold.
         """
-        generation_config = call.config
-        positions, longest = self.config.max_position_embeddings, int(prompt_lengths.max())
+        config, positions, longest = call.config, self.config.max_position_embeddings, int(prompt_lengths.max())
         left = positions - longest
         if left <= 0:
-            raise ValueError(
-                f"The prompt has {longest} tokens and the model has {positions} positions, so nothing can "
-                "be written: shorten the prompt or train with a larger max_position_embeddings."
-            )
-        if "max_new_tokens" in call.asked and generation_config.max_new_tokens > left:
-            raise ValueError(
-                f"max_new_tokens is {generation_config.max_new_tokens}, but a prompt of {longest} tokens leaves {left} "
-                f"of the model's {positions} positions: set at most {left}."
-            )
-        if generation_config.max_length is not None and generation_config.max_length <= longest:
-            raise ValueError(
-                f"max_length is {generation_config.max_length} and the prompt has {longest} tokens: raise "
-                "max_length or shorten the prompt."
-            )
-        max_length = min(positions, generation_config.max_length or positions)
-        return (max_length - prompt_lengths).clamp(max=generation_config.max_new_tokens or max_length)
+            raise ValueError(f"The prompt has {longest} tokens and the model has {positions} positions: shorten it.")
+        if "max_new_tokens" in call.asked and config.max_new_tokens > left:
+            found = f"a prompt of {longest} tokens leaves {left} of the model's {positions} positions"
+            raise ValueError(f"max_new_tokens is {config.max_new_tokens}, but {found}: set at most {left}.")
+        if config.max_length is not None and config.max_length <= longest:
+            raise ValueError(f"max_length is {config.max_length} and the prompt has {longest} tokens: raise it.")
+        max_length = min(positions, config.max_length or positions)
+        return (max_length - prompt_lengths).clamp(max=config.max_new_tokens or max_length)
 
 
 class NonAutoregressiveGenerationMixin(GenerationOptionsMixin):
@@ -353,13 +357,11 @@ class NonAutoregressiveGenerationMixin(GenerationOptionsMixin):
         """Write after each prompt, or fill the mask tokens in it; a row decodes alike alone and in any batch.
 
         Args:
-            input_ids: (B, P) prompts, padded on either side, in the layout of the family's collators or bare; a bare
-                prompt gets the special tokens of that layout. Lists of ids may be of any lengths. None writes one
-                sequence from an empty prompt. Where the family fills in, a prompt that holds mask tokens is filled in
-                and nothing is written after it.
+            input_ids: (B, P) prompts, padded on either side, in the layout of the family's collators or bare, which is
+                completed. Lists of ids may be of any lengths. None writes one sequence from an empty prompt. Where the
+                family fills in, a prompt that holds mask tokens is filled in and nothing is written after it.
             attention_mask: (B, P), 1 for tokens; by default everything but `pad_token_id`.
-            generation_config: options of the family, or what a `GenerationConfig` of transformers sets; the model's own
-                by default.
+            generation_config: options of the family, or a `GenerationConfig` of transformers; by default the model's.
             streamer: a `TextDiffusionStreamer` or its like. It gets the prompts by `put`, what stands after them when
                 a step is done by `put_draft` (where prompts are filled in, the whole rows), and the result by `put`.
                 With `takes_edits = True` it gets a draft before the first step, and with every later one the edits of
@@ -376,23 +378,24 @@ class NonAutoregressiveGenerationMixin(GenerationOptionsMixin):
             `NonAutoregressiveGenerationOutput`, or its sequences alone with `return_dict_in_generate=False`.
 
         Raises:
-            ValueError: for an unknown option, a value out of range, an id outside the vocabulary, a special token that
-                cannot stand where it does, or a prompt that leaves no position.
+            ValueError: for an unknown option, or an option, an id or a prompt that does not fit.
         """
-        further = {name: overrides.pop(name) for name in self.generation_inputs if name in overrides}
+        given = {name: x for name in self.generation_inputs if (x := overrides.pop(name, None)) is not None}
         config, asked = self.resolve_generation_config(generation_config, overrides)
-        self.check_suppressed(config.suppress_tokens or ())
         prompts, mask = self.prompt_tensors(input_ids, attention_mask, inputs, num_samples)
-        seeds = row_seeds(seed, len(prompts), prompts.device, copies=config.num_return_sequences)
-        prompts, mask = (_repeated(x, config.num_return_sequences) for x in (prompts, mask))
-        further = {name: _repeated(x, config.num_return_sequences) for name, x in further.items()}
+        seeds = row_seeds(seed, len(prompts), prompts.device, copies := config.num_return_sequences)
+        prompts = prompts.repeat_interleave(copies, dim=0)
+        mask = None if mask is None else mask.repeat_interleave(copies, dim=0)
+        numbers = {n: integers(f"{n} must be integers", x, (1, 2), "mask" in n) for n, x in given.items()}
+        further = {name: x.to(self.device).repeat_interleave(copies, dim=0) for name, x in numbers.items()}
         takes_edits = getattr(streamer, "takes_edits", False)
         is_watched = any(watcher is not None for watcher in (streamer, logits_processor, stopping_criteria))
         log = EditLog() if config.return_history or takes_edits else None
-        processor = LogitsProcessorList(logits_processor) if isinstance(logits_processor, list) else logits_processor
+        processors, criteria = followers(streamer, logits_processor, stopping_criteria)
+        processor = LogitsProcessorList(processors) if isinstance(logits_processor, (list, tuple)) else logits_processor
         call = GenerationCall(config, seeds, processor, is_watched, log, asked)
         state = self.open_generation(call, prompts, mask, **further)
-        self._run(call, state, streamer, takes_edits, StoppingCriteriaList(stopping_criteria or []))
+        self._run(call, state, streamer, takes_edits, StoppingCriteriaList(criteria))
         output = state.output(config.return_history)
         if config.return_history and log is not None:
             output.edits = log.events()

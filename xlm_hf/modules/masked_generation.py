@@ -54,13 +54,7 @@ class MaskedGenerationMixin(NonAutoregressiveGenerationMixin):
         """What the model's forward is told of alpha (R,), the share of the canvas that is clean."""
         return {}
 
-    def open_canvas(
-        self,
-        call: GenerationCall,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        canvas_lengths: torch.Tensor | None = None,
-    ) -> MaskedCanvas:
+    def open_canvas(self, call: GenerationCall, input_ids, attention_mask, canvas_lengths=None) -> MaskedCanvas:
         """Check prompts and put a canvas after each.
 
         A prompt without mask tokens gets a canvas of as many tokens as the options leave it; `bos_token_id` is put
@@ -102,10 +96,7 @@ class MaskedGenerationMixin(NonAutoregressiveGenerationMixin):
     ) -> torch.Tensor:
         longest, positions = int(prompt_lengths.max()), self.config.max_position_embeddings
         if longest > positions:
-            raise ValueError(
-                f"The input has {longest} tokens and the model has {positions} positions: shorten it or train with a "
-                "larger max_position_embeddings."
-            )
+            raise ValueError(f"The input has {longest} tokens and the model has {positions} positions: shorten it.")
         lengths = torch.zeros_like(prompt_lengths)
         if extended.any():
             lengths[extended] = self.capacity_after(call, prompt_lengths[extended])

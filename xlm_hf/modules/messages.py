@@ -15,6 +15,12 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"choose from {', '.join(known)}." if known else "there are none."
 
 
+def shown(value: Any) -> str:
+    """A value as a sentence shows it: in one line, and no more than its beginning if it is long."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
 def import_target(what: str, target: str) -> Any:
     """The object of a dotted name, which is a `what`; raises ValueError if it cannot be imported."""
     try:

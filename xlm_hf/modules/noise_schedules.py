@@ -238,10 +238,8 @@ def make_whole_schedule(schedule: str | Mapping[str, Any]) -> NoiseSchedule:
     """What `make_schedule` makes; raises ValueError too unless it runs from alpha_0 = 1 to alpha_1 = 0."""
     made, ends = make_schedule(schedule), torch.tensor([0.0, 1.0], dtype=torch.float64)
     if (made.mask_probability(ends) - ends).abs().max() > 1e-9:
-        raise ValueError(
-            f"The noise_schedule {schedule!r} does not run from data (alpha 1) to pure noise (alpha 0), as a bound and "
-            "a sampler need it: choose one that does, such as 'log_linear'."
-        )
+        found = f"The noise_schedule {schedule!r} does not run from data (alpha 1) to pure noise (alpha 0)"
+        raise ValueError(f"{found}: choose one that does, such as 'log_linear'.")
     return made
 
 

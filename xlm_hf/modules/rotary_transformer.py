@@ -22,6 +22,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention_patterns import attention_pattern, neighbors_in_copies, pattern_mask, shifted_neighbors
 from .backbone_config import RotaryTransformerConfig
+from .checked_inputs import check_inputs
 from .devices import is_synchronous
 from .short_convolution import ConvolutionCacheLayer, ShortConvolution, convolution_offsets
 from .time_conditioning import AdaptiveLayerNorm, AdaptiveModulation, TimestepEmbedding, TimeToken
@@ -89,16 +90,7 @@ def take(x: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
     return x if index is None else x.flatten(0, 1).index_select(0, index)
 
 
-def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def eager_attention_forward(module: nn.Module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
     """Softmax attention written out, in the signature of transformers' attention interface.
 
     `attention_mask` is added to the scores, or, where it is of bools, says which of them count.
@@ -185,16 +177,7 @@ class RotaryTransformerLayer(GradientCheckpointingLayer):
         self.modulation = AdaptiveModulation(config, 6) if is_adaptive else None
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(
-        self,
-        hidden_states,
-        attention_mask=None,
-        cos_sin=None,
-        neighbors=(None, None),
-        conditioning=None,
-        output_index=None,
-        **kwargs,
-    ):
+    def forward(self, hidden_states, attention_mask, cos_sin, neighbors, conditioning, output_index=None, **kwargs):
         """Map (B, L, hidden_size) to the same shape, or to (S, hidden_size) with `output_index` (S,)."""
         if self.conv is not None:
             hidden_states = self.conv(hidden_states, *neighbors, cache=kwargs.get("cache"))
@@ -225,6 +208,12 @@ class RotaryTransformerPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = False
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": RotaryTransformerLayer, "attentions": RotaryAttention}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward pass, its tensors checked first (see `check_inputs`)."""
+        if self.base_model is not self and not torch.compiler.is_compiling():
+            check_inputs(self.config, args, kwargs, type(self).forward, RotaryTransformer.forward)
+        return super().__call__(*args, **kwargs)
 
     def new_cache(self) -> Cache:
         """An empty cache for the backbone; `cache.crop(-n)` takes back the n tokens last added."""

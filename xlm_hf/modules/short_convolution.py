@@ -34,10 +34,8 @@ class ConvolutionCacheLayer(DynamicLayer):
         if self.inputs is not None:
             added = self.inputs.shape[1] - self.width
             if added + tokens_to_remove < 0:
-                raise ValueError(
-                    f"The cache of a short convolution can be cropped by the {added} tokens of the last call at most, "
-                    f"not by {-tokens_to_remove}: crop after every call."
-                )
+                most = f"by the {added} tokens of the last call at most, not by {-tokens_to_remove}"
+                raise ValueError(f"The cache of a short convolution can be cropped {most}: crop after every call.")
             self.inputs = self.inputs[:, : self.inputs.shape[1] + tokens_to_remove]
 
     def reset(self) -> None:
@@ -74,13 +72,7 @@ class ShortConvolution(nn.Module):
         self.layer_idx = layer_idx
         self.weight = nn.Parameter(torch.empty(kernel_size, hidden_size))
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        allowed: torch.Tensor | None = None,
-        source: torch.Tensor | None = None,
-        cache: Cache | None = None,
-    ) -> torch.Tensor:
+    def forward(self, hidden_states, allowed=None, source=None, cache: Cache | None = None) -> torch.Tensor:
         """Map (B, L, hidden_size) to the same shape.
 
         Args:

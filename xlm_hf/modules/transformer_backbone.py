@@ -77,8 +77,7 @@ class TransformerBackbone(nn.Module):
         self.is_encoder = language_model_class(inner) is AutoModelForMaskedLM
         if is_causal and self.is_encoder:
             raise ValueError(
-                f"A left-to-right model needs a decoder and {inner.model_type!r} is an encoder: choose gpt2, llama or "
-                "the like as model.backbone."
+                f"This model needs a decoder and {inner.model_type!r} is an encoder: choose gpt2 or the like."
             )
         for name, value in {"vocab_size": config.vocab_size, "is_causal": is_causal, "use_cache": False}.items():
             setattr(inner, name, value)

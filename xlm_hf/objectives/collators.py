@@ -173,9 +173,7 @@ class Collator(CheckedOptions):
             ValueError: if there is no such column, or for an id that belongs into no text.
         """
         if any("source_ids" not in example for example in examples):
-            raise ValueError(
-                "Edits of given texts need a column source_ids: choose a task that has it, such as star_correction."
-            )
+            raise ValueError("Edits of given texts need a column source_ids: choose a task that has it.")
         ids, lengths = ragged([example["source_ids"] for example in examples])
         self.check_ids(ids)
         self.check_content(ids)
@@ -198,10 +196,8 @@ class Collator(CheckedOptions):
         if self.kind == "infill":
             for example, target in zip(examples, targets, strict=True):
                 if len(example["input_ids"]) != len(target):
-                    raise ValueError(
-                        f"Example {example['example_id']} has {len(example['input_ids'])} input_ids and "
-                        f"{len(target)} target_ids: give the whole solution, token for token."
-                    )
+                    found = f"{len(example['input_ids'])} input_ids and {len(target)} target_ids"
+                    raise ValueError(f"Example {example['example_id']} has {found}: give the whole solution.")
             given, _ = ragged([e["input_ids"] for e in examples])
             self.check_ids(given)
             documents.blank = given == self.mask_token_id
@@ -215,29 +211,23 @@ class Collator(CheckedOptions):
             # As an unsigned integer a negative id is a large one.
             outside = every[every.view(np.uint64) >= self.vocab_size]
             if len(outside):
-                raise ValueError(
-                    f"Token id {outside[0]} is outside the vocabulary of {self.vocab_size}: tokenize the data with "
-                    "the tokenizer of this run."
-                )
+                found = f"Token id {outside[0]} is outside the vocabulary of {self.vocab_size}"
+                raise ValueError(f"{found}: tokenize the data with the tokenizer of this run.")
 
     def check_content(self, ids: np.ndarray) -> None:
         """Raise ValueError for a special token that belongs into no text of this family."""
         special = ids[self.is_suppressed[ids]]
         if len(special):
             hint = "" if "eos" in self.written_specials else ", and keep documents apart by task.document_masks=true"
-            raise ValueError(
-                f"A text holds the special token {special[0]}, which this model never writes: tokenize the data "
-                f"without special tokens{hint}."
-            )
+            found = f"A text holds the special token {special[0]}, which this model never writes"
+            raise ValueError(f"{found}: tokenize the data without special tokens{hint}.")
 
     def check_lengths(self, lengths: np.ndarray, what: str, specials: Sequence[str]) -> None:
         """Raise ValueError if a `what` has more tokens than the model has positions, `specials` included."""
         if lengths.max() > self.max_length:
             extras = f" with {' and '.join(specials)}" if specials else ""
-            raise ValueError(
-                f"A {what} has {lengths.max()} tokens{extras}, and the model has {self.max_length} positions: shorten "
-                "it or raise max_position_embeddings."
-            )
+            found = f"A {what} has {lengths.max()} tokens{extras}, and the model has {self.max_length} positions"
+            raise ValueError(f"{found}: shorten it or raise max_position_embeddings.")
 
     def rows_of(self, documents: Documents, lengths: np.ndarray) -> tuple[Rows, np.ndarray]:
         """Rows of documents with their special tokens and prompts, and `lengths` (D,) positions after those.
@@ -306,10 +296,8 @@ class CanvasCollator(Collator):
         lengths = targets if self.kind == "infill" else targets + documents.ends
         if self.canvas_length is not None and self.kind != "infill":
             if targets.max() > self.canvas_length:
-                raise ValueError(
-                    f"A target has {targets.max()} tokens and the canvas {self.canvas_length} positions: raise "
-                    "canvas_length (max_new_tokens of the task), or shorten the target."
-                )
+                found = f"A target has {targets.max()} tokens and the canvas {self.canvas_length} positions"
+                raise ValueError(f"{found}: raise canvas_length (max_new_tokens of the task), or shorten the target.")
             lengths = np.full_like(lengths, self.canvas_length)
         num_specials = len(self.prompt_specials)
         self.check_lengths(documents.prompt_lengths + num_specials + lengths, "sequence", self.specials)
