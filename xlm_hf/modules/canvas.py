@@ -116,13 +116,8 @@ class MaskedCanvas:
         history = self._steps.masked_fill(~kept, -1)[:, :width]
         nfe = self.nfe * self.passes_per_call
         stopped = self._is_eos().any(dim=-1) | self.stopped
-        return NonAutoregressiveGenerationOutput(
-            sequences=self.ids.masked_fill(behind_eos, self.pad_token_id)[:, :width],
-            tokens_per_forward=(history >= 0).sum(dim=-1) / nfe.clamp(min=1),
-            nfe=nfe,
-            finish_reason=["stop" if row else "length" for row in stopped.tolist()],
-            history=history if return_history else None,
-        )
+        sequences = self.ids.masked_fill(behind_eos, self.pad_token_id)[:, :width]
+        return NonAutoregressiveGenerationOutput.of_rows(sequences, history, nfe, stopped, return_history)
 
     def _is_eos(self) -> torch.Tensor:
         if self.eos_token_id is None:

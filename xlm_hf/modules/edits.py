@@ -255,13 +255,6 @@ class EditBuffer:
     def output(self, return_history: bool) -> NonAutoregressiveGenerationOutput:
         """Gather the result of `generate`."""
         width = int(self.lengths.max())
-        history = None
-        if return_history:
-            history = torch.cat((torch.full_like(self.prompt, -1), self.steps[:, :width]), dim=1)
-        return NonAutoregressiveGenerationOutput(
-            sequences=torch.cat((self.prompt, self.tokens[:, :width]), dim=1),
-            tokens_per_forward=(self.steps >= 0).sum(dim=-1) / self.nfe.clamp(min=1),
-            nfe=self.nfe,
-            finish_reason=["stop" if stopped else "length" for stopped in self.stopped.tolist()],
-            history=history,
-        )
+        sequences = torch.cat((self.prompt, self.tokens[:, :width]), dim=1)
+        history = torch.cat((torch.full_like(self.prompt, -1), self.steps[:, :width]), dim=1)
+        return NonAutoregressiveGenerationOutput.of_rows(sequences, history, self.nfe, self.stopped, return_history)

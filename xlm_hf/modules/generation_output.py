@@ -1,6 +1,7 @@
 """What the `generate` of every family returns."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers.utils import ModelOutput
@@ -27,3 +28,14 @@ class NonAutoregressiveGenerationOutput(ModelOutput):
     finish_reason: list[str] | None = None
     history: torch.Tensor | None = None
     edits: torch.Tensor | None = None
+
+    @classmethod
+    def of_rows(cls, sequences, history, nfe, stopped: torch.Tensor, return_history: bool) -> Any:
+        """The output of rows, of which some (B,) have `stopped`; the fields are those of the class."""
+        return cls(
+            sequences=sequences,
+            tokens_per_forward=(history >= 0).sum(dim=-1) / nfe.clamp(min=1),
+            nfe=nfe,
+            finish_reason=["stop" if row else "length" for row in stopped.tolist()],
+            history=history if return_history else None,
+        )
