@@ -93,6 +93,12 @@ def test_the_files_that_it_names_exist(page):
         assert (ROOT / path).exists(), path
 
 
+@pytest.mark.parametrize("family", ["mlm", "insertion_transformer", "levenshtein_transformer"])
+def test_a_card_says_where_published_quality_leaned_on_distillation(family):
+    for card in (ROOT / "hub_cards" / f"{family}.md", ROOT / "modeling" / family / "README.md"):
+        assert "distillation" in card.read_text()
+
+
 def test_ci_runs_the_test_command_of_the_readme():
     section = (ROOT / "README.md").read_text().split("## Tests")[1].split("\n## ")[0]
     command = 'pip install -c constraints.txt -e ".[test]" && python -m pytest -n 2 --dist loadfile'

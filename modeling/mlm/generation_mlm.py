@@ -105,7 +105,7 @@ class CandidateProcess(CanvasProcess):
         output: Any = super().output(return_history)
         if canvas.log is not None:
             canvas.log.keep(rows)
-        width = canvas.prompt_width + int(is_canvas[rows].sum(dim=-1).max())
+        width = canvas.prompt_width + int(is_canvas[rows, canvas.prompt_width :].sum(dim=-1).max())
         output.sequences, history = output.sequences[rows, :width], output.history
         output.history = None if history is None else history[rows, :width]
         written = output.tokens_per_forward[rows] * canvas.nfe[rows]

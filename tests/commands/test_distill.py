@@ -2,11 +2,14 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 from datasets import Dataset
 
 from xlm_hf.cli import main
+from xlm_hf.commands import distill
 from xlm_hf.tasks import load_task
 from xlm_hf.tasks.tokenizers import decode_text
 
@@ -15,13 +18,14 @@ TINY += ["model.hidden_size=16", "model.num_hidden_layers=1", "trainer.max_steps
 SOURCES = ["one two", "two three", "one two", "three", "four one"]
 
 
-@pytest.fixture
-def pairs(tmp_path):
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
     """A folder of pairs, of which two in the training set have the same source."""
+    folder = tmp_path_factory.mktemp("pairs")
     rows = [{"source": source, "target": f"so {source} {number}"} for number, source in enumerate(SOURCES)]
     for split, chosen in (("train", rows), ("validation", rows[:3]), ("test", rows[1:])):
-        Dataset.from_list(chosen).to_parquet(tmp_path / "pairs" / f"{split}.parquet")
-    return tmp_path / "pairs"
+        Dataset.from_list(chosen).to_parquet(folder / f"{split}.parquet")
+    return folder
 
 
 def command(monkeypatch, *arguments):
@@ -29,10 +33,18 @@ def command(monkeypatch, *arguments):
     main()
 
 
-def test_a_student_learns_what_the_teacher_writes(pairs, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def teacher(pairs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teacher")
+    given = [*TINY, f"task.path={pairs}", f"task.cache_dir={folder}/cache"]
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        command(monkeypatch, "family=arlm", *given, f"output_dir={folder}/run")
+    return folder / "run"
+
+
+def test_a_student_learns_what_the_teacher_writes(pairs, teacher, tmp_path, monkeypatch):
     given = [*TINY, f"task.path={pairs}", f"task.cache_dir={tmp_path}/cache"]
-    teacher, written = tmp_path / "teacher", tmp_path / "written"
-    command(monkeypatch, "family=arlm", *given, f"output_dir={teacher}")
+    written = tmp_path / "written"
     command(monkeypatch, "job=distill", f"checkpoint={teacher}", "generation.num_beams=2", f"output_dir={written}")
     file = written / "predictions" / "distilled.jsonl"
     records = [json.loads(line) for line in file.read_text().splitlines()]
@@ -55,6 +67,20 @@ def test_a_student_learns_what_the_teacher_writes(pairs, tmp_path, monkeypatch):
     assert after.splits["test"][:] == before.splits["test"][:]
     command(monkeypatch, "family=ilm", *given, f"task.distilled={file}", f"output_dir={tmp_path}/student")
     assert (tmp_path / "student" / "metrics.json").exists()
+
+
+def test_a_rank_decodes_on_its_own_device_and_the_main_one_alone_writes(teacher, tmp_path, monkeypatch):
+    state, devices = SimpleNamespace(device=torch.device("meta"), is_main_process=False), []
+
+    def decode(model, *args, **options):
+        devices.append(model.device)
+        return {}, []
+
+    monkeypatch.setattr(distill, "PartialState", lambda: state)
+    monkeypatch.setattr(distill, "run_evaluation_set", decode)
+    command(monkeypatch, "job=distill", f"checkpoint={teacher}", f"output_dir={tmp_path}/rank")
+    assert devices == [state.device]
+    assert not (tmp_path / "rank" / "predictions").exists()
 
 
 @pytest.mark.parametrize(
@@ -83,3 +109,11 @@ def test_a_task_without_prompts_has_no_teacher(tmp_path, monkeypatch, capsys):
         command(monkeypatch, *arguments, "task.tokenizer=byte", f"task.cache_dir={tmp_path}/cache")
     assert stop.value.code == 2
     assert "rewrites the targets of prompts, and text is a task of lm" in capsys.readouterr().err
+
+
+def test_a_task_that_takes_no_texts_is_refused_before_anything_is_decoded(tmp_path, monkeypatch, capsys):
+    small = ["task.num_train=4", "task.num_validation=2", "task.num_test=2", f"task.cache_dir={tmp_path}/cache"]
+    with pytest.raises(SystemExit) as stop:
+        command(monkeypatch, "job=distill", "family=arlm", "task=star_easy", *small, "checkpoint=none")
+    assert stop.value.code == 2
+    assert "star_easy takes no teacher's texts, having no option distilled" in capsys.readouterr().err

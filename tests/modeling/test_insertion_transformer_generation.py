@@ -1,11 +1,16 @@
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.host_reads import as_on_an_accelerator
 from tests.modeling.naive import BOS, EOS, PAD, batch_of, check_histogram, written
 from tests.modeling.naive_insertion_transformer import HalvingModel, TableModel, exact_law, make_model
 from xlm_hf.modeling.insertion_transformer import InsertionTransformerGenerationConfig
+from xlm_hf.modules.edits import EditBuffer
 
+PUBLISHED = Path(__file__).parents[1] / "fixtures" / "published" / "insertion_transformer.safetensors"
 PROMPTS = [[8, 9, 10], [11], [12, 13, 14, 15, 16, 17], []]
 
 
@@ -41,6 +46,19 @@ def test_parallel_decoding_takes_log2_rounds_and_serial_decoding_one_a_token(cap
         assert output.finish_reason == [reason]
     # A balanced tree, level by level.
     assert parallel.history[0, 2:].tolist() == [3, 2, 3, 1, 3, 2, 3, 0, 3, 2, 3, 1, 3, 2, 3]
+
+
+def test_a_word_for_every_slot_is_inserted_as_in_the_published_code():
+    """Recorded from fairseq, sentence ends cut off; a slot whose word is padding gets none."""
+    recorded, rows, pad = load_file(PUBLISHED), torch.arange(6), 1
+    texts = [row[row > 2] for row in recorded["kept"]]
+    start = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=pad)
+    lengths, mask = torch.tensor([*map(len, texts)]), torch.ones(6, 1, dtype=torch.bool)
+    state = EditBuffer(torch.full((6, 1), BOS), mask, torch.full((6,), 20), pad, start=start, start_lengths=lengths)
+    words, slots = recorded["words"], torch.arange(8).expand(6, 8)
+    state.apply(rows, 0, slots, words, (words != pad) & (slots <= lengths[:, None]))
+    expected = [row[row > 2].tolist() for row in recorded["with_words"]]
+    assert [row[:length].tolist() for row, length in zip(state.tokens, state.lengths, strict=True)] == expected
 
 
 def test_a_row_with_little_capacity_left_takes_the_most_probable_tokens():

@@ -3,11 +3,13 @@
 import itertools
 import math
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from tests.modeling import naive
@@ -15,11 +17,15 @@ from tests.modeling.naive import BOS, EOS, MASK, PAD, UNK, SpecialIds, check_his
 from tests.modeling.naive_mlm import TableModel, V
 from tests.modeling.naive_mlm import make_model as make_mlm
 from xlm_hf.modeling.mlm import MLMCollator, MLMConfig, MLMGenerationConfig, MLMLoss
+from xlm_hf.modules.canvas import MaskedCanvas
+from xlm_hf.modules.generation import GenerationCall
+from xlm_hf.modules.reverse_process import CanvasProcess
 from xlm_hf.modules.vocabulary_head import LanguageModelOutput
 
 batch_of = partial(naive.batch_of, end=())
 PROMPTS = [[8, 9, 10, BOS], [7, BOS], [BOS], [11, 12, 7, 8, 9, BOS]]
 make_model = partial(make_mlm, max_canvas_length=8)
+PUBLISHED = Path(__file__).parents[1] / "fixtures" / "published" / "mask_predict.safetensors"
 
 
 def make_collator(**options):
@@ -209,6 +215,24 @@ def test_greedy_decoding_equals_a_loop(num_steps):
     assert (output.history[0, 1:] >= 0).all()
 
 
+def test_what_is_masked_again_is_that_of_the_published_code():
+    """Recorded from fairseq: what 10 steps mask again, of texts whose tokens have the same scores in all of them."""
+    recorded = load_file(PUBLISHED)
+    scores, lengths = recorded["scores"], recorded["lengths"]
+    config = MLMGenerationConfig(sampler="mask_predict", num_steps=10)
+    for step, expected in enumerate(recorded["masked_again"]):
+        canvas = MaskedCanvas(torch.full((6, 1), BOS), torch.ones(6, 1, dtype=torch.bool), lengths, MASK, PAD, None)
+        process = CanvasProcess(canvas, config.make_sampler(), GenerationCall(config, torch.arange(6)))
+        process.step += step
+
+        def predict(function, rows, wanted, num, alpha):
+            return torch.full((num,), 8), scores[:, : wanted.shape[1]][wanted]
+
+        assert process.take_step(predict, step)
+        assert torch.equal(canvas.masked, expected[:, : canvas.masked.shape[1]])
+    assert expected.any()
+
+
 def slow_lengths(model, prompt, capacity, num):
     ids = torch.tensor([prompt])
     index = torch.tensor([len(prompt) - 1])
@@ -289,6 +313,15 @@ def test_rows_that_are_filled_in_predict_no_length():
         output = with_length_biases(biases).generate(rows, max_new_tokens=4)
         assert output.nfe[0] == 2
         assert output.finish_reason[0] == "length"
+
+
+def test_rows_are_as_wide_as_what_is_kept_of_them():
+    """Neither the masks of a prompt nor a longer text that is not kept add columns."""
+    rows = torch.tensor([[8, MASK, 9, MASK], [PAD, PAD, 7, BOS]])
+    options = {"max_new_tokens": 4, "sampler": "mask_predict", "num_lengths": 2, "return_history": True}
+    output = with_length_biases({0: 1.0, 4: 0.0}).generate(rows, **options)
+    assert output.sequences.shape == output.history.shape == rows.shape
+    assert output.sequences[1].tolist() == rows[1].tolist()
 
 
 def test_a_length_beyond_what_may_be_written_ends_for_want_of_capacity():
