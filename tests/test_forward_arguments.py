@@ -211,3 +211,16 @@ def test_what_is_meant_is_taken_as_it_is(model, batch):
     assert torch.equal(model(**batch, position_ids=torch.arange(9)[None]).logits, expected)
     with pytest.raises(ValueError, match="inputs_embeds must hold rows of tokens"):
         model(**{**batch, "input_ids": None})
+
+
+def test_a_row_beyond_the_learnt_positions_is_refused():
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "max_position_embeddings": 8}
+    family = families()["mdlm"]
+    model = family.model_class(family.config_class(vocab_size=12, learned_positions=True, **sizes))
+    ids, mask = torch.full((1, 9), 9), torch.ones(1, 9)
+    with pytest.raises(ValueError, match="A row has more tokens than the 8 learnt positions of the model"):
+        model(ids)
+    with pytest.raises(ValueError, match=r"position_ids must be in \[0, 8\) and holds 8"):
+        model(ids, position_ids=torch.arange(9)[None])
+    mask[0, 0] = 0
+    assert model(ids, mask).logits.shape == (1, 9, 12)

@@ -353,6 +353,21 @@ def test_a_config_of_transformers_counts_by_what_it_sets(written, prompts):
             model.generate(**prompts, generation_config=GenerationConfig(num_beams=3))
 
 
+def test_a_config_of_transformers_may_be_the_models_own(written, prompts):
+    model = written[1]
+    own = model.generation_config
+    try:
+        model.generation_config = GenerationConfig(max_new_tokens=2, do_sample=True)
+        given = model.generate(**prompts, seed=[3, 4], return_dict_in_generate=True)
+        assert given.sequences.shape[1] <= prompts["input_ids"].shape[1] + 2
+        if model.config.model_type != "arlm":
+            model.generation_config = GenerationConfig(num_beams=3)
+            with pytest.raises(ValueError, match="has no option 'num_beams'"):
+                model.generate(**prompts)
+    finally:
+        model.generation_config = own
+
+
 def test_defaults_are_cut_to_what_a_prompt_leaves_and_wishes_are_not(written, prompts):
     model, positions = written[1], written[1].config.max_position_embeddings
     longest = int(prompts["attention_mask"].sum(dim=-1).max())

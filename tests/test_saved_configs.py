@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from xlm_hf.building import compose, open_override
+from xlm_hf.building import compose
 from xlm_hf.commands._run import check_same_run
+from xlm_hf.overrides import open_override
 from xlm_hf.saved_configs import load_config, translate_config
 
 SAVED = Path(__file__).parent / "fixtures" / "saved_configs"

@@ -38,6 +38,7 @@ SPECIAL_TOKENS = {f"{name.lower()}_token": f"[{name}]" for name in ("PAD", "CLS"
 CODE_FILES = {
     "attention_patterns.py",
     "backbone_config.py",
+    "checked_inputs.py",
     "checked_options.py",
     "configuration_ilm.py",
     "counter_random.py",
@@ -696,6 +697,7 @@ def test_families_of_other_packages_register_themselves(tmp_path):
             "modeling_wordy.py",
             "attention_patterns.py",
             "backbone_config.py",
+            "checked_inputs.py",
             "checked_options.py",
             "devices.py",
             "messages.py",

@@ -62,3 +62,10 @@ def check_inputs(config: Any, args: Any, kwargs: dict[str, Any], forward: Any, b
             low, high = (number.item() for number in entries.aminmax())
             if low < 0 or high >= end:
                 raise ValueError(f"{name} must be in [0, {end}) and holds {low if low < 0 else high}.")
+    _check_rows(inputs.get("attention_mask", torch.ones(1, K)), torch.inf if "position_ids" in inputs else positions)
+
+
+def _check_rows(mask: torch.Tensor, positions: float) -> None:
+    """Raise ValueError for a row with more tokens than there are learnt positions."""
+    if mask.shape[-1] > positions and is_synchronous(mask.device) and mask.bool().sum(dim=-1).max() > positions:
+        raise ValueError(f"A row has more tokens than the {positions} learnt positions of the model: shorten it.")

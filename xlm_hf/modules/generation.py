@@ -278,6 +278,9 @@ class GenerationOptionsMixin(PromptsMixin):
             the options, and the names of those that the call sets.
         """
         base, asked = self.generation_config, dict(overrides)
+        if type(base) is GenerationConfig:
+            of_model = {n: x for n, x in base.to_diff_dict().items() if n[0] != "_" and n != "transformers_version"}
+            base = self.generation_config_class(**of_model)
         if generation_config is not None:
             own, saved, found = type(base), base.to_dict(), shown(generation_config)
             is_own = isinstance(generation_config, own)

@@ -173,8 +173,9 @@ class PromptsMixin:
         mask = source_ids != self.config.pad_token_id if source_mask is None else source_mask.bool()
         special = source_ids[torch.isin(source_ids, torch.tensor(special_ids, device=mask.device)) & mask]
         if special.numel():
-            found = f"A source text holds the special token {int(special[0])}, but no text does"
-            raise ValueError(f"{found}: tokenize without special tokens.")
+            raise ValueError(
+                f"A source text holds the special token {int(special[0])}, but no text does: leave it out."
+            )
         ids, mask = (x.flip(-1) for x in left_align_padding(source_ids.flip(-1), mask.flip(-1)))
         return ids.masked_fill(~mask, self.config.pad_token_id), mask.sum(dim=-1)
 
@@ -196,6 +197,4 @@ class PromptsMixin:
         suppressed, size = set(self.config.suppressed_ids or ()), self.config.vocab_size
         if len(suppressed.union(options.get("suppress_tokens") or ())) == size:
             num = size - len(suppressed)
-            raise ValueError(
-                f"suppress_tokens has all {num} ids that the model writes: leave at least one of them out."
-            )
+            raise ValueError(f"suppress_tokens has all {num} ids that the model writes: leave at least one out.")
