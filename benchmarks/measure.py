@@ -67,10 +67,10 @@ def run_child(*arguments: str) -> subprocess.CompletedProcess:
     return done
 
 
-def memory(field: str = "VmHWM") -> int:
-    """Bytes of the largest resident set that this program has had, or of the one that it has now ("VmRSS")."""
+def memory(field: str = "VmHWM", process: int | str = "self") -> int:
+    """Bytes of the largest resident set that a program has had, or of the one that it has now ("VmRSS")."""
     # Not `getrusage`: its count includes the parent's, from before this program was started in its place.
-    status = Path("/proc/self/status").read_text()
+    status = Path(f"/proc/{process}/status").read_text()
     return 1024 * int(re.search(rf"{field}:\s+(\d+)", status)[1])
 
 

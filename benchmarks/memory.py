@@ -4,16 +4,20 @@ OMP_NUM_THREADS=1 python -m benchmarks.memory [NAME ...] [--share 0.01] [--optio
 """
 
 import argparse
+import os
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
 from transformers import TrainerCallback
 
-from benchmarks.measure import memory, run_child
+from benchmarks.measure import ROOT, memory, run_child
 from xlm_hf import load_task
 from xlm_hf.building import build_loss
 from xlm_hf.evaluation import EvaluationSet, run_evaluation_set
@@ -86,12 +90,35 @@ def training(num: int = 2000) -> Iterator[tuple]:
     yield from reached
 
 
-LONG = {"evaluation of 100,000": evaluation, "generation of 512 rows": generation, "2,000 steps": training}
+def comparison(num: int = 12) -> Iterator[tuple]:
+    """The parent of a comparison, after each of `num` cells; none leaves a file among the temporary ones."""
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder, "scratch")
+        scratch.mkdir()
+        options = ["size=tiny", "budget.steps=2", "families=[mdlm]", "tasks=[star_easy]", f"seeds={[*range(num)]}"]
+        options += [f"task.num_{name}=20" for name in ("train", "validation", "test")]
+        script = [sys.executable, str(ROOT / "examples" / "run_xlm.py"), "--config-name", "compare"]
+        environment = {**os.environ, "TMPDIR": str(scratch), "XLM_HF_CACHE": f"{folder}/cache"}
+        streams: dict[str, Any] = {"stdout": subprocess.PIPE, "text": True, "env": environment}
+        with subprocess.Popen([*script, *options, f"output_dir={folder}/out"], **streams) as process:
+            for line in process.stdout:
+                if line.endswith(": done\n"):
+                    yield state(process.pid)
+        assert not process.returncode
+        assert not [*scratch.iterdir()]
 
 
-def state() -> tuple[int, int]:
-    """The resident set of this process in bytes, and its open descriptors."""
-    return memory("VmRSS"), len([*Path("/proc/self/fd").iterdir()])
+LONG = {
+    "evaluation of 100,000": evaluation,
+    "generation of 512 rows": generation,
+    "2,000 steps": training,
+    "comparison of 12 cells": comparison,
+}
+
+
+def state(process: int | str = "self") -> tuple[int, int]:
+    """The resident set of a process in bytes, and its open descriptors."""
+    return memory("VmRSS", process), len([*Path(f"/proc/{process}/fd").iterdir()])
 
 
 def long(name: str) -> str:

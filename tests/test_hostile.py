@@ -14,8 +14,8 @@ import yaml
 from omegaconf import OmegaConf
 
 from xlm_hf.building import compose, plain
-from xlm_hf.cli import _one_sentence, main
-from xlm_hf.commands import generate
+from xlm_hf.cli import _one_sentence, main, saved_config
+from xlm_hf.commands import distill, generate, push_to_hub
 from xlm_hf.families import families
 from xlm_hf.hub.card import render_card
 from xlm_hf.modules.backbone_config import token_options
@@ -154,6 +154,11 @@ MODELS = {
         "names a file elsewhere, ../../other.safetensors",
     ),
     "an index that is none": (written(f"{WEIGHTS}.index.json", b'["a"]'), DAMAGED),
+    "an index of numbers": (written(f"{WEIGHTS}.index.json", b'{"weight_map": 5}'), DAMAGED),
+    "a shard that is no name": (
+        written(f"{WEIGHTS}.index.json", b'{"weight_map": {"a": 5}}'),
+        "its shard 5 is missing",
+    ),
     "weights that are a link to another file": (linked(WEIGHTS, "/etc/hostname"), DAMAGED),
     "weights that are a pipe": (piped(WEIGHTS), f"{WEIGHTS} is no file"),
     "weights that are a folder": (lambda m: ((m / WEIGHTS).unlink(), (m / WEIGHTS).mkdir()), f"{WEIGHTS} is no file"),
@@ -207,6 +212,41 @@ def test_folders_of_models(name, composed, folder, capfd):
         assert said.splitlines()[-1].startswith("Error: ")
 
 
+# Of each kind of fault one, for the other jobs that read a folder.
+REFUSED = (
+    "a pickle alone",
+    "a pickle among the states",
+    "a shard elsewhere",
+    "weights that are a pipe",
+    "code of a model",
+)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("job", [distill, push_to_hub], ids=["distill", "push"])
+def test_folders_of_models_in_other_jobs(job, name, composed, folder, capfd):
+    change, words = MODELS[name]
+    change(folder / "model")
+    cfg = OmegaConf.merge(composed, {"checkpoint": f"{folder}/model"})
+    OmegaConf.update(cfg, "trainer.hub_model_id", "a/b", force_add=True)
+    status, said = ended(capfd, lambda: job.run(cfg))
+    assert not Path(MARKER).exists()
+    assert SECRET not in said
+    assert (status, words in said) == (2, True), said
+
+
+def test_a_pushed_tokenizer_brings_no_code(composed, folder, monkeypatch):
+    change, _ = MODELS["code of a tokenizer"]
+    change(folder / "model")
+    pushed = []
+    monkeypatch.setattr(push_to_hub, "push_folder", lambda export, *_, **__: pushed.append(sorted(export.iterdir())))
+    cfg = OmegaConf.merge(composed, {"checkpoint": f"{folder}/model"})
+    OmegaConf.update(cfg, "trainer.hub_model_id", "a/b", force_add=True)
+    push_to_hub.run(cfg)
+    assert not Path(MARKER).exists()
+    assert "evil.py" not in [file.name for file in pushed[0]]
+
+
 CONFIGS = {
     "a task that is a command": ({"task": {"_target_": "os.system", "command": "true"}}, "names os.system, code"),
     "a command that the package imports": (
@@ -247,6 +287,14 @@ CONFIGS = {
         {"task": {"evaluation": [{"name": "../../x", "collator": "seq2seq", "stages": ["test"], "split": "test"}]}},
         "must be a name that a file can have, without a path, and is '../../x'",
     ),
+    "arguments of a loss that are calls": (
+        {"loss": {"_args_": [{"_target_": "builtins.exec", "_args_": [CODE]}]}},
+        "names builtins.exec, code",
+    ),
+    "an option of generation that is a call": (
+        {"generation": {"max_new_tokens": {"_target_": "os.abort"}}},
+        "names os.abort, code",
+    ),
     "a task of another folder": ({"task": {"name": "../../x"}}, "without a path, and is '../../x'"),
 }  # fmt: skip
 
@@ -275,7 +323,16 @@ def test_configs_of_runs(name, config, folder, monkeypatch, capfd):
     assert {path for path in folder.parent.parent.rglob("*") if "cache" not in str(path)} <= before
 
 
+def test_a_run_from_elsewhere_is_pushed_nowhere(config, folder):
+    changed = merged(json.loads(json.dumps(config)), {"trainer": {"push_to_hub": True, "hub_model_id": "evil/repo"}})
+    (folder / "config.yaml").write_text(yaml.safe_dump(changed))
+    assert "push_to_hub" not in saved_config(["job=evaluate", f"checkpoint={folder}"]).trainer
+
+
 TEXTS = [
+    (b"!!python/object/new:os.system [touch was-run]", "cannot be read"),
+    (b"!!python/name:os.system", "cannot be read"),
+    (b"task: !!python/module:os", "cannot be read"),
     (b"!!python/object/apply:os.system ['true']", "cannot be read"),
     (b"- a\n- b\n", "has interpolations, or no options"),
     (b"", "has interpolations, or no options"),
@@ -291,6 +348,16 @@ def test_configs_that_are_none(text, words, folder, monkeypatch, capfd):
     status, said = command(monkeypatch, capfd, "job=evaluate", f"checkpoint={folder}", "output_dir=out")
     assert (status, words in said) == (2, True), said
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["a pickle called safetensors", "a shard elsewhere", "a config that is deep"])
+def test_folders_that_are_converted(name, folder, monkeypatch, capfd):
+    change, words = MODELS[name]
+    change(folder / "model")
+    arguments = ["convert", "--from", "xlm-core", f"{folder}/model", "out", "--tokenizer", "numbers"]
+    status, said = command(monkeypatch, capfd, *arguments)
+    assert not Path(MARKER).exists()
+    assert (status, words in said) == (2, True), said
 
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])

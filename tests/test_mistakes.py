@@ -13,9 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from tests.commands import call
 from tests.modeling.naive import SpecialIds
-from xlm_hf.building import build_evaluation_sets
-from xlm_hf.cli import main
+from xlm_hf.building import build_evaluation_sets, check_config, compose
+from xlm_hf.cli import _check_options, main
+from xlm_hf.commands import compare
 from xlm_hf.commands.generate import _examples_from_file
 from xlm_hf.families import families
 from xlm_hf.metrics import load_metric
@@ -31,8 +33,10 @@ from xlm_hf.modeling.udlm import UDLMCollator
 from xlm_hf.modules.checked_options import annotations_of
 from xlm_hf.modules.noise_schedules import NOISE_SCHEDULES, make_schedule
 from xlm_hf.tasks import load_task
+from xlm_hf.tasks.corpora import locate
 from xlm_hf.tasks.tokenizers import byte_tokenizer
 from xlm_hf.training.arguments import XLMTrainingArguments
+from xlm_hf.training.checkpoints import resolve_checkpoint
 
 NAN, INF = math.nan, math.inf
 INT, NUMBER, BOOL = "must be an integer", "must be a finite number", "must be true or false"
@@ -272,7 +276,7 @@ TRAINER = [
     *((name, "yes", BOOL) for name in ("use_ema", "save_on_exception", "remove_unused_columns")),
     ("muon_learning_rate", 0, MORE),
     ("ema_decay", NAN, NUMBER),
-    ("train_sampling_strategy", "sequential", "must be random or group_by_length"),
+    ("train_sampling_strategy", "sequential", "must be one of random, group_by_length"),
 ]
 
 
@@ -414,8 +418,157 @@ def test_lines_of_prompts_end_at_line_feeds_and_blank_ones_do_not_count(content,
     assert [tokenizer.decode(example["prompt_ids"]) for example in examples] == ["ab", "c", "a\u2028b"]
 
 
+# Of a run's config: what any job refuses, before it does anything.
+TARGETS = ("json.dumps", "os.abort", "json", "builtins.dict", "math.pi", "xlm_hf.tasks.Task")
+NODES = [
+    *(
+        (f"{node}._target_", value, f"must be the {node} of")
+        for node in ("loss", "collator", "model")
+        for value in TARGETS
+    ),
+    *((f"{node}._target_", "nope.nope", "cannot be imported") for node in ("loss", "collator", "model", "task")),
+    *((f"{node}._target_", 5, "cannot be imported") for node in ("loss", "collator", "model", "task")),
+    ("model._target_", "transformers.BertConfig", "must be the model of a family"),
+    ("model._target_", "xlm_hf.modeling.ilm.ILMForInsertionLM", "must be the model of a family"),
+    ("loss._target_", "xlm_hf.modeling.ilm.ILMCollator", "must be the loss of a family"),
+    ("collator._target_", "xlm_hf.modeling.ilm.ILMLoss", "must be the collator of a family"),
+    *(
+        ("task._target_", value, "is no function that returns a Task")
+        for value in ("os.system", "builtins.print", "json", "subprocess.Popen", "math.pi", "builtins.int")
+    ),
+    ("task._target_", "json.dumps", "needs a value for 'obj'"),
+    ("task._target_", "xlm_hf.tasks._resolve", "has no option 'name'"),
+    *((f"{node}.foo", 1, "has no option 'foo'") for node in ("trainer", "model", "loss", "collator", "task")),
+    ("train_collator.foo", 1, "collator has no option 'foo'"),
+    ("task.degree", "x", INT),
+    ("loss.stop_loss_weight", NAN, NUMBER),
+    ("model.hidden_size", "wide", INT),
+    ("train_collator.drop_beta", 0, MORE),
+    *(("early_stopping.patience", value, words) for value, words in ((0, ONE), (1.5, INT), ("x", INT), (NAN, INT))),
+    *(("early_stopping.threshold", value, words) for value, words in ((NAN, NUMBER), (-1, ZERO), ("x", NUMBER))),
+    ("budget.seconds", 0, MORE),
+    *((f"trainer.{name}", "foo", "must be one of detail") for name in ("log_level", "log_level_replica")),
+    *((f"trainer.{name}", "foo", "a dictionary") for name in ("lr_scheduler_kwargs", "gradient_checkpointing_kwargs")),
+    ("trainer.torch_compile_mode", "foo", "must be one of default"),
+    ("trainer.train_sampling_strategy", "foo", "must be one of random"),
+    *(("trainer.per_device_eval_batch_size", value, words) for value, words in ((0, ONE), (None, INT), ("x", INT))),
+    ("trainer.hub_model_id", 5, "must be a string"),
+]
+
+
+@pytest.fixture(scope="module")
+def composed():
+    return compose("ilm_star", ["size=tiny", "experiment=e"])
+
+
+@pytest.mark.parametrize(("name", "value", "words"), NODES)
+def test_nodes_of_a_config(name, value, words, composed):
+    cfg = composed.copy()
+    OmegaConf.update(cfg, name, value, force_add=True)
+    refused(words, check_config, cfg)
+
+
+def test_a_config_is_sound(composed):
+    check_config(composed)
+    # A task may leave open what a job does not ask it.
+    check_config(compose("config", ["family=mlm", "task=text", "size=tiny"]))
+
+
+OPTIONS = [
+    *(("job", value, "must be a string") for value in (None, 5, ["train"], True)),
+    ("job", "", "job is empty"),
+    *((name, value, "must be a list of strings") for name in ("logger", "overrides", "quality") for value in (5, [5])),
+    *((name, 5, "must be a dictionary or a list of strings") for name in ("families", "tasks")),
+    ("launcher", "torchrun", "must be a list of strings"),
+    ("seeds", [-1], ZERO),
+    ("parallel", 0, ONE),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "words"), OPTIONS)
+def test_options_of_the_config_itself(name, value, words):
+    refused(words, _check_options, OmegaConf.create({name: value}))
+
+
+@pytest.mark.parametrize(
+    ("families", "words"),
+    [
+        ({"ilm": 5}, "the options of ilm must be a list of strings or None and is 5"),
+        ({"ilm": [5]}, "must be a list of strings"),
+        ({"../a": None}, "must be a name that a file can have"),
+        (["a/b"], "must be a name that a file can have"),
+    ],
+)
+def test_labels_of_a_comparison(families, words):
+    refused(words, compare._with_options, families)
+
+
+@pytest.mark.parametrize("path", ["json:dumps", "os.path:join", "math:pi", "json:__doc__"])
+def test_functions_for_data_that_are_none(path):
+    refused("is no function without arguments", locate, path, "text")
+
+
+PLACES = [
+    *((name, "There is no checkpoint at") for name in ("run/checkpoint-3", "run/modle", "./a", "../a", "a/b/c", "a b")),
+    *((name, "it holds no config.json") for name in (".", "/", "run", "run/empty", "run/file", "run/file/config.json")),
+]
+
+
+@pytest.mark.parametrize(("name", "words"), PLACES)
+def test_checkpoints_that_are_not_there(name, words, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run" / "empty").mkdir(parents=True)
+    (tmp_path / "run" / "file").write_text("")
+    refused(words, resolve_checkpoint, name)
+    assert resolve_checkpoint("user/model") == "user/model"
+
+
+TOOLS = [
+    (["generate", "checkpoint=nowhere"], "There is no checkpoint at nowhere"),
+    (["evaluate", "checkpoint=./nowhere"], "There is no checkpoint at ./nowhere"),
+    (["push_to_hub", "checkpoint="], "it holds no config.json"),
+    (["distill", "checkpoint=null"], "There is no checkpoint at None"),
+    *((["scaffold", name], "a Python name in lower case") for name in ("A", "my-model", "../x", "_x", "class", "")),
+    *((["scaffold", name], "There is a family or a package") for name in ("ilm", "os")),
+    (["scaffold", "my_model", "--from", "nope"], "There is no family 'nope' to start from"),
+    (["scaffold", "my_model", "--output", "."], "exists already"),
+    (["convert", "--from", "nope", "x", "out"], "No family converts 'nope'"),
+    *((["convert", "--from", "xlm-core", name, "out"], "There is no checkpoint at") for name in ("nope", "", "/", ".")),
+    (["convert", "--from", "xlm-core", "number.ckpt", "out"], "is not a Lightning checkpoint"),
+    (["convert", "--from", "xlm-core", "average.ckpt", "out"], "is not a Lightning checkpoint"),
+    (["convert", "--from", "xlm-core", "list.ckpt", "out"], "is not a Lightning checkpoint"),
+    *(
+        (["convert", "--from", "xlm-core", "good.ckpt", "out", "--config", f"{name}.json"], f"{name}.json is truncated")
+        for name in ("list", "cut", "bytes")
+    ),
+    (["convert", "--from", "xlm-core", "good.ckpt", "out"], "give the constructor arguments by --config"),
+    (["convert", "--from", "mdlm", "good.ckpt", "out", "--config", "good.json"], "The checkpoint's config has no"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), TOOLS)
+def test_tools_and_jobs_without_a_config(arguments, words, monkeypatch, capsys, tmp_path):
+    weights = {"model.a": torch.ones(2)}
+    checkpoints = {"number": {"state_dict": {"a": "x"}}, "average": {"state_dict": weights, "ema": 5}, "list": [5]}
+    for name, content in {**checkpoints, "good": {"state_dict": weights}}.items():
+        torch.save(content, tmp_path / f"{name}.ckpt")
+    for name, text in {"list": b"[1]", "cut": b'{"a": ', "bytes": b"\xff", "good": b'{"a": 1}'}.items():
+        (tmp_path / f"{name}.json").write_bytes(text)
+    before = {*tmp_path.iterdir()}
+    first = arguments if arguments[0] in ("scaffold", "convert") else [f"job={arguments[0]}", *arguments[1:]]
+    status, _, err = call(monkeypatch, capsys, tmp_path, *first)
+    assert (status, words in err) == (2, True), err
+    assert err.count("\n") == 1
+    assert {*tmp_path.iterdir()} == before
+
+
 # Of the command line: what stands behind a run that would be made.
 LINES = [
+    ("job=prepare_data loss.foo=1", "loss has no option 'foo'"),
+    ("job=generate trainer.foo=1", "trainer has no option 'foo'"),
+    ("job=evaluate early_stopping.patience=0", ONE),
+    ("loss._target_=null", "cannot be imported"),
+    ("job=null", "job must be a string and is None"),
     *(
         (f"trainer.{option}", words)
         for option, words in (

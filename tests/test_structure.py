@@ -21,8 +21,6 @@ SHARED_BY_TASKS = {
     "blanks.py",
     "cache.py",
     "corpora.py",
-    "detokenizers.py",
-    "parallel.py",
     "pieces.py",
     "puzzles.py",
     "readers.py",

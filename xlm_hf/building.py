@@ -13,7 +13,7 @@ import contextlib
 import inspect
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -31,13 +31,13 @@ from xlm_hf.families import families
 from xlm_hf.hub.pretrained_backbones import add_lora, backbone_options, check_directions, load_backbone
 from xlm_hf.metrics import load_metric
 from xlm_hf.modules.backbone_config import token_options
-from xlm_hf.modules.checked_options import check_arguments, check_value
-from xlm_hf.modules.messages import check_options, did_you_mean
+from xlm_hf.modules.checked_options import NotNegative, PositiveInt, check_arguments, check_value
+from xlm_hf.modules.messages import check_options, did_you_mean, import_target
 from xlm_hf.objectives.collators import Collator
 from xlm_hf.overrides import compose as compose
-from xlm_hf.tasks import Task, load_task
+from xlm_hf.tasks import Task, load_task, task_options
 from xlm_hf.tasks.tokenizers import with_prompt_layout
-from xlm_hf.training.arguments import XLMTrainingArguments
+from xlm_hf.training.arguments import XLMTrainingArguments, check_training_options
 from xlm_hf.training.averages import load_average
 from xlm_hf.training.callbacks.budget import Budget
 from xlm_hf.training.callbacks.early_stopping import EarlyStopping
@@ -66,6 +66,42 @@ def build_task(node: DictConfig) -> Task:
     return load_task(plain(node))
 
 
+def check_config(cfg: DictConfig) -> None:
+    """Raise ValueError if a node of a config has what its object does not take, whether a job builds it or not."""
+    check_training_options(options_of(cfg.trainer))
+    _config_class(cfg.model)
+    build_loss(cfg.loss)
+    _collator_class(cfg.collator, {**options_of(cfg.collator), **plain(cfg.train_collator)})
+    build_callbacks(cfg.budget, cfg.early_stopping)
+    if not OmegaConf.missing_keys(cfg.task):
+        task_options(plain(cfg.task))
+
+
+def _class_of(name: str, node: DictConfig, fits: Callable[[Any], bool]) -> Any:
+    """The class that a node names; raises ValueError if it is none of its kind."""
+    found = import_target(f"{name}._target_", node._target_)
+    if not (inspect.isclass(found) and fits(found)):
+        raise ValueError(f"{name}._target_ must be the {name} of a family and is {node._target_!r}.")
+    return found
+
+
+def _config_class(node: DictConfig) -> Any:
+    """The configuration that a config's `model` names, its options checked."""
+    found = _class_of("model", node, lambda it: getattr(it, "model_type", None) in families())
+    kinds = {f.name: f.type for f in fields(found)}
+    check_options("model", options_of(node), kinds)
+    for name, value in options_of(node).items():
+        check_value(name, value, kinds[name])
+    return found
+
+
+def _collator_class(node: DictConfig, options: Mapping[str, Any]) -> Any:
+    found = _class_of("collator", node, lambda it: issubclass(it, Collator))
+    given = {"max_length": 1, "seed": 0, **options}
+    check_arguments("collator", given, found, given=("tokenizer", "kind", "prediction"))
+    return found
+
+
 def positions_of(task: DictConfig, collator: DictConfig) -> int | None:
     """Positions of a task's longest text with the family's special tokens; None for a task that names no longest.
 
@@ -75,8 +111,7 @@ def positions_of(task: DictConfig, collator: DictConfig) -> int | None:
     """
     if "max_length" not in task:
         return None
-    collator_class: Any = hydra.utils.get_class(collator._target_)
-    return task.max_length + collator_class.num_special_tokens("lm")
+    return task.max_length + _collator_class(collator, {}).num_special_tokens("lm")
 
 
 def build_model(
@@ -96,12 +131,10 @@ def build_model(
             the model's configuration.
         seed: of the initialisation.
     """
-    config_class = hydra.utils.get_class(node._target_)
-    known = [f.name for f in fields(config_class)]
-    options = options_of(node)
-    check_options("model", options, known)
+    config_class, options = _config_class(node), options_of(node)
     source = options.get("backbone", "rotary")
     adopted = backbone_options(source, getattr(config_class, "own_backbones", ("rotary",)))
+    known = {f.name for f in fields(config_class)}
     vocabulary = {name: value for name, value in token_options(tokenizer).items() if name in known}
     if num_positions is not None:
         vocabulary["max_position_embeddings"] = num_positions
@@ -151,8 +184,7 @@ def load_model(
     """
     source = resolve_checkpoint(checkpoint)
     model = _read_model(source, trust_remote_code)
-    config_class: Any = hydra.utils.get_class(node._target_)
-    found, wanted = model.config.model_type, config_class.model_type
+    found, wanted = model.config.model_type, _config_class(node).model_type
     # A type that nobody has registered brings its own code, and the config says which family's prompts it takes.
     if found != wanted and (found in families() or not trust_remote_code):
         raise ValueError(f"{source} is of family {found!r} and not {wanted!r}: add family={found}.")
@@ -211,9 +243,7 @@ def initialise(
     embeddings: list[Any] = [each.get_input_embeddings() for each in (given, model)]
     sizes = [tuple(embedding.weight.shape) for embedding in embeddings]
     if sizes[0] != sizes[1]:
-        raise ValueError(
-            f"init_from={checkpoint} has embeddings of shape {sizes[0]} and this model {sizes[1]}: choose that size."
-        )
+        raise ValueError(f"init_from={checkpoint} has embeddings of shape {sizes[0]} and this model {sizes[1]}.")
     taken = [name for name, weight in found.items() if name in own and own[name].shape == weight.shape]
     model.load_state_dict({name: found[name] for name in taken}, strict=False)
     left, new = ([name for name in names if name not in taken] for names in (found, own))
@@ -236,22 +266,21 @@ def _loading(source: str) -> Iterator[None]:
         raise ValueError(f"{source} does not fit its config.json: {' '.join(str(error).split())[:300]}") from error
     except OSError as error:
         if isinstance(error.__cause__, RepositoryNotFoundError):
-            raise ValueError(
-                f"There is no model {source} on the Hub, or it is private and HF_TOKEN may not read it."
-            ) from None
+            raise ValueError(f"There is no model {source} on the Hub that HF_TOKEN may read.") from None
         if "use_safetensors" in str(error):
             raise ValueError(f"{source} holds no weights in safetensors, the one format that is loaded.") from None
         raise
     except ValueError as error:
         if "trust_remote_code=True" in str(error):
-            raise ValueError(
-                f"{source} brings code of its own: read it, and add trust_remote_code=true to run it."
-            ) from None
+            raise ValueError(f"{source} brings code of its own: read it, and add trust_remote_code=true.") from None
         raise
 
 
 def _with_generation_options(model: PreTrainedModel, node: DictConfig | None) -> PreTrainedModel:
     options = {} if node is None else options_of(node)
+    for name, value in {"num_return_sequences": 1, "return_dict_in_generate": True}.items():
+        if options.get(name, value) not in (value, None):
+            raise ValueError(f"generation.{name} must be {value}, since a job decodes each prompt once: leave it out.")
     if options.get("max_new_tokens", 0) is None:
         # The task has no opinion.
         del options["max_new_tokens"]
@@ -262,7 +291,7 @@ def _with_generation_options(model: PreTrainedModel, node: DictConfig | None) ->
 
 def build_loss(node: DictConfig) -> Any:
     """The loss object of a config's `loss` node."""
-    check_arguments("loss", options_of(node), hydra.utils.get_class(node._target_))
+    check_arguments("loss", options_of(node), _class_of("loss", node, lambda it: hasattr(it, "num_items")))
     return hydra.utils.instantiate(node)
 
 
@@ -282,11 +311,9 @@ def build_collator(
     Raises:
         ValueError: if the family does not have the kind, or the collator not the option.
     """
-    collator_class: Any = hydra.utils.get_class(node._target_)
     options = {"max_length": max_length, "seed": seed, **options_of(node), **options}
-    check_arguments(f"The collator {kind!r}", options, collator_class, given=("tokenizer", "kind", "prediction"))
     name = kind.removesuffix("_prediction")
-    return collator_class(tokenizer, **options, kind=name, prediction=name != kind)
+    return _collator_class(node, options)(tokenizer, **options, kind=name, prediction=name != kind)
 
 
 def evaluation_entries(node: DictConfig, kind: str) -> list[dict[str, Any]]:
@@ -347,6 +374,8 @@ def build_evaluation_sets(
 def build_callbacks(budget: DictConfig, early_stopping: DictConfig, profile: bool = False) -> list[TrainerCallback]:
     """The callbacks of the nodes `budget` and `early_stopping`, where a patience is set, and the profiler."""
     callbacks: list[TrainerCallback] = [Budget(**plain(budget))]
+    for name, kind in {"patience": PositiveInt | None, "threshold": NotNegative}.items():
+        check_value(f"early_stopping.{name}", early_stopping[name], kind)
     if early_stopping.patience is not None:
         callbacks.append(EarlyStopping(early_stopping.patience, early_stopping.threshold))
     if profile:
@@ -401,7 +430,7 @@ def build_arguments(node: DictConfig, has_budget: bool = False, **of_run: Any) -
         of_run: arguments that the node may replace: `output_dir`, `seed` and the like.
     """
     options = options_of(node)
-    check_arguments("trainer", options, XLMTrainingArguments)
+    check_training_options(options)
     if unread := options.keys() & {"do_train", "do_eval", "do_predict", "resume_from_checkpoint", "output_dir"}:
         raise ValueError(f"trainer.{min(unread)} has no effect: choose job= and output_dir=, whose run is resumed.")
     if has_budget:
@@ -426,10 +455,7 @@ def build_trainer(cfg: DictConfig, task: Task, model: PreTrainedModel, output_di
 
     loss, data_collator = build_loss(cfg.loss), collator(task.kind, **plain(cfg.train_collator))
     if getattr(model.config, "conditioning", "none") == "token" and "[BOS]" not in data_collator.layouts[task.kind]:
-        raise ValueError(
-            f"model.conditioning is 'token', which adds the time to [BOS], and sequences of kind {task.kind!r} have "
-            "none: choose conditioning=adaln, or another task."
-        )
+        raise ValueError(f"conditioning=token adds the time to [BOS], and sequences of kind {task.kind!r} have none.")
     return XLMTrainer(
         model=model,
         args=arguments,

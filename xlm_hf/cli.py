@@ -29,7 +29,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import xlm_hf.commands
-from xlm_hf.building import plain
+from xlm_hf.building import check_config, plain
 from xlm_hf.commands._run import remove_if_empty
 from xlm_hf.families import families
 from xlm_hf.files import write_text
@@ -40,6 +40,7 @@ from xlm_hf.overrides import open_override
 from xlm_hf.reports.sweeps import ERROR_FILE
 from xlm_hf.saved_configs import load_config, translate_config
 from xlm_hf.tasks import Task
+from xlm_hf.training.checkpoints import resolve_checkpoint
 from xlm_hf.training.debugging import apply_debug_options
 from xlm_hf.training.finite_guard import NotFiniteError
 from xlm_hf.training.signals import TrainingStopped, end_with_parent
@@ -52,10 +53,14 @@ _FAILURES = (OSError, NotFiniteError)
 _OPTIONS: dict[str, Any] = {
     **dict.fromkeys(("output_dir", "checkpoint", "init_from", "experiment", "prompts", "eval_model"), str | None),
     **dict.fromkeys(("ema", "trust_remote_code", "exist_ok"), bool),
+    **dict.fromkeys(("logger", "overrides", "quality"), list[str]),
+    **dict.fromkeys(("families", "tasks"), dict | list[str] | None),
     **dict.fromkeys(("num_samples", "parallel"), PositiveInt),
     **dict.fromkeys(("model", "loss", "collator", "train_collator", "generation", "trainer", "task"), dict),
     **dict.fromkeys(("budget", "early_stopping", "nfe_sweep"), dict),
     **{
+        "job": str,
+        "launcher": list[str] | None,
         "seed": Count,
         "num_threads": Annotated[int, Interval("[1, 1024]")] | None,
         "seeds": Annotated[list[int], Interval("[0, inf)")],
@@ -130,6 +135,8 @@ def saved_config(arguments: list[str]) -> DictConfig | None:
     checkpoint = Path(str(given["checkpoint"].value())).expanduser()
     file = next((it for it in (checkpoint / "config.yaml", checkpoint.parent / "config.yaml") if it.exists()), None)
     if file is None or given["job"].value() == "train":
+        # A name that is mistaken has no config either.
+        resolve_checkpoint(str(given["checkpoint"].value()))
         return None
     base: Any = OmegaConf.load(str(files("xlm_hf.configs") / "config.yaml"))
     here = OmegaConf.masked_copy(base, ["output_dir", "prompts", "num_samples", "exist_ok", "trust_remote_code"])
@@ -138,9 +145,9 @@ def saved_config(arguments: list[str]) -> DictConfig | None:
     packages = {"xlm_hf", *(family.config_class.__module__.split(".")[0] for family in families().values())}
     for name in _code_named(plain(config)):
         if not _is_installed(name, packages):
-            raise ValueError(
-                f"{file} names {name}, code of no installed family: add --config-name, or family= and task=."
-            )
+            raise ValueError(f"{file} names {name}, code of no installed family: add --config-name, or family=, task=.")
+    # What is read goes nowhere else.
+    config.trainer.pop("push_to_hub", None)
     OmegaConf.set_struct(config, True)
     for name, override in given.items():
         OmegaConf.update(config, name, override.value(), force_add=override.is_force_add() or override.is_add())
@@ -221,6 +228,8 @@ def _run(cfg: DictConfig) -> None:
     if cfg.job not in jobs:
         raise ValueError(f"There is no job {cfg.job!r}: {did_you_mean(cfg.job, jobs)}")
     try:
+        if "families" not in cfg:
+            check_config(cfg)
         importlib.import_module(f"xlm_hf.commands.{cfg.job}").run(cfg)
     except (*_USAGE, *_FAILURES):
         if cfg.output_dir is not None:

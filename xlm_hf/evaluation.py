@@ -311,10 +311,8 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: Any) -> None:
     """Raise ValueError if a model has another vocabulary, or other special tokens, than a tokenizer."""
     for name, value in token_options(tokenizer).items():
         if name != "suppress_tokens" and (found := getattr(config, name, None)) not in (None, value):
-            raise ValueError(
-                f"The model's {name} is {found} and the tokenizer's {value}: name the task that the model was trained "
-                "on, or make its config by from_tokenizer."
-            )
+            wanted = "name the task that the model was trained on, or make its config by from_tokenizer"
+            raise ValueError(f"The model's {name} is {found} and the tokenizer's {value}: {wanted}.")
 
 
 def check_blanks(examples: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> None:

@@ -19,7 +19,8 @@ _PREVIOUS_SUFFIX = ".previous"
 
 def whole_folder(folder: Path) -> Path:
     """Where the content of `folder` is: in itself, or beside it if a kill came between the renames that replace it."""
-    staging, previous = _beside(folder)
+    # A root, and this folder by no name, have none beside them.
+    staging, previous = _beside(folder) if folder.name else (folder, folder)
     if folder.exists() or not previous.exists():
         return folder
     # The earlier folder is moved away only once the new one is complete.

@@ -61,7 +61,7 @@ def _rename_targets(node: DictConfig) -> None:
     for name, value in node.items_ex(resolve=False):
         if isinstance(value, DictConfig):
             _rename_targets(value)
-        elif name == "_target_":
+        elif name == "_target_" and isinstance(value, str):
             for old, new in _MODULES.items():
                 node[name] = re.sub(f"^{re.escape(old)}", new, node[name])
 

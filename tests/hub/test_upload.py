@@ -264,7 +264,7 @@ def test_only_with_trust_does_the_package_read_code_from_the_hub(hub, trained, c
     )
     assert sentences == [
         *["0"] * 3,
-        "Error: xlm/strange brings code of its own: read it, and add trust_remote_code=true to run it.",
+        "Error: xlm/strange brings code of its own: read it, and add trust_remote_code=true.",
         "Error: xlm/pickled holds no weights in safetensors, the one format that is loaded.",
     ]
     read = [path for method, path in hub.requests[before:] if method == "GET"]
@@ -290,7 +290,7 @@ def test_pushing_a_checkpoint_and_the_end_of_a_run_by_hand(hub, trained, calls):
     assert (
         twice == "Error: xlm/by-hand exists already: add exist_ok=true to add a commit to it, or choose another name."
     )
-    assert private == "Error: There is no model xlm/by-hand on the Hub, or it is private and HF_TOKEN may not read it."
+    assert private == "Error: There is no model xlm/by-hand on the Hub that HF_TOKEN may read."
     assert hub.repositories["xlm/by-hand"]["private"]
     _, first, second = (commit["files"] for commit in hub.repositories["xlm/by-hand"]["commits"])
     theirs = hub.files("xlm/ilm-star")

@@ -22,6 +22,7 @@ REFUSED = {
     "batch_eval_metrics": True,
     "bf16_full_eval": True,
     "dataloader_in_order": False,
+    "debug": "underflow_overflow",
     "enable_jit_checkpoint": True,
     "eval_accumulation_steps": 2,
     "eval_do_concat_batches": False,

@@ -104,11 +104,8 @@ def test_early_stopping_lets_a_run_that_improves_go_on(tmp_path):
     [
         (["budget.tokens=0"], "budget: tokens must be greater than 0 and is 0."),
         (["budget.seconds=-1"], "budget: seconds must be greater than 0 and is -1."),
-        (["early_stopping.patience=0"], "early_stopping.patience must be at least 1, .*; it is 0."),
-        (
-            ["early_stopping.patience=1", "trainer.eval_strategy=no"],
-            "early_stopping.patience must be at least 1, with trainer.eval_strategy=steps",
-        ),
+        (["early_stopping.patience=0"], "early_stopping.patience must be at least 1 and is 0."),
+        (["early_stopping.patience=1", "trainer.eval_strategy=no"], "early_stopping needs trainer.eval_strategy=steps"),
     ],
 )
 def test_what_cannot_be_is_refused_in_a_sentence(overrides, sentence, tmp_path):

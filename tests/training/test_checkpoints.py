@@ -1,7 +1,9 @@
 """Which checkpoints are written, which stay, and how a user names them."""
 
 import json
+import math
 import os
+import shutil
 import signal
 
 import pytest
@@ -19,6 +21,7 @@ from xlm_hf.training.checkpoints import (
     last_sound_checkpoint,
     list_checkpoints,
     resolve_checkpoint,
+    saved_state,
 )
 from xlm_hf.training.signals import TrainingStopped
 
@@ -263,8 +266,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_can_be_repeated(tmp_path, v
     [
         (lambda folder: (folder / "optimizer.pt").unlink(), "it holds no optimizer.pt"),
         (lambda folder: (folder / "scheduler.pt").unlink(), "it holds no scheduler.pt"),
-        (lambda folder: (folder / "trainer_state.json").write_text("{}"), "its trainer_state.json is that of step 0"),
-        (lambda folder: (folder / "trainer_state.json").write_text('{"a": 1}'), "its trainer_state.json is damaged"),
+        (
+            lambda folder: (folder / "trainer_state.json").write_text("{}"),
+            "trainer_state.json is damaged ('global_step')",
+        ),
         (lambda folder: folder.rename(folder.with_name("checkpoint-9")), "its trainer_state.json is that of step 2"),
     ],
 )
@@ -274,3 +279,53 @@ def test_a_training_goes_on_from_whole_states_alone(spoilt, reason, tmp_path, ca
     spoilt(tmp_path / "checkpoint-2")
     assert last_sound_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
     assert reason in caplog.text
+
+
+# What nobody has saved, by field; None leaves it out.
+STATES = [
+    *(("global_step", value) for value in ("4", 1.5, -4, True, [], math.nan, None)),
+    *(("num_input_tokens_seen", value) for value in ("a", -5, math.nan, 1.5, None)),
+    *(("log_history", value) for value in (5, [5], {"a": 1}, "x", None)),
+    *(("stateful_callbacks", value) for value in (5, [], {"Budget": 5}, {"Budget": {}}, {"Budget": [5]}, None)),
+    *(("stateful_callbacks", {"Budget": {"attributes": {"spent_seconds": it}}}) for it in ("x", -1, math.nan)),
+    ("stateful_callbacks", {"EarlyStopping": {"attributes": {"early_stopping_patience_counter": -1}}}),
+    *((name, value) for name in ("logging_steps", "save_steps", "eval_steps") for value in ("x", 0, -1)),
+    *(("train_batch_size", value) for value in ("x", 0, -4)),
+    *(("total_flos", value) for value in ("x", -1, math.inf)),
+    *(("epoch", value) for value in ("x", -1, math.nan)),
+    *(("best_metric", value) for value in ("x", math.nan, [])),
+    *(("best_global_step", value) for value in ("x", -3, 0.5)),
+    ("unknown_field", 5),
+]
+
+
+@pytest.fixture(scope="module")
+def run_of_two(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    FamilyCase("ilm", "trainer.max_steps=2", "trainer.save_steps=1").trainer(folder).train()
+    return folder
+
+
+def with_state(folder, name, value):
+    """The checkpoint of step 2, with another value in its state."""
+    file = folder / "checkpoint-2" / "trainer_state.json"
+    state = {**json.loads(file.read_text()), name: value}
+    file.write_text(json.dumps({n: v for n, v in state.items() if v is not None or n != name}))
+    return file.parent
+
+
+@pytest.mark.parametrize(("name", "value"), STATES)
+def test_states_that_nobody_has_saved(name, value, run_of_two, tmp_path, caplog):
+    shutil.copytree(run_of_two, tmp_path / "run")
+    newest = with_state(tmp_path / "run", name, value)
+    assert last_sound_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-1"
+    assert f"{newest} is skipped: {newest}/trainer_state.json is damaged (" in caplog.text
+    assert name in caplog.text or name in ("stateful_callbacks",)
+    with pytest.raises(ValueError, match=r"trainer_state\.json is damaged"):
+        saved_state(newest)
+
+
+@pytest.mark.parametrize(("name", "value"), [("best_metric", math.inf), ("best_metric", 0.5), ("epoch", 1.5)])
+def test_states_that_somebody_may_have_saved(name, value, run_of_two, tmp_path):
+    shutil.copytree(run_of_two, tmp_path / "run")
+    assert last_sound_checkpoint(tmp_path / "run") == with_state(tmp_path / "run", name, value)

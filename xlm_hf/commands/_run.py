@@ -64,6 +64,8 @@ _MOST_SHOWN = 5
 # Of a process that is about to end.
 _SECONDS_TO_WAIT = 10
 _lock: list[FileLock] = []
+# The folder of this process's run, if it was empty.
+_begun: list[Path] = []
 
 
 def check_same_run(folder: Path, cfg: DictConfig, whole: bool = False) -> dict[str, tuple[str, Any, Any]]:
@@ -85,10 +87,7 @@ def check_same_run(folder: Path, cfg: DictConfig, whole: bool = False) -> dict[s
     file, changes, refused = folder / "config.yaml", {}, []
     if not file.exists():
         if list_checkpoints(folder):
-            raise ValueError(
-                f"{folder} holds checkpoints and no config.yaml, which says of what run: restore it, or choose another "
-                "output_dir."
-            )
+            raise ValueError(f"{folder} holds checkpoints and no config.yaml, which says of what run: restore it.")
         return {}
     found, wanted = (_flat(_with_own_evaluation(plain(config))) for config in (load_config(file), cfg))
     for name in sorted(found.keys() | wanted.keys()):
@@ -197,6 +196,7 @@ def run_directory(cfg: DictConfig) -> Path:
         cfg.output_dir = broadcast_object_list([_fresh_folder(cfg.experiment) if process.is_main_process else ""])[0]
     folder = Path(cfg.output_dir).expanduser().absolute()
     folder.mkdir(parents=True, exist_ok=True)
+    _begun[:] = [] if {*folder.iterdir()} else [folder]
     log = logging.getLogger("xlm_hf")
     for earlier in [handler for handler in log.handlers if isinstance(handler, logging.FileHandler)]:
         log.removeHandler(earlier)
@@ -212,11 +212,12 @@ def run_directory(cfg: DictConfig) -> Path:
 
 
 def remove_if_empty(output_dir: str) -> None:
-    """Remove the folder of a run that has left nothing but a log, and the folders that were made for it.
+    """Remove the folder of a run that has left nothing but logs and its config, and the folders that were made for it.
 
     One that another process holds stays: it may be preparing its data.
     """
     folder, left = Path(output_dir).expanduser(), {"train.log", ".lock", ".holder"}
+    left |= {"config.yaml", "metrics.jsonl"} if folder.absolute() in _begun else set()
     is_ours = any(lock.is_locked and Path(lock.lock_file).parent == folder.absolute() for lock in _lock)
     if is_ours and {file.name for file in folder.iterdir()} <= left:
         shutil.rmtree(folder)

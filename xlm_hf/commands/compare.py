@@ -17,13 +17,14 @@ import pandas as pd
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from xlm_hf.building import compose, plain
+from xlm_hf.building import check_config, compose, plain
 from xlm_hf.commands._run import check_same_run, run_directory, say
-from xlm_hf.files import write_text
+from xlm_hf.files import check_file_name, write_text
+from xlm_hf.modules.checked_options import check_value
 from xlm_hf.modules.messages import check_options
 from xlm_hf.overrides import is_open, quoted
 from xlm_hf.reports.comparison import MOST_COLUMNS, NOT_IN_TABLE, markdown_table, plot, summarise, write_tables
-from xlm_hf.training.checkpoints import list_checkpoints
+from xlm_hf.training.checkpoints import list_checkpoints, saved_state
 from xlm_hf.training.signals import ENDS_WITH_INPUT
 
 _BUDGETS = {"steps": "trainer.max_steps", "tokens": "budget.tokens", "seconds": "budget.seconds"}
@@ -67,7 +68,8 @@ def run(cfg: DictConfig) -> None:
     options = plain(cfg)
     cells = plan(options, output_dir)
     for cell in cells:
-        check_same_run(cell.folder, config_of(cell), whole=True)
+        check_config(config := config_of(cell))
+        check_same_run(cell.folder, config, whole=True)
     say(f"{len(cells)} runs, {sum(bool(_metrics(cell.folder)) for cell in cells)} of them done; {output_dir}")
     launcher = options["launcher"] or [sys.executable]
     missing = [cell for cell in cells if not _metrics(cell.folder)]
@@ -114,7 +116,7 @@ def plan(options: dict[str, Any], output_dir: Path) -> list[Cell]:
     shared += [f"eval_model={quoted(options['eval_model'])}"] if options["eval_model"] else []
     limit = [f"{name}={amount}" for name, amount in budget.items()]
     cells = []
-    for task, family, seed in itertools.product(tasks, families, options["seeds"]):
+    for task, family, seed in itertools.product(tasks, families, dict.fromkeys(options["seeds"])):
         # A named experiment brings its family.
         ours = _with_default(families[family], f"family={family}", ("family=", "--config-name="))
         theirs = _with_default(tasks[task], f"task={task}", ("task=",))
@@ -133,9 +135,11 @@ def _with_default(options: list[str], default: str, names: tuple[str, ...]) -> l
 
 
 def _with_options(entries: Mapping[str, list[str] | None] | Sequence[str] | None) -> dict[str, list[str]]:
-    if isinstance(entries, Mapping):
-        return {str(name): options or [] for name, options in entries.items()}
-    return {str(name): [] for name in entries or []}
+    found = entries if isinstance(entries, Mapping) else dict.fromkeys(entries or [])
+    for name, options in found.items():
+        check_file_name("A label of a comparison", str(name))
+        check_value(f"the options of {name}", options, list[str] | None)
+    return {str(name): options or [] for name, options in found.items()}
 
 
 def _file_name(options: list[str]) -> str:
@@ -211,7 +215,10 @@ def write_comparison(cells: list[Cell], output_dir: Path, quality: list[str]) ->
         for name in cell.sweep or ["-"]
         if (metrics := _metrics(cell.folder / "nfe" / name if cell.sweep else cell.folder))
     ]
-    points, history = _frame(evaluations), _frame([(cell, log) for cell in done for log in _history(cell.folder)])
+    # What was logged up to the newest checkpoint.
+    newest = [(cell, checkpoint) for cell in done for checkpoint in list_checkpoints(cell.folder)[-1:]]
+    history = _frame([(cell, log) for cell, checkpoint in newest for log in saved_state(checkpoint).log_history])
+    points = _frame(evaluations)
     chosen = _named(runs, [*quality, "nfe"])
     others = [name for name in sorted(runs) if "/" in name and not name.endswith(NOT_IN_TABLE) and name not in chosen]
     table = summarise(runs, ["family"], [*chosen, *_COSTS, *others])
@@ -235,9 +242,3 @@ def _frame(rows: list[tuple[Cell, dict[str, Any]]]) -> pd.DataFrame:
 def _named(frame: pd.DataFrame, metrics: list[str]) -> list[str]:
     """The columns of the metrics, whichever evaluation set reports them, in the order of the metrics."""
     return [name for metric in metrics for name in frame if name.endswith(f"/{metric}")]
-
-
-def _history(folder: Path) -> list[dict[str, float]]:
-    """What was logged up to the newest checkpoint."""
-    states = [(checkpoint / "trainer_state.json").read_text() for checkpoint in list_checkpoints(folder)[-1:]]
-    return [log for state in states for log in json.loads(state)["log_history"]]

@@ -1,7 +1,6 @@
 """`xlm-hf convert --from PROJECT CHECKPOINT OUT`: a published checkpoint as a model folder of ours."""
 
 import argparse
-import json
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from transformers import AutoTokenizer
 
 from xlm_hf.commands._run import say
 from xlm_hf.families import families
-from xlm_hf.hub.conversion import load_translated, read_checkpoint, translate_checkpoint
+from xlm_hf.hub.conversion import load_translated, read_arguments, read_checkpoint, translate_checkpoint
 from xlm_hf.hub.export import export_model
 from xlm_hf.modules.backbone_config import token_options
 from xlm_hf.modules.messages import did_you_mean
@@ -43,7 +42,7 @@ def main(arguments: list[str]) -> None:
         raise ValueError(f"No family converts {options.source!r}: {did_you_mean(options.source, projects)}")
     weights, config = read_checkpoint(options.checkpoint, ema=not options.raw)
     if options.config is not None:
-        config = json.loads(options.config.read_text())
+        config = read_arguments(options.config)
     if not config:
         raise ValueError("The checkpoint has no config.json beside it: give the constructor arguments by --config.")
     family, (translated, tensors) = _translate(options, weights, config)
@@ -82,10 +81,8 @@ def _tokenizer(name: str | None, config: Any, arguments: dict[str, Any], trust_r
     """The tokenizer of a checkpoint, which does not hold it, extended by what is the last id: the mask, or padding."""
     if name is None:
         if (arguments.get("padding_idx", 0), arguments.get("mask_idx")) != (0, 2):
-            raise ValueError(
-                f"The checkpoint does not hold its tokenizer of {config.vocab_size} tokens: name it by --tokenizer, a "
-                f"folder or Hub id, or {_NUMBERS!r} for special tokens and numbers."
-            )
+            size = config.vocab_size
+            raise ValueError(f"The checkpoint does not hold its tokenizer of {size} tokens: name it by --tokenizer.")
         name = _NUMBERS
     tokenizer = _extended(name, config, trust_remote_code)
     mask = getattr(config, "mask_token_id", None)
@@ -98,10 +95,8 @@ def _tokenizer(name: str | None, config: Any, arguments: dict[str, Any], trust_r
     facts |= {role: getattr(tokenizer, role) for role in roles if hasattr(config, role)}
     for fact, value in facts.items():
         if value != getattr(config, fact):
-            raise ValueError(
-                f"{fact} is {value} in the tokenizer {name} and {getattr(config, fact)} in the checkpoint: name the "
-                "tokenizer that it was trained with, special tokens added."
-            )
+            wanted = f"{fact} is {value} in the tokenizer {name} and {getattr(config, fact)} in the checkpoint"
+            raise ValueError(f"{wanted}: name the one that it was trained with, special tokens added.")
     return tokenizer
 
 

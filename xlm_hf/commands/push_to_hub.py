@@ -12,7 +12,7 @@ from xlm_hf.commands._run import card_variables, model_of_checkpoint, say
 from xlm_hf.hub.export import export_model
 from xlm_hf.hub.upload import push_folder
 from xlm_hf.saved_configs import load_config
-from xlm_hf.training.checkpoints import resolve_checkpoint
+from xlm_hf.training.checkpoints import resolve_checkpoint, saved_state
 
 
 def run(cfg: DictConfig) -> str:
@@ -42,9 +42,9 @@ def _run_variables(source: Path) -> dict[str, Any]:
         return {}
     config = plain(load_config(folder / "config.yaml"))
     if (source / "trainer_state.json").exists():
-        state = json.loads((source / "trainer_state.json").read_text())
-        metrics = {name: value for log in state["log_history"] for name, value in log.items() if "/" in name}
-        return card_variables(config, {**metrics, "steps": state["global_step"]}, {})
+        state = saved_state(source)
+        metrics = {name: value for log in state.log_history for name, value in log.items() if "/" in name}
+        return card_variables(config, {**metrics, "steps": state.global_step}, {})
     metrics = json.loads((folder / "metrics.json").read_text())
     files = sorted((folder / "predictions").glob("*.jsonl"))
     predictions = {file.stem: [json.loads(line) for line in file.read_text().splitlines()] for file in files}

@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import inspect
+import keyword
 import re
 from importlib import resources
 from pathlib import Path
@@ -29,7 +30,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--output", type=Path, help="the folder to write (./NAME)")
     options = parser.parse_args(arguments)
     name, source = options.name, options.source
-    if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name):
+    if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name) or keyword.iskeyword(name):
         raise ValueError(f"The name of a family is a Python name in lower case, like my_model, and not {name!r}.")
     shipped = [family for family in families() if "xlm_hf.modeling" in families()[family].config_class.__module__]
     if source not in shipped:

@@ -36,11 +36,9 @@ class StaticShapes:
 
     def __init__(self, collator: Any, length: int):
         if collator.row_capacity and length < collator.row_capacity:
-            raise ValueError(
-                f"trainer.static_length is {length}, but packing fills rows up to {collator.row_capacity} tokens, "
-                "the positions of the model: give both the same number, "
-                "`model.max_position_embeddings=N trainer.static_length=N`."
-            )
+            filled = f"packing fills rows up to {collator.row_capacity} tokens, the positions of the model"
+            remedy = "give both the same number, `model.max_position_embeddings=N trainer.static_length=N`"
+            raise ValueError(f"trainer.static_length is {length}, but {filled}: {remedy}.")
         self.collator, self.length = collator, length
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

@@ -20,7 +20,7 @@ from transformers.initialization import no_init_weights
 
 from xlm_hf.families import families
 from xlm_hf.modules.messages import did_you_mean
-from xlm_hf.training.checkpoints import fault
+from xlm_hf.training.checkpoints import fault, fault_of_json
 
 _PREFIXES = re.compile(r"^(model|backbone)\.(_orig_mod\.)?")
 
@@ -82,10 +82,8 @@ def translate_checkpoint(
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     for name in [*shapes, *found]:
         if shapes.get(name) != found.get(name):
-            raise ValueError(
-                f"The checkpoint does not fit its config: {name} is {found.get(name, 'missing')} and should be "
-                f"{shapes.get(name, 'absent')}."
-            )
+            is_found, should = found.get(name, "missing"), shapes.get(name, "absent")
+            raise ValueError(f"The checkpoint does not fit its config: {name} is {is_found} and should be {should}.")
     return options, weights
 
 
@@ -144,8 +142,7 @@ def read_checkpoint(source: str, ema: bool = True) -> tuple[dict[str, torch.Tens
     is_lightning = files[0].suffix != ".safetensors"
     if not is_lightning and (reason := fault(folder)):
         raise ValueError(f"{folder} cannot be loaded: {reason}. Choose another checkpoint.")
-    file = folder / "config.json"
-    config = json.loads(file.read_text()) if file.exists() else {}
+    config = read_arguments(folder / "config.json") if (folder / "config.json").exists() else {}
     return _read_lightning(files[0], ema) if is_lightning else _read_lazily(files), config
 
 
@@ -161,23 +158,30 @@ def _read_lazily(files: list[Path]) -> dict[str, torch.Tensor]:
     return weights
 
 
+def read_arguments(file: Path) -> dict[str, Any]:
+    """The constructor arguments in a JSON file; raises ValueError if it holds none."""
+    if reason := fault_of_json(file):
+        raise ValueError(f"{reason}: {file} must hold a JSON object of constructor arguments.")
+    return json.loads(file.read_text())
+
+
 def _read_lightning(file: Path, ema: bool) -> dict[str, torch.Tensor]:
     try:
         others = torch.serialization.get_unsafe_globals_in_checkpoint(file)
         # Objects of other classes, hyperparameters say, become empty ones of ours: nothing of theirs is imported.
         with torch.serialization.safe_globals([(_Ignored, name) for name in others]):
             content = torch.load(file, map_location="cpu", weights_only=True)
-        weights = _without_prefix(content["state_dict"])
+        weights = {n: torch.as_tensor(w) for n, w in _without_prefix(content["state_dict"]).items()}
+        averages = [*content["ema"]["shadow_params"]] if ema and content.get("ema") else None
     except (pickle.UnpicklingError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{file} is not a Lightning checkpoint, or cannot be read without running what it holds: save its "
             "state_dict as safetensors where you trust it."
         ) from error
-    if not ema or not content.get("ema"):
+    if averages is None:
         return weights
     # The averages are a list in the order of the parameters, which is that of the state dict without its buffers.
     names = [name for name in weights if not name.endswith(("inv_freq", "freqs"))]
-    averages = content["ema"]["shadow_params"]
     if [weights[name].shape for name in names] != [average.shape for average in averages]:
         raise ValueError(f"The averaged weights of {file} do not fit its parameters: take the raw ones, with --raw.")
     return {**weights, **dict(zip(names, averages, strict=True))}

@@ -112,10 +112,8 @@ def model_options(arguments: Mapping[str, Any], weights: Mapping[str, torch.Tens
     head_dim = given["d_model"] // given["nhead"]
     has_final_norm = not {"output_layer.norm_final.weight", "transformer.ln_f.weight"}.isdisjoint(weights)
     if given.get("final_layer_without_normalization", not has_final_norm) == has_final_norm:
-        raise ValueError(
-            f"final_layer_without_normalization is {has_final_norm}, and the checkpoint has "
-            f"{'a' if has_final_norm else 'no'} norm before its head: one of them belongs to another model."
-        )
+        has = f"{'a' if has_final_norm else 'no'} norm before its head: one of them belongs to another model"
+        raise ValueError(f"final_layer_without_normalization is {has_final_norm}, and the checkpoint has {has}.")
     dropout = given.get("dropout", 0.1)
     frequencies = weights.get("encoder.0.rotary_emb.inv_freq", torch.empty(32))
     return {

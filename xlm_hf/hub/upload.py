@@ -45,9 +45,8 @@ def hub_errors(repo_id: str, remedy: str = "the same command tries again") -> It
     except Exception as error:
         # The client passes on whatever its libraries raise when a connection breaks.
         cause = str(error).rstrip(".") or type(error).__name__
-        raise OSError(
-            f"The connection to the Hub broke off ({cause}): {repo_id} is as it was, all is kept here, and {remedy}."
-        ) from error
+        kept = f"{repo_id} is as it was, all is kept here, and {remedy}"
+        raise OSError(f"The connection to the Hub broke off ({cause}): {kept}.") from error
 
 
 def _refusal(repo_id: str, status: int, message: str) -> str:

@@ -66,7 +66,5 @@ def _load_by_name(name: str) -> EvaluationModule:
     path = Path(name)
     if (path.suffix == ".py" and path.is_file()) or (path / f"{path.resolve().name}.py").is_file():
         return evaluate.load(str(path.resolve()), keep_in_memory=True)
-    raise ValueError(
-        f"unknown metric {name!r}, which is neither a shipped one nor the path of a metric's folder or .py file: "
-        f"{did_you_mean(name, shipped)}"
-    )
+    kinds = "which is neither a shipped one nor the path of a metric's folder or .py file"
+    raise ValueError(f"unknown metric {name!r}, {kinds}: {did_you_mean(name, shipped)}")

@@ -25,7 +25,7 @@ def import_target(what: str, target: str) -> Any:
     """The object of a dotted name, which is a `what`; raises ValueError if it cannot be imported."""
     try:
         return pkgutil.resolve_name(target)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise ValueError(f"the {what} {target!r} cannot be imported: {error}.") from error
 
 

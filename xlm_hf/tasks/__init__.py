@@ -84,23 +84,31 @@ def load_task(task: str | Mapping[str, Any], /, **overrides: Any) -> Task:
         ValueError: for an unknown name, a target that cannot be imported, or an argument that the target does not take
             or lacks: before any work. Later, for whatever the target itself refuses.
     """
+    options = task_options(task, **overrides)
+    # The target is called outside of Hydra, which would wrap its one-sentence errors in an exception of its own.
+    result = instantiate(options, _convert_="all", _partial_=True)()
+    if not isinstance(result, Task):
+        raise ValueError(f"{options['_target_']} returned a {type(result).__name__}: a task target must return a Task.")
+    return result
+
+
+def task_options(task: str | Mapping[str, Any], /, **overrides: Any) -> dict[str, Any]:
+    """The options with which `load_task` calls a task's target, and that target, checked before any work."""
     config = _shipped_config(task) if isinstance(task, str) else task
     if "_target_" not in config:
         raise ValueError(
-            f"a task given as a mapping needs `_target_`, the dotted name of a callable that returns a Task; "
-            f"this one has only the keys {sorted(config)}."
+            f"a task given as a mapping needs `_target_`, and this one has only the keys {sorted(config)}."
         )
     target = config["_target_"]
     function = import_target("task target", target)
+    is_other = inspect.isbuiltin(function) or (inspect.isclass(function) and not issubclass(function, Task))
+    if is_other or not callable(function):
+        raise ValueError(f"the task target {target!r} is no function that returns a Task: name one.")
     ignored = {*_FOR_OTHERS, *getattr(function, "for_families", ())} - set(inspect.signature(function).parameters)
     options = {**_resolve(config, ignored), **overrides}
     given = {name: value for name, value in options.items() if not name.startswith("_")}
     check_arguments(f"Task {task if isinstance(task, str) else target!r}", given, function)
-    # The target is called outside of Hydra, which would wrap its one-sentence errors in an exception of its own.
-    result = instantiate(options, _convert_="all", _partial_=True)()
-    if not isinstance(result, Task):
-        raise ValueError(f"{target} returned a {type(result).__name__}: a task target must return a Task.")
-    return result
+    return options
 
 
 def _shipped_config(name: str) -> Mapping[str, Any]:

@@ -12,8 +12,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+import xxhash
 from datasets import Dataset, DatasetDict, ReadInstruction, load_dataset
 from datasets.fingerprint import Hasher
+from datasets.table import InMemoryTable
 
 from xlm_hf.modules.counter_random import uniform
 from xlm_hf.modules.messages import did_you_mean, import_target
@@ -51,7 +53,10 @@ def locate(path: str, text_column: str, splits: Mapping[str, str] | None = None)
     if found.exists():
         return _files(found, splits)
     if ":" in path:
-        made = import_target("function", path)()
+        try:
+            made = import_target("function", path)()
+        except TypeError as error:
+            raise ValueError(f"{path} is no function without arguments ({error}): name one.") from error
         by_split = made if isinstance(made, Mapping) else {"train": made}
         return DatasetDict({name: _as_dataset(split, text_column, path) for name, split in by_split.items()})
     if kind_of(found) or not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
@@ -72,10 +77,8 @@ def _as_dataset(split: Any, text_column: str, path: str) -> Dataset:
         return split
     texts = list(split) if isinstance(split, (list, tuple)) else [None]
     if not all(isinstance(text, str) for text in texts):
-        raise ValueError(
-            f"{path} returned a {type(split).__name__}: a data function returns a Dataset, a list of texts, or a dict "
-            "of either by split."
-        )
+        kinds = "a Dataset, a list of texts, or a dict of either"
+        raise ValueError(f"{path} returned a {type(split).__name__}: a data function returns {kinds}.")
     return Dataset.from_dict({text_column: texts})
 
 
@@ -113,10 +116,8 @@ def _of_one_kind(source: Path, found: Sequence[Path]) -> dict[str, list[Path]]:
     kinds = [str(kind_of(file)) for file in found]
     ranked = sorted({*kinds}, key=kinds.count, reverse=True)
     if len(ranked) > 1 and kinds.count(ranked[0]) == kinds.count(ranked[1]):
-        raise ValueError(
-            f"{source} has files of several formats ({', '.join(sorted(ranked))}) and none is called train: name one "
-            "file, or put those that shall be read into a folder train."
-        )
+        formats = ", ".join(sorted(ranked))
+        raise ValueError(f"{source} has files of several formats ({formats}) and none is called train: name one file.")
     return {"train": [file for file in found if kind_of(file) == ranked[0]]} if found else {}
 
 
@@ -170,10 +171,8 @@ def read(source: Source, columns: Mapping[str, bool], scratch: Path, options: Ma
     # A column of a column has a name such as `translation.en`.
     found = found.flatten()
     if "train" not in found:
-        raise ValueError(
-            f"{options['path']} has no training set, only {', '.join(found)}: name a file of it, or say which split to "
-            "train on with splits, e.g. task.splits={train: validation}."
-        )
+        others = ", ".join(found)
+        raise ValueError(f"{options['path']} has no training set, only {others}: set task.splits={{train: {others}}}.")
     _check_texts(found, columns, options["path"])
     present = [name for name in columns if name in found["train"].column_names]
     if not present:
@@ -191,31 +190,14 @@ def check_columns(found: DatasetDict, columns: Sequence[str]) -> None:
                 raise ValueError(f"split {split!r} has no column {column!r}: {closest} Set the option that names it.")
 
 
-def note_shared(split: str, data: Dataset, hashes: Sequence[int], known: np.ndarray) -> None:
-    """Say, and write into the description of a split, how many of its documents are training documents too.
-
-    Args:
-        split: its name.
-        data: its examples.
-        hashes: of its documents.
-        known: the hashes of the training documents, sorted.
-    """
-    found = np.searchsorted(known, hashes).clip(max=len(known) - 1)
-    if num_shared := int((known[found] == hashes).sum()):
-        data.info.description = f"{num_shared:,} of its {len(hashes):,} documents are in the training set too."
-        logger.warning("%s: %s", split, data.info.description)
-
-
 def _check_texts(found: DatasetDict, columns: Mapping[str, bool], path: str) -> None:
     for split, data in found.items():
         for name in columns.keys() & {*data.column_names}:
             kind: Any = data.features[name]
             kind = kind.feature if columns[name] and isinstance(kind, datasets.List) else kind
             if getattr(kind, "dtype", "") not in ("string", "large_string"):
-                raise ValueError(
-                    f"the column {name!r} of split {split!r} of {path} holds no texts but {data.features[name]}: name "
-                    "another column, or convert it."
-                )
+                where = f"the column {name!r} of split {split!r} of {path}"
+                raise ValueError(f"{where} holds no texts but {data.features[name]}: name another, or convert it.")
 
 
 def _with_text(documents: Dataset, columns: Iterable[str]) -> np.ndarray:
@@ -239,24 +221,31 @@ def _with_drawn_splits(
     rows = _with_text(documents, columns)
     sizes = {name: max(1, round(share * len(rows))) for name, share in fractions.items() if share > 0}
     if sum(sizes.values()) >= len(rows):
-        raise ValueError(
-            f"{len(rows)} documents with text are too few to draw the sets {', '.join(sizes) or 'train'} from: provide "
-            "these sets, or make more documents with sample_by."
-        )
+        drawn = f"{len(rows)} documents with text are too few to draw the sets {', '.join(sizes) or 'train'} from"
+        raise ValueError(f"{drawn}: provide these sets, or make more documents with sample_by.")
     if not sizes:
         return found
     # In place: there may be tens of millions of rows.
-    draws = np.empty(len(rows))
-    for block in torch.arange(len(rows)).split(_ROWS_AT_ONCE):
-        draws[block[0] : block[0] + len(block)] = uniform(seed, block)
+    draws = np.arange(len(rows), dtype=float)
+    for block in np.split(draws, range(_ROWS_AT_ONCE, len(rows), _ROWS_AT_ONCE)):
+        block[:] = uniform(seed, torch.from_numpy(block).long())
     order, start = draws.argsort(), 0
     del draws
     selected = {}
     for name, size in {**sizes, "train": len(rows) - sum(sizes.values())}.items():
         drawn, start = order[start : start + size], start + size
         drawn.sort()
-        selected[name] = documents.select(rows[drawn], keep_in_memory=True)
+        selected[name] = _selected(documents, rows[drawn])
     return DatasetDict({**found, **selected})
+
+
+def _selected(documents: Dataset, rows: np.ndarray) -> Dataset:
+    """`documents.select(rows)`, without the list of Python's numbers that it makes, of 40 bytes each."""
+    if documents._indices is not None:
+        return documents.select(rows, keep_in_memory=True)
+    indices = InMemoryTable.from_pydict({"indices": rows.view(np.uint64)})
+    fingerprint = f"{documents._fingerprint}-{xxhash.xxh3_64_hexdigest(rows)}"
+    return Dataset(documents.data, documents.info, documents.split, indices, fingerprint)
 
 
 def _load(

@@ -133,10 +133,8 @@ def _distinct(generate: Callable[[Random], Puzzle], count: int, seed: int) -> It
                 return
         number += 1
         if len(known) - before < _ROUND / 10:
-            raise ValueError(
-                f"{count} puzzles are asked for, and only {len(known)} different ones were found before nine in ten "
-                "draws were repeats: change the options, or ask for fewer."
-            )
+            found = f"only {len(known)} different ones were found before nine in ten draws were repeats"
+            raise ValueError(f"{count} puzzles are asked for, and {found}: change the options, or ask for fewer.")
 
 
 def _read(path: str, columns: tuple[str, ...]) -> list[Puzzle]:

@@ -5,11 +5,14 @@ which are memory-mapped from then on. Either each document is an example ("sente
 another and are cut into chunks ("packed").
 """
 
+import logging
+import multiprocessing
 import os
+import re
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,11 +35,11 @@ from xlm_hf.modules.checked_options import (
 from xlm_hf.modules.messages import check_options, did_you_mean
 from xlm_hf.tasks import Task, for_families
 from xlm_hf.tasks.cache import Prepared, cached
-from xlm_hf.tasks.corpora import check_columns, content_key, local_files, locate, note_shared, read
-from xlm_hf.tasks.detokenizers import DETOKENIZERS
-from xlm_hf.tasks.parallel import in_order
+from xlm_hf.tasks.corpora import check_columns, content_key, local_files, locate, read
 from xlm_hf.tasks.pieces import Piece, encode, pieces_of
 from xlm_hf.tasks.tokenizers import ready_tokenizer, tokenizer_key, train_tokenizer
+
+logger = logging.getLogger(__name__)
 
 # Part of the cache key: raise it with every change that makes other examples from the same texts and settings.
 PREPARATION_VERSION = 6
@@ -49,6 +52,37 @@ _NOT_OF_A_CORPUS = ("name", "mixture", "streaming", "num_proc", "cache_dir")
 _NUM_SHARDS = 1024
 # Rows of a record batch: those of the table that is written.
 _ALL = 2**31
+# Batches that a process works on at a time, with one copy of the function.
+_EACH = 16
+# Of the One Billion Word benchmark, in this order: the rules published with arXiv 2310.16834 and 2406.07524.
+_LM1B = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"(https?) : / / ", r"\1://"),
+        (r" '(\w+)", r"'\1"),
+        (r" (\w+) \. ", r" \1. "),
+        (r" (\w+) \.$", r" \1."),
+        *((rf" \{mark}{end}", f"{mark}{space}") for mark in "?!" for end, space in ((" ", " "), ("$", ""))),
+        *((f" {mark} ", f"{mark} ") for mark in ",:;"),
+        (" / ", "/"),
+        *((f"{quote} ([^{quote}]+) {quote}", rf"{quote}\1{quote}") for quote in "\"'"),
+        (r"\( ([^()]+) \)", r"(\1)"),
+        (r"\[ ([^\[\]]+) \]", r"[\1]"),
+        (r"\$ ", "$"),
+        ("£ ", "£"),
+    )
+]
+
+
+def lm1b(text: str) -> str:
+    """Running text from a sentence of the One Billion Word benchmark."""
+    for pattern, replacement in _LM1B:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+# From the tokenised text of a published corpus back to running text, by the rules that the field uses.
+DETOKENIZERS: dict[str, Callable[[str], str]] = {"lm1b": lm1b}
 
 
 @for_families("canvas_length", "canvas_lengths")
@@ -268,3 +302,28 @@ class _Examples:
             columns["segment_ids"] = pa.ListArray.from_arrays(offsets, pa.array(segments))
         self.num_examples += len(starts)
         return pa.table(columns)
+
+
+def note_shared(split: str, data: Dataset, hashes: Sequence[int], known: np.ndarray) -> None:
+    """Say, and write into the description of a split, how many of its documents are training documents too.
+
+    Args:
+        split: its name.
+        data: its examples.
+        hashes: of its documents.
+        known: the hashes of the training documents, sorted.
+    """
+    found = np.searchsorted(known, hashes).clip(max=len(known) - 1)
+    if num_shared := int((known[found] == hashes).sum()):
+        data.info.description = f"{num_shared:,} of its {len(hashes):,} documents are in the training set too."
+        logger.warning("%s: %s", split, data.info.description)
+
+
+def in_order(function: Callable, batches: Iterator[Any], num_proc: int | None) -> Iterator[Any]:
+    """What a function makes of each batch, by several processes, with few batches in memory."""
+    if num_proc is None or num_proc < 2:
+        yield from map(function, batches)
+        return
+    with multiprocessing.Pool(num_proc) as pool:
+        while group := [*islice(batches, _EACH * num_proc)]:
+            yield from pool.map(function, group, _EACH)

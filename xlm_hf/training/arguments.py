@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 import torch
 from transformers import TrainingArguments
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+from transformers.training_args import trainer_log_levels
 
 from xlm_hf.modules.checked_options import (
     CheckedOptions,
@@ -14,6 +16,7 @@ from xlm_hf.modules.checked_options import (
     PartialShare,
     Positive,
     PositiveInt,
+    check_arguments,
     check_value,
 )
 
@@ -31,16 +34,29 @@ _RANGES: dict[str, Any] = {
     **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor"), PartialShare),
     **dict.fromkeys(("neftune_noise_alpha", "eval_steps"), Positive | None),
     **dict.fromkeys(("seed", "dataloader_num_workers"), Count),
+    **dict.fromkeys(("log_level", "log_level_replica"), Literal[*trainer_log_levels]),
+    **dict.fromkeys(("lr_scheduler_kwargs", "gradient_checkpointing_kwargs"), dict | None),
+    "torch_compile_mode": Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] | None,
+    "train_sampling_strategy": Literal["random", "group_by_length"],
     "max_steps": PositiveInt | Literal[-1],
 }
 # Fields of the parent that would have no effect; docs/plain_python.md says why, and what has.
 WITHOUT_EFFECT = (
-    *("average_tokens_across_devices", "batch_eval_metrics", "bf16_full_eval", "dataloader_in_order"),
+    *("average_tokens_across_devices", "batch_eval_metrics", "bf16_full_eval", "dataloader_in_order", "debug"),
     *("enable_jit_checkpoint", "eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object"),
     *("fp16_full_eval", "include_for_metrics", "include_num_input_tokens_seen", "label_names"),
     *("label_smoothing_factor", "length_column_name", "liger_kernel_config", "logging_nan_inf_filter"),
     *("parallelism_config", "prediction_loss_only", "remove_unused_columns", "use_liger_kernel"),
 )
+# What a schedule gets from the trainer.
+_OF_SCHEDULES = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
+
+
+def check_training_options(options: dict[str, Any]) -> None:
+    """Raise ValueError for an option that is no training argument, or whose value is of no kind or range of it."""
+    check_arguments("trainer", options, XLMTrainingArguments)
+    for name in _RANGES.keys() & options:
+        check_value(name, options[name], _RANGES[name])
 
 
 @dataclass
@@ -101,10 +117,6 @@ class XLMTrainingArguments(CheckedOptions, TrainingArguments):
         self.check()
         for name, kind in _RANGES.items():
             check_value(name, getattr(self, name), kind)
-        if self.train_sampling_strategy not in ("random", "group_by_length"):
-            raise ValueError(
-                f"train_sampling_strategy must be random or group_by_length and is {self.train_sampling_strategy!r}."
-            )
         if self.metric_for_best_model is not None and self.greater_is_better is None:
             self.greater_is_better = not self.metric_for_best_model.split("_given_")[0].endswith(_LOWER_IS_BETTER)
         if self.global_batch_size is not None:
@@ -112,7 +124,12 @@ class XLMTrainingArguments(CheckedOptions, TrainingArguments):
             self._accumulate_to(self.global_batch_size, int(os.environ.get("WORLD_SIZE", 1)))
         # Before the parent has reasons of its own, such as that this device has no such type.
         self._refuse_what_has_no_effect()
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except (TypeError, LookupError, ImportError) as error:
+            raise ValueError(f"the arguments of the trainer do not fit: {' '.join(str(error).split())}.") from error
+        schedule, options = TYPE_TO_SCHEDULER_FUNCTION[self.lr_scheduler_type], self.lr_scheduler_kwargs or {}
+        check_arguments("lr_scheduler_kwargs", options, schedule, given=_OF_SCHEDULES)
         if self.fp16 and self.device.type == "cpu":
             raise ValueError("fp16 needs an accelerator, and there is none: choose bf16, or leave both out.")
         if self.metric_for_best_model is not None:
@@ -127,7 +144,7 @@ class XLMTrainingArguments(CheckedOptions, TrainingArguments):
 
     def _refuse_what_has_no_effect(self) -> None:
         for name in WITHOUT_EFFECT:
-            if (value := getattr(self, name)) not in (getattr(type(self), name, []), "non_padding"):
+            if (value := getattr(self, name)) not in (getattr(type(self), name, []), "non_padding", []):
                 raise ValueError(f"{name}={value!r} has no effect here: leave it out (see docs/plain_python.md).")
 
     def _accumulate_to(self, batch_size: int, num_devices: int) -> None:

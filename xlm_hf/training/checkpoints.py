@@ -2,11 +2,13 @@
 
 import json
 import logging
+import math
 import re
 import shutil
 import zipfile
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,12 +16,21 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_pt_utils import safe_globals
 
 from xlm_hf.files import whole_folder
+from xlm_hf.modules.checked_options import Count, NotNegative, Positive, PositiveInt, check_value
 
 logger = logging.getLogger(__name__)
 
 _DELETED_SUFFIX = ".deleted"
 _FSDP_SHARDS = "pytorch_model_fsdp_*"
 _READ = (".safetensors", ".json", ".pt", ".pth")
+# What a training goes on from.
+_STATE: dict[str, Any] = {
+    **{"global_step": Count, "num_input_tokens_seen": Count, "best_global_step": Count | None},
+    **{"logging_steps": Positive, "eval_steps": Positive, "save_steps": Positive, "total_flos": NotNegative},
+    **{"epoch": NotNegative | None, "train_batch_size": PositiveInt | None},
+    **{"log_history": list[dict], "stateful_callbacks": dict},
+}
+_COUNTS: dict[str, Any] = {"spent_seconds": NotNegative, "early_stopping_patience_counter": Count}
 
 
 def fault(checkpoint: Path) -> str | None:
@@ -44,21 +55,20 @@ def fault(checkpoint: Path) -> str | None:
                 torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except Exception:  # of many kinds; a file that would run code is refused so
             return f"{file.name} is truncated or damaged, or refused"
-    faults = (_fault_of_json(file) for file in checkpoint.glob("*.json"))
+    faults = (fault_of_json(file) for file in checkpoint.glob("*.json"))
     return next(filter(None, faults), None)
 
 
-def _fault_of_json(file: Path) -> str | None:
+def fault_of_json(file: Path) -> str | None:
+    """What is wrong with a JSON file of a checkpoint, in a few words; None if it is sound."""
     try:
         found = json.loads(file.read_text())
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
+        shards = [*map(str, found.get("weight_map", {}).values())] if ".safetensors.index." in file.name else []
+    except (ValueError, RecursionError, AttributeError):
         return f"{file.name} is truncated or damaged"
-    shards = found.get("weight_map", {}).values() if file.name.endswith(".safetensors.index.json") else ()
     if elsewhere := [shard for shard in shards if Path(shard).name != shard]:
         return f"{file.name} names a file elsewhere, {elsewhere[0]}"
-    missing = {shard for shard in shards if not file.with_name(shard).exists()}
+    missing = [shard for shard in shards if not file.with_name(shard).exists()]
     return f"its shard {min(missing)} is missing" if missing else None
 
 
@@ -98,11 +108,24 @@ def step_of(checkpoint: Path) -> int:
 
 
 def saved_state(checkpoint: Path) -> TrainerState:
-    """The state of a checkpoint, with its step; raises ValueError if it has none."""
+    """The state of a checkpoint, with its step; raises ValueError if it has none, or one that no training saved."""
     file = checkpoint / "trainer_state.json"
     if not file.exists():
         raise ValueError(f"{checkpoint} has no trainer_state.json, which says its step: choose another checkpoint.")
-    return TrainerState.load_from_json(str(file))
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        for name, kind in _STATE.items():
+            check_value(name, found[name], kind)
+        # It may be infinite.
+        if not -math.inf <= (found["best_metric"] or 0.0) <= math.inf:
+            raise ValueError("best_metric is not a number")
+        for saved in found["stateful_callbacks"].values():
+            for one in saved if isinstance(saved, list) else [saved]:
+                for name in _COUNTS.keys() & one["attributes"]:
+                    check_value(name, one["attributes"][name], _COUNTS[name])
+        return TrainerState(**found)
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        raise ValueError(f"{file} is damaged ({error}): choose another checkpoint.") from None
 
 
 def _fault_of_state(checkpoint: Path) -> str | None:
@@ -115,8 +138,8 @@ def _fault_of_state(checkpoint: Path) -> str | None:
         return f"it holds no {missing[0]}"
     try:
         step = saved_state(checkpoint).global_step
-    except (TypeError, ValueError, KeyError, AttributeError):
-        return "its trainer_state.json is damaged"
+    except ValueError as error:
+        return str(error).split(": choose")[0]
     return None if step == step_of(checkpoint) else f"its trainer_state.json is that of step {step}"
 
 
@@ -133,10 +156,7 @@ def last_sound_checkpoint(output_dir: Path) -> Path | None:
             return checkpoint
         logger.warning("%s is skipped: %s.", checkpoint, reason)
     if found:
-        raise ValueError(
-            f"none of the checkpoints of {output_dir} can be resumed, the newest since {reason}: restore it, or remove "
-            "them to begin anew."
-        )
+        raise ValueError(f"none of the checkpoints of {output_dir} can be resumed, the newest since {reason}: mend it.")
     return None
 
 
@@ -154,7 +174,8 @@ def resolve_checkpoint(checkpoint: str) -> str:
     if folder.name in ("best", "last") and not folder.exists() and (known := list_checkpoints(folder.parent)):
         folder = known[-1] if folder.name == "last" else _best_checkpoint(known[-1])
     if not folder.exists():
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", checkpoint):
+        # A folder that is there holds runs, and no Hub id begins with a dot.
+        if re.fullmatch(r"\w[\w.-]*/[\w.-]+", checkpoint) and not folder.parent.exists():
             return checkpoint
         raise ValueError(
             f"There is no checkpoint at {checkpoint}: name the output_dir of a run, a checkpoint-* or model folder, or "
@@ -176,11 +197,8 @@ def resolve_checkpoint(checkpoint: str) -> str:
 
 def _best_checkpoint(newest: Path) -> Path:
     """The checkpoint that `newest`, of the same run, records as the best."""
-    state = json.loads((newest / "trainer_state.json").read_text())
-    best = newest.with_name(f"checkpoint-{state.get('best_global_step')}")
+    best = newest.with_name(f"checkpoint-{saved_state(newest).best_global_step}")
     if not best.exists():
-        raise ValueError(
-            f"{newest.parent} no longer has its best checkpoint: name one of "
-            f"{', '.join(folder.name for folder in list_checkpoints(newest.parent))}."
-        )
+        known = ", ".join(folder.name for folder in list_checkpoints(newest.parent))
+        raise ValueError(f"{newest.parent} no longer has its best checkpoint: name one of {known}.")
     return best

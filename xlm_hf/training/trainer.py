@@ -200,7 +200,7 @@ class XLMTrainer(EvaluatesSets):
     def _save_before_failing(self) -> None:
         """Save the last whole step, with the random numbers as they were at its end, unless it is saved already."""
         folder = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if not self.state.global_step or folder.exists() or not self._can_save:
+        if not (self.state.global_step and self._can_save and self.guard.steps) or folder.exists():
             return
         begun = self.guard.steps[-1]
         if begun.number > self.state.global_step and begun.random_states:

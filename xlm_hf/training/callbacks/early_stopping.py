@@ -15,11 +15,8 @@ class EarlyStopping(EarlyStoppingCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Take up the count of the checkpoint; raises ValueError for an option that it cannot work with."""
-        if args.eval_strategy == "no" or not args.metric_for_best_model or self.early_stopping_patience < 1:
-            raise ValueError(
-                "early_stopping.patience must be at least 1, with trainer.eval_strategy=steps and a "
-                f"trainer.metric_for_best_model; it is {self.early_stopping_patience}. Or set it to null."
-            )
+        if args.eval_strategy == "no" or not args.metric_for_best_model:
+            raise ValueError("early_stopping needs trainer.eval_strategy=steps and a trainer.metric_for_best_model.")
         self.is_finished(state)
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
