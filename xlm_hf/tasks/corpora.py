@@ -221,8 +221,8 @@ def _with_drawn_splits(
     rows = _with_text(documents, columns)
     sizes = {name: max(1, round(share * len(rows))) for name, share in fractions.items() if share > 0}
     if sum(sizes.values()) >= len(rows):
-        drawn = f"{len(rows)} documents with text are too few to draw the sets {', '.join(sizes) or 'train'} from"
-        raise ValueError(f"{drawn}: provide these sets, or make more documents with sample_by.")
+        few = f"{len(rows)} documents with text are too few to draw the sets {', '.join(sizes) or 'train'} from"
+        raise ValueError(f"{few}: provide these sets, or make more documents with sample_by.")
     if not sizes:
         return found
     # In place: there may be tens of millions of rows.
@@ -244,7 +244,7 @@ def _selected(documents: Dataset, rows: np.ndarray) -> Dataset:
     if documents._indices is not None:
         return documents.select(rows, keep_in_memory=True)
     indices = InMemoryTable.from_pydict({"indices": rows.view(np.uint64)})
-    fingerprint = f"{documents._fingerprint}-{xxhash.xxh3_64_hexdigest(rows)}"
+    fingerprint = f"{documents._fingerprint}-{xxhash.xxh3_64_hexdigest(rows.data)}"
     return Dataset(documents.data, documents.info, documents.split, indices, fingerprint)
 
 

@@ -128,7 +128,8 @@ class XLMTrainingArguments(CheckedOptions, TrainingArguments):
             super().__post_init__()
         except (TypeError, LookupError, ImportError) as error:
             raise ValueError(f"the arguments of the trainer do not fit: {' '.join(str(error).split())}.") from error
-        schedule, options = TYPE_TO_SCHEDULER_FUNCTION[self.lr_scheduler_type], self.lr_scheduler_kwargs or {}
+        options: Any = self.lr_scheduler_kwargs or {}
+        schedule: Any = TYPE_TO_SCHEDULER_FUNCTION[self.lr_scheduler_type]  # type: ignore[index]
         check_arguments("lr_scheduler_kwargs", options, schedule, given=_OF_SCHEDULES)
         if self.fp16 and self.device.type == "cpu":
             raise ValueError("fp16 needs an accelerator, and there is none: choose bf16, or leave both out.")
