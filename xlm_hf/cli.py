@@ -58,10 +58,8 @@ _OPTIONS: dict[str, Any] = {
     **dict.fromkeys(("num_samples", "parallel"), PositiveInt),
     **dict.fromkeys(("model", "loss", "collator", "train_collator", "generation", "trainer", "task"), dict),
     **dict.fromkeys(("budget", "early_stopping", "nfe_sweep"), dict),
+    **{"job": str, "launcher": list[str] | None, "seed": Count},
     **{
-        "job": str,
-        "launcher": list[str] | None,
-        "seed": Count,
         "num_threads": Annotated[int, Interval("[1, 1024]")] | None,
         "seeds": Annotated[list[int], Interval("[0, inf)")],
     },
