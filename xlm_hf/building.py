@@ -31,7 +31,7 @@ from xlm_hf.families import families
 from xlm_hf.hub.pretrained_backbones import add_lora, backbone_options, check_directions, load_backbone
 from xlm_hf.metrics import load_metric
 from xlm_hf.modules.backbone_config import token_options
-from xlm_hf.modules.checked_options import NotNegative, PositiveInt, check_arguments, check_value
+from xlm_hf.modules.checked_options import NotNegative, PositiveInt, annotations_of, check_arguments, check_value
 from xlm_hf.modules.messages import check_options, did_you_mean, import_target
 from xlm_hf.objectives.collators import Collator
 from xlm_hf.overrides import compose as compose
@@ -88,10 +88,9 @@ def _class_of(name: str, node: DictConfig, fits: Callable[[Any], bool]) -> Any:
 def _config_class(node: DictConfig) -> Any:
     """The configuration that a config's `model` names, its options checked."""
     found = _class_of("model", node, lambda it: getattr(it, "model_type", None) in families())
-    kinds = {f.name: f.type for f in fields(found)}
-    check_options("model", options_of(node), kinds)
+    check_options("model", options_of(node), [f.name for f in fields(found)])
     for name, value in options_of(node).items():
-        check_value(name, value, kinds[name])
+        check_value(name, value, annotations_of(found).get(name, Any))
     return found
 
 

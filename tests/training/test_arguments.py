@@ -132,7 +132,7 @@ PASSED_ON = {
     "the optimiser": "optim_target_modules",
     "the model": (
         "activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing gradient_checkpointing_kwargs "
-        "torch_compile torch_compile_backend torch_compile_mode debug"
+        "torch_compile torch_compile_backend torch_compile_mode"
     ),
     "the batch size, see test_plain_python": "auto_find_batch_size",
     "transformers' own log": "log_level log_level_replica",

@@ -171,8 +171,8 @@ def read(source: Source, columns: Mapping[str, bool], scratch: Path, options: Ma
     # A column of a column has a name such as `translation.en`.
     found = found.flatten()
     if "train" not in found:
-        others = ", ".join(found)
-        raise ValueError(f"{options['path']} has no training set, only {others}: set task.splits={{train: {others}}}.")
+        said = f"{options['path']} has no training set, only {', '.join(found)}"
+        raise ValueError(f"{said}: say which to train on, e.g. task.splits={{train: {next(iter(found))}}}.")
     _check_texts(found, columns, options["path"])
     present = [name for name in columns if name in found["train"].column_names]
     if not present:

@@ -62,9 +62,9 @@ def fault(checkpoint: Path) -> str | None:
 def fault_of_json(file: Path) -> str | None:
     """What is wrong with a JSON file of a checkpoint, in a few words; None if it is sound."""
     try:
-        found = json.loads(file.read_text())
+        found = {**json.loads(file.read_text())}
         shards = [*map(str, found.get("weight_map", {}).values())] if ".safetensors.index." in file.name else []
-    except (ValueError, RecursionError, AttributeError):
+    except (ValueError, RecursionError, AttributeError, TypeError):
         return f"{file.name} is truncated or damaged"
     if elsewhere := [shard for shard in shards if Path(shard).name != shard]:
         return f"{file.name} names a file elsewhere, {elsewhere[0]}"
@@ -117,8 +117,8 @@ def saved_state(checkpoint: Path) -> TrainerState:
         for name, kind in _STATE.items():
             check_value(name, found[name], kind)
         # It may be infinite.
-        if not -math.inf <= (found["best_metric"] or 0.0) <= math.inf:
-            raise ValueError("best_metric is not a number")
+        if (best := found["best_metric"]) is not None and (type(best) not in (int, float) or math.isnan(best)):
+            raise ValueError(f"best_metric is {best!r}")
         for saved in found["stateful_callbacks"].values():
             for one in saved if isinstance(saved, list) else [saved]:
                 for name in _COUNTS.keys() & one["attributes"]:
