@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from xlm_hf.building import compose, plain
 from xlm_hf.cli import _one_sentence, main, saved_config
-from xlm_hf.commands import distill, generate, push_to_hub
+from xlm_hf.commands import evaluate, generate, push_to_hub
 from xlm_hf.families import families
 from xlm_hf.hub.card import render_card
 from xlm_hf.modules.backbone_config import token_options
@@ -223,7 +223,7 @@ REFUSED = (
 
 
 @pytest.mark.parametrize("name", REFUSED)
-@pytest.mark.parametrize("job", [distill, push_to_hub], ids=["distill", "push"])
+@pytest.mark.parametrize("job", [evaluate, push_to_hub], ids=["evaluate", "push"])
 def test_folders_of_models_in_other_jobs(job, name, composed, folder, capfd):
     change, words = MODELS[name]
     change(folder / "model")
