@@ -3,6 +3,7 @@
 import pytest
 import torch
 from scipy.stats import kstest, norm
+from transformers import LogitsProcessorList
 
 from tests.modeling.naive import BOS, MASK, PAD, batch_of, check_histogram
 from tests.modeling.naive_plaid import TWO_VECTORS, chain_law, exact_model, make_model, slow_sampler
@@ -104,6 +105,15 @@ def test_until_the_last_step_the_most_probable_tokens_are_shown():
     drawn = model.generate(prompts, do_sample=True, **options).edits
     assert torch.equal(greedy[greedy[:, 1] < 3], drawn[drawn[:, 1] < 3])
     assert len(drawn[drawn[:, 1] == 3])
+
+
+def test_an_end_that_is_written_into_a_blank_ends_nothing():
+    def end_alone(ids, scores):
+        return scores.masked_fill(torch.arange(scores.shape[1]) != 3, -torch.inf)
+
+    ids = torch.tensor([[8, MASK, 10, MASK]])
+    options = {"seed": 1, "num_steps": 2, "logits_processor": LogitsProcessorList([end_alone])}
+    assert make_model().generate(ids, **options).sequences.tolist() == [[8, 3, 10, 3]]
 
 
 def until_end(ids):
