@@ -246,6 +246,31 @@ def test_recorded_bounds_of_the_authors_code_are_met(name):
     torch.testing.assert_close(found.float().view(8, 12, 16), r["x_reconst"], **close)
 
 
+def test_the_layers_see_noisy_vectors_of_unit_size_clean_given_ones_and_what_was_expected():
+    model = make_model(noise_schedule="linear")
+    ids, is_canvas = torch.tensor([[8, 9, BOS, 10, 11]]), torch.tensor([[False] * 3 + [True] * 2])
+    latents, expected = (torch.randn(1, 5, model.config.embedding_size) for _ in range(2))
+    seen: dict[str, torch.Tensor] = {}
+    for name, module in (("shown", model.vector_proj), ("expected", model.expected_proj)):
+        module.register_forward_pre_hook(lambda _, inputs, name=name: seen.update({name: inputs[0]}))
+    model.model.register_forward_pre_hook(
+        lambda _, inputs, options: seen.update({"inputs": options["inputs_embeds"], "ids": inputs[0]}), with_kwargs=True
+    )
+    times = torch.tensor([0.3])
+    model(ids, times=times, is_canvas=is_canvas, latents=latents, expected=expected)
+    gamma, size = model.schedule(times).gamma, model.config.embedding_size
+    variance = torch.sigmoid(-gamma) / size + torch.sigmoid(gamma)
+    shown = size**0.5 * model.table()[ids]
+    shown[is_canvas] = (latents / variance.sqrt())[is_canvas]
+    torch.testing.assert_close(seen["shown"], shown)
+    torch.testing.assert_close(seen["expected"], size**0.5 * expected)
+    # Beside them the given tokens have the embedding of the backbone; of the canvas nothing shows the clean ids.
+    given = model.model.embed_tokens(ids).masked_fill(is_canvas[..., None], 0.0)
+    of_vectors = model.vector_proj(shown) + model.expected_proj(size**0.5 * expected)
+    torch.testing.assert_close(seen["inputs"], given + of_vectors)
+    assert (seen["ids"][is_canvas] == 0).all()
+
+
 def test_padding_of_lists_and_rows_changes_nothing_and_prompts_are_shown_without_noise():
     model = make_model(V, 32)
     collator = PlaidCollator(SpecialIds(V), 32, kind="seq2seq", embedding_size=4)
