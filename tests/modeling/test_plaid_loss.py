@@ -248,6 +248,7 @@ def test_recorded_bounds_of_the_authors_code_are_met(name):
 
 def test_the_layers_see_noisy_vectors_of_unit_size_clean_given_ones_and_what_was_expected():
     model = make_model(noise_schedule="linear")
+    model.model.embed_tokens.weight.data[0] = 1.0
     ids, is_canvas = torch.tensor([[8, 9, BOS, 10, 11]]), torch.tensor([[False] * 3 + [True] * 2])
     latents, expected = (torch.randn(1, 5, model.config.embedding_size) for _ in range(2))
     seen: dict[str, torch.Tensor] = {}
