@@ -63,10 +63,10 @@ class MaskedGenerationMixin(NonAutoregressiveGenerationMixin):
 
         Args:
             call: the call of `generate`.
-            input_ids: (B, P) prompts, padded on either side.
-            attention_mask: (B, P), 1 for tokens; by default everything but `pad_token_id`.
-            canvas_lengths: (B,) length of each row's canvas, at most that; 0 appends nothing, so that only the mask
-                tokens of the prompt are filled.
+            input_ids (torch.Tensor): (B, P) prompts, padded on either side.
+            attention_mask (torch.Tensor | None): (B, P), 1 for tokens; by default everything but `pad_token_id`.
+            canvas_lengths (torch.Tensor | None): (B,) length of each row's canvas, at most that; 0 appends nothing, so
+                that only the mask tokens of the prompt are filled.
 
         Raises:
             ValueError: for an id outside the vocabulary, a `[BOS]` inside a prompt, or a prompt that leaves no

@@ -90,7 +90,7 @@ def take(x: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
     return x if index is None else x.flatten(0, 1).index_select(0, index)
 
 
-def eager_attention_forward(module: nn.Module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+def eager_attention_forward(module: Any, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs) -> Any:
     """Softmax attention written out, in the signature of transformers' attention interface.
 
     `attention_mask` is added to the scores, or, where it is of bools, says which of them count.

@@ -76,11 +76,11 @@ class ShortConvolution(nn.Module):
         """Map (B, L, hidden_size) to the same shape.
 
         Args:
-            hidden_states: the residual stream.
-            allowed: (k, B, L, 1), for each of the k offsets 1 if a token may see its neighbour and 0 otherwise; None
-                if all may.
-            source: (k, B, L) index of that neighbour in the flattened (B x L) tokens; None means at the offset in its
-                row.
+            hidden_states (torch.Tensor): the residual stream.
+            allowed (torch.Tensor | None): (k, B, L, 1), for each of the k offsets 1 if a token may see its neighbour
+                and 0 otherwise; None if all may.
+            source (torch.Tensor | None): (k, B, L) index of that neighbour in the flattened (B x L) tokens; None means
+                at the offset in its row.
             cache: holds the inputs before these, to which these are added.
         """
         L, left, right = hidden_states.shape[1], -self.offsets[0], self.offsets[-1]
