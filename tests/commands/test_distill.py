@@ -102,6 +102,21 @@ def test_a_file_of_another_set_is_refused(row, words, pairs, tmp_path):
         load_task("pairs", path=str(pairs), cache_dir=tmp_path / "cache", tokenizer="word", distilled="gone.jsonl")
 
 
+def test_texts_of_another_tokenizer_are_refused_though_the_prompts_are_the_same(pairs, tmp_path):
+    options = {"path": str(pairs), "cache_dir": tmp_path / "cache", "tokenizer": "word"}
+    task, file = load_task("pairs", **options), tmp_path / "distilled.jsonl"
+    ids = task.tokenizer.encode("so one", add_special_tokens=False)
+    for change in ([], [len(task.tokenizer)]):
+        written = {"prediction_ids": [*ids, *change], "prediction": f"so one{' more' * len(change)}"}
+        rows = [{"prompt_ids": row, "finish_reason": "stop", **written} for row in task.splits["train"]["prompt_ids"]]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        if change:
+            with pytest.raises(ValueError, match=r"4 of the 4 texts in .* are other texts by this tokenizer"):
+                load_task("pairs", **options, distilled=str(file))
+        else:
+            assert load_task("pairs", **options, distilled=str(file)).splits["train"]["target_ids"][:] == [ids] * 5
+
+
 def test_a_task_without_prompts_has_no_teacher(tmp_path, monkeypatch, capsys):
     (tmp_path / "text.txt").write_text("one two\n" * 40)
     arguments = ["job=distill", "family=arlm", "task=text", f"task.path={tmp_path}/text.txt", "checkpoint=none"]

@@ -14,7 +14,7 @@ from xlm_hf.tasks.blanks import with_blanks
 from xlm_hf.tasks.cache import Prepared, cached
 from xlm_hf.tasks.corpora import check_columns, content_key, local_files, locate, read
 from xlm_hf.tasks.readers import json_rows
-from xlm_hf.tasks.tokenizers import ready_tokenizer, tokenizer_key, train_tokenizer
+from xlm_hf.tasks.tokenizers import decode_text, ready_tokenizer, tokenizer_key, train_tokenizer
 
 # Part of the cache key: raise it with every change that makes other examples from the same texts and settings.
 PREPARATION_VERSION = 3
@@ -85,12 +85,12 @@ def text_pairs(
     key = {**options, "version": PREPARATION_VERSION, "path": content_key(source)}
     key["tokenizer"] = tokenizer if ready is None else tokenizer_key(ready)
     prepared, made = cached(name, key, lambda scratch: _prepare(source, scratch, options, ready), cache_dir)
-    train = prepared["train"] if distilled is None else _distilled(prepared["train"], Path(distilled))
+    train = prepared["train"] if distilled is None else _distilled(prepared["train"], made, Path(distilled))
     task = Task(name, "seq2seq", {**prepared, "train": train}, made, local_files(source))
     return task if blank_rate is None else with_blanks(task, blank_rate, seed)
 
 
-def _distilled(train: Dataset, file: Path) -> Dataset:
+def _distilled(train: Dataset, tokenizer: PreTrainedTokenizerFast, file: Path) -> Dataset:
     """A training set whose targets are those of a file of `job=distill`."""
     if not file.is_file():
         raise ValueError(f"There is no file {file}: task.distilled names what job=distill wrote, distilled.jsonl.")
@@ -104,6 +104,12 @@ def _distilled(train: Dataset, file: Path) -> Dataset:
         raise ValueError(
             f"{file} has no text for {num:,} of the {len(prompts):,} prompts of the training set: run "
             "job=distill on this task, with this tokenizer."
+        )
+    # Two vocabularies may have the ids of all prompts in common, and not those of the texts.
+    if num := sum(decode_text(tokenizer, row["prediction_ids"]) != row["prediction"] for row in written.values()):
+        raise ValueError(
+            f"{num:,} of the {len(written):,} texts in {file} are other texts by this tokenizer: use that of the "
+            "teacher, or run job=distill on this task, with this tokenizer."
         )
     found = [written[ids] for ids in prompts]
     columns: dict[str, Any] = {name: train[name] for name in ("example_id", "prompt_ids")}
