@@ -407,6 +407,9 @@ def lists():
 
 def number():
     return 3
+
+def nothing_at_all():
+    return {}
 """
     )
     monkeypatch.syspath_prepend(tmp_path)
@@ -426,6 +429,7 @@ def test_a_python_function(own_data, tmp_path):
     [
         ("missing.txt", {}, r"there is no file or folder 'missing.txt': name one .* a Hub id .* or a Python function"),
         ("own_data:nothing", {}, r"the function 'own_data:nothing' cannot be imported"),
+        ("own_data:nothing_at_all", {}, r"own_data:nothing_at_all has no training set, only nothing: say which"),
         ("own_data:number", {}, r"own_data:number returned a int: a data function returns"),
         ("own_data:texts", {"protocol": "pakced"}, r"protocol must be one of sentence, packed and is 'pakced'"),
         ("own_data:texts", {"detokenizer": "lm1"}, r"unknown detokenizer 'lm1': did you mean 'lm1b'\?"),

@@ -171,7 +171,7 @@ def read(source: Source, columns: Mapping[str, bool], scratch: Path, options: Ma
     # A column of a column has a name such as `translation.en`.
     found = found.flatten()
     if "train" not in found:
-        said = f"{options['path']} has no training set, only {', '.join(found)}"
+        said = f"{options['path']} has no training set, only {', '.join(found) or 'nothing'}"
         raise ValueError(f"{said}: say which to train on, e.g. task.splits={{train: {next(iter(found), 'NAME')}}}.")
     _check_texts(found, columns, options["path"])
     present = [name for name in columns if name in found["train"].column_names]
