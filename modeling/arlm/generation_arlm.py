@@ -98,7 +98,9 @@ class ARLMGenerationConfig(CheckedOptions, GenerationConfig):
 
     def updated(self, **overrides: Any) -> "ARLMGenerationConfig":
         """A copy with other values."""
-        return type(self)(**{**self.to_dict(), **overrides})
+        # transformers keeps ids as tensors here while it decodes.
+        own = {name: value for name, value in self.to_dict().items() if not name.endswith("_tensor")}
+        return type(self)(**own | overrides)
 
     def validate(self, strict: bool = False, user_set_attributes: set[str] | None = None) -> None:
         """Check every option; raises ValueError naming the option, its value and its range."""

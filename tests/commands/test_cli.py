@@ -20,9 +20,9 @@ from transformers import AutoModel, AutoTokenizer
 
 import xlm_hf_cli
 from tests.processes import forked, settle
-from xlm_hf.building import open_override
 from xlm_hf.cli import main, saved_config
 from xlm_hf.commands._run import run_directory
+from xlm_hf.overrides import open_override
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "run_xlm.py"
 TINY = [
@@ -241,10 +241,7 @@ def mistake(capsys, monkeypatch, tmp_path, *arguments):
         ([*TINY, "trainer.static_length=long"], "trainer: static_length must be an integer or None and is 'long'."),
         ([*TINY, "trainer.static_length=0"], "static_length must be at least 1 and is 0."),
         ([*TINY, "trainer.torch_compile=maybe"], "trainer: torch_compile must be true or false and is 'maybe'."),
-        (
-            [*TINY, "train_collator.drop_beta=x"],
-            "The collator 'seq2seq': drop_beta must be a finite number and is 'x'.",
-        ),
+        ([*TINY, "train_collator.drop_beta=x"], "collator: drop_beta must be a finite number and is 'x'."),
         ([*TINY, "model.hiden_size=8"], "model has no option 'hiden_size': did you mean 'hidden_size'?"),
         ([*TINY, "model.hidden_size=33"], "hidden_size (33) must be a multiple of num_attention_heads (2)"),
         ([*TINY, "model.hidden_size=wide"], "hidden_size must be an integer and is 'wide'."),
@@ -259,7 +256,7 @@ def mistake(capsys, monkeypatch, tmp_path, *arguments):
         ([*TINY, "init_from=nowhere"], "There is no checkpoint at nowhere"),
         ([*TINY, "job=evaluate"], "job=evaluate needs a model: add checkpoint=DIR"),
         ([*TINY, "job=evaluate", "checkpoint=nowhere"], "There is no checkpoint at nowhere"),
-        ([*TINY, "collator.kind=lm"], "The collator 'seq2seq' has no option 'kind': "),
+        ([*TINY, "collator.kind=lm"], "collator has no option 'kind': choose from "),
         ([*TINY, "seed=abc"], "seed must be an integer and is 'abc'."),
         ([*TINY, "seed=[1"], "no viable alternative at input '[1'"),
     ],

@@ -25,6 +25,7 @@ from xlm_hf.modules.vocabulary_head import LanguageModelOutput
 batch_of = partial(naive.batch_of, end=())
 PROMPTS = [[8, 9, 10, BOS], [7, BOS], [BOS], [11, 12, 7, 8, 9, BOS]]
 make_model = partial(make_mlm, max_canvas_length=8)
+STREAMER = SimpleNamespace(put=print, end=print)
 PUBLISHED = Path(__file__).parents[1] / "fixtures" / "published" / "mask_predict.safetensors"
 
 
@@ -365,7 +366,9 @@ def test_results_under_a_given_length_say_so():
         ),
         (lambda: make_mlm().generate(sampler="mask_predict", num_lengths=2), "this call predicts no length"),
         (
-            lambda: make_model().generate(sampler="mask_predict", num_lengths=2, streamer=SimpleNamespace()),
+            lambda: make_model().generate(
+                sampler="mask_predict", num_lengths=2, streamer=SimpleNamespace(put=print, end=print)
+            ),
             "num_lengths is 2: nothing can follow",
         ),
         (lambda: make_model().generate(num_lengths=2), "has no option 'num_lengths', which mask_predict has"),

@@ -15,6 +15,7 @@ from xlm_hf.training.trainer import XLMTrainer
 # name: its arguments, the methods of Trainer that call it
 OVERRIDDEN = {
     "_load_optimizer_and_scheduler": ("checkpoint", ["_prepare_for_training"]),
+    "_load_from_checkpoint": ("resume_from_checkpoint model", ["train", "_prepare_for_training"]),
     "_issue_warnings_after_load": ("load_result", ["_load_from_checkpoint", "_load_best_model"]),
     "_prepare_for_training": ("max_steps train_dataloader resume_from_checkpoint", ["_inner_training_loop"]),
     "_run_epoch": (
@@ -37,7 +38,6 @@ OVERRIDDEN = {
     "_push_from_checkpoint": ("checkpoint_folder", ["_save_checkpoint"]),
 }
 CALLED = {
-    "_load_from_checkpoint": "resume_from_checkpoint model",
     "_save_optimizer_and_scheduler": "output_dir",
     "_save_scaler": "output_dir",
     "_save_rng_state": "output_dir",

@@ -219,7 +219,7 @@ def remove_if_empty(output_dir: str) -> None:
     folder, left = Path(output_dir).expanduser(), {"train.log", ".lock", ".holder"}
     left |= {"config.yaml", "metrics.jsonl"} if folder.absolute() in _begun else set()
     is_ours = any(lock.is_locked and Path(lock.lock_file).parent == folder.absolute() for lock in _lock)
-    if is_ours and {file.name for file in folder.iterdir()} <= left:
+    if is_ours and folder.is_dir() and {file.name for file in folder.iterdir()} <= left:
         shutil.rmtree(folder)
         if not folder.is_absolute():
             with contextlib.suppress(OSError):

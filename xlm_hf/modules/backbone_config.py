@@ -155,7 +155,8 @@ class RotaryTransformerConfig(CheckedConfig):
             self.conditioning = "adaln" if self.conditioning == "none" else self.conditioning
         if self.conditioning == "token" and self.bos_token_id is None:
             raise ValueError("conditioning='token' adds the time to [BOS] and bos_token_id is None: set it.")
-        for name in annotations_of(type(self)):
+        # A mask beyond the vocabulary is none, as in published models of uniform noise.
+        for name in annotations_of(type(self)).keys() - {"mask_token_id"}:
             if name.endswith("_token_id") and (token_id := getattr(self, name) or 0) >= self.vocab_size:
                 raise ValueError(
                     f"{name} is {token_id} and vocab_size {self.vocab_size}: take both from one tokenizer."

@@ -282,9 +282,10 @@ class GenerationOptionsMixin(PromptsMixin):
             of_model = {n: x for n, x in base.to_diff_dict().items() if n[0] != "_" and n != "transformers_version"}
             base = self.generation_config_class(**of_model)
         if generation_config is not None:
-            own, saved, found = type(base), base.to_dict(), shown(generation_config)
+            own, saved = type(base), base.to_dict()
             is_own = isinstance(generation_config, own)
             if not is_own and type(generation_config) is not GenerationConfig:
+                found = shown(generation_config)
                 raise ValueError(f"generation_config must be a {own.__name__} or GenerationConfig and is {found}.")
             given = generation_config.to_dict() if is_own else generation_config.to_diff_dict()
             given = {name: value for name, value in given.items() if name[0] != "_" and value != saved.get(name)}
