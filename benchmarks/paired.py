@@ -87,7 +87,7 @@ class Whole:
         return used.ru_utime + used.ru_stime
 
     def close(self) -> int:
-        """Its peak memory in bytes."""
+        """Its peak memory in bytes; Linux counts no less than what this process held when it started it."""
         return self.peak
 
 

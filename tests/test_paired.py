@@ -47,7 +47,7 @@ def test_a_peer_is_called_once_for_every_turn(capfd):
 def test_whole_programs_are_measured_and_failures_are_said(tmp_path):
     side = Whole(f'{sys.executable} -c "sum(range(10**6)); bytearray(64 << 20)"')
     assert side() > 0
-    assert 64 * 2**20 < side.close() < 2**30
+    assert side.close() > 64 * 2**20
     with pytest.raises(RuntimeError, match="failed with status 3"):
         Whole(f'{sys.executable} -c "exit(3)"')
 
