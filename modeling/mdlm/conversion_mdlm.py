@@ -43,7 +43,7 @@ LLADA = {
     r"transformer\.blocks\.(\d+)\.ff_out": rf"{_LAYERS}layers.\1.mlp.down_proj",
 }
 DREAM = {r"embed_tokens": "model.embed_tokens", r"lm_head": "lm_head", r"(layers\..*|norm)": rf"{_LAYERS}\1"}
-# Options of Llama's configuration by LLaDA's, and what the other options must be for its layers to be those of Llama.
+# Options of Llama's configuration by LLaDA's. What others must be for the layers to be those of Llama or Qwen2 follows.
 _LLADA_SIZES = {
     "d_model": "hidden_size",
     "mlp_hidden_size": "intermediate_size",
@@ -59,10 +59,12 @@ _LLADA_LAYERS = {
     "alibi": False,
     "attention_layer_norm": False,
     "block_type": "llama",
+    "clip_qkv": None,
     "include_bias": False,
     "include_qkv_bias": False,
     "input_emb_norm": False,
     "layer_norm_type": "rms",
+    "layer_norm_with_affine": True,
     "rope": True,
     "scale_logits": False,
 }
@@ -70,6 +72,7 @@ _QWEN2_SIZES = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
     *("max_position_embeddings", "rms_norm_eps", "rope_theta"),
 )
+_QWEN2_LAYERS = {"hidden_act": "silu", "rope_scaling": None, "use_sliding_window": False}
 # Total noise at t = 1 in the schedule of the XLM library.
 _SIGMA_MAX = 10.0
 
@@ -105,10 +108,7 @@ def from_llada(weights: Mapping[str, torch.Tensor], arguments: Mapping[str, Any]
     Raises:
         ValueError: for an argument that is missing, or makes other layers than those of Llama.
     """
-    for name, value in _LLADA_LAYERS.items():
-        if arguments.get(name, value) != value:
-            raise ValueError(f"{name} must be {value!r} for the layers of Llama, and is {arguments[name]!r}.")
-    options = _options(arguments, "llama", _LLADA_SIZES)
+    options = _options(arguments, "llama", _LLADA_SIZES, _LLADA_LAYERS)
     size = arguments.get("embedding_size") or arguments["vocab_size"]
     tied = bool(arguments.get("weight_tying", False))
     tensors = renamed(weights, LLADA)
@@ -119,12 +119,22 @@ def from_llada(weights: Mapping[str, torch.Tensor], arguments: Mapping[str, Any]
 
 def from_dream(weights: Mapping[str, torch.Tensor], arguments: Mapping[str, Any]) -> tuple[dict[str, Any], Weights]:
     """The same from a checkpoint of the class Dream: the layers of Qwen2, whose state at a token predicts the next."""
-    options = _options(arguments, "qwen2", {name: name for name in _QWEN2_SIZES})
+    options = _options(arguments, "qwen2", {name: name for name in _QWEN2_SIZES}, _QWEN2_LAYERS)
     return {**options, "vocab_size": arguments["vocab_size"], "shift_logits": True}, renamed(weights, DREAM)
 
 
-def _options(arguments: Mapping[str, Any], model_type: str, sizes: Mapping[str, str]) -> dict[str, Any]:
-    """Options of `MDLMConfig` on the layers of `model_type`, whose sizes are arguments here by their names there."""
+def _options(
+    arguments: Mapping[str, Any], model_type: str, sizes: Mapping[str, str], layers: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Options of `MDLMConfig` on the layers of `model_type`, whose `sizes` are arguments here by their names there.
+
+    Raises:
+        ValueError: for an argument that is missing, or is not what `layers` says.
+    """
+    for name, value in layers.items():
+        if arguments.get(name, value) != value:
+            found = f"{name} must be {value!r} for the layers of {model_type}, and is {arguments[name]!r}"
+            raise ValueError(f"{found}: a checkpoint with other layers cannot be converted.")
     for name in (*sizes, "vocab_size", "mask_token_id", "pad_token_id"):
         if name not in arguments:
             raise ValueError(f"The checkpoint's config has no {name!r}: {did_you_mean(name, arguments)}")

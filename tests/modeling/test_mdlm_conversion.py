@@ -103,7 +103,9 @@ def test_recorded_decodes_of_dream_are_met(name, order, steps):
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("llada", {"alibi": True}, "alibi must be False for the layers of Llama, and is True"),
+        ("llada", {"alibi": True}, "alibi must be False for the layers of llama, and is True: a checkpoint"),
+        ("llada", {"clip_qkv": 8.0}, "clip_qkv must be None"),
+        ("dream", {"rope_scaling": {"type": "yarn"}}, "rope_scaling must be None for the layers of qwen2"),
         ("llada", {"n_layers": None}, "has no 'n_layers'"),
         ("dream", {"mask_token_id": None}, "has no 'mask_token_id'"),
     ],
